@@ -1,0 +1,1 @@
+"""grasp: structured pruning of large language models under an exact budget."""

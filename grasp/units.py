@@ -1,0 +1,165 @@
+"""Units: what can be removed from a decoder, and exactly what each removal saves.
+
+Two kinds of unit (GRASPrune, arXiv 2604.19398, section 3): an **FFN channel** (a row of `gate_proj`
+and `up_proj` with its column of `down_proj`) and a **KV group** (the rows of one KV head in `k_proj`
+and `v_proj`, of its G query heads in `q_proj`, and the matching columns of `o_proj`).
+
+Costs are integers in multiples of the hidden size d: a channel costs 3 (3d weights), a group
+(2G+2)*head_dim. Flat vectors over units (scores, gates, masks) run layer by layer, the layer's FFN
+channels first, then its KV groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grasp.errors import GraspError
+
+FFN_COST = 3
+FFN_NAMES = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class LayerUnits:
+    """The units of one decoder layer. The bias figures are parameters that leave with one unit."""
+
+    ffn: int
+    kv_groups: int
+    group_size: int  # G, query heads per KV head
+    head_dim: int
+    channel_bias: int = 0
+    group_bias: int = 0
+
+    @property
+    def units(self) -> int:
+        return self.ffn + self.kv_groups
+
+    @property
+    def kv_cost(self) -> int:
+        return (2 * self.group_size + 2) * self.head_dim
+
+    @property
+    def cost(self) -> int:
+        return FFN_COST * self.ffn + self.kv_cost * self.kv_groups
+
+
+@dataclass(frozen=True)
+class UnitSpace:
+    """Every removable unit of a model. `fixed_params` counts what no mask can remove."""
+
+    hidden_size: int
+    layers: tuple[LayerUnits, ...]
+    fixed_params: int
+
+    @classmethod
+    def of(cls, model: Any) -> UnitSpace:
+        """Read the units off a live model (any device, `meta` included). Raises GraspError."""
+        modules = decoder_layers(model)
+        layers = tuple(_layer_units(m) for m in modules)
+        hidden = modules[0].mlp.gate_proj.weight.shape[1]
+        total = sum(p.numel() for p in model.parameters())
+        space = cls(hidden, layers, 0)
+        return cls(hidden, layers, total - space.total_params)
+
+    @property
+    def size(self) -> int:
+        return sum(layer.units for layer in self.layers)
+
+    @property
+    def cost(self) -> int:
+        return sum(layer.cost for layer in self.layers)
+
+    @property
+    def prunable_params(self) -> int:
+        """Parameters of the FFN and attention matrices (biases and norms not counted)."""
+        return self.cost * self.hidden_size
+
+    @property
+    def total_params(self) -> int:
+        biases = sum(
+            layer.channel_bias * layer.ffn + layer.group_bias * layer.kv_groups
+            for layer in self.layers
+        )
+        return self.fixed_params + self.prunable_params + biases
+
+    def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        return sum(2 * layer.kv_groups * layer.head_dim for layer in self.layers) * bytes_per_value
+
+    def segments(self) -> Iterator[tuple[int, slice, slice]]:
+        """(layer index, slice of its FFN channels, slice of its KV groups) into a flat unit vector."""
+        start = 0
+        for index, layer in enumerate(self.layers):
+            middle, end = start + layer.ffn, start + layer.units
+            yield index, slice(start, middle), slice(middle, end)
+            start = end
+
+    def resized(self, widths: Sequence[tuple[int, int]]) -> UnitSpace:
+        """The space of the same model with (FFN channels, KV groups) left in each layer."""
+        layers = tuple(
+            LayerUnits(
+                ffn,
+                groups,
+                layer.group_size,
+                layer.head_dim,
+                layer.channel_bias,
+                layer.group_bias,
+            )
+            for layer, (ffn, groups) in zip(self.layers, widths, strict=True)
+        )
+        return UnitSpace(self.hidden_size, layers, self.fixed_params)
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The two prunable modules of one decoder layer."""
+
+    attention: Any  # has q_proj, k_proj, v_proj, o_proj, head_dim
+    mlp: Any  # has gate_proj, up_proj, down_proj, act_fn
+
+
+def decoder_layers(model: Any) -> list[LayerModules]:
+    """Find the decoder layers by structure, in depth order. Raises GraspError with the reason."""
+    kind = type(model).__name__
+    if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
+        raise GraspError(f"{kind} is not supported: it has no list of decoder layers")
+    found = []
+    for index, layer in enumerate(model.get_decoder().layers):
+        attention = _only_child(layer, ATTENTION_NAMES, kind, index)
+        mlp = _only_child(layer, FFN_NAMES, kind, index)
+        found.append(LayerModules(attention, mlp))
+    if not found:
+        raise GraspError(f"{kind} is not supported: its list of decoder layers is empty")
+    return found
+
+
+def _only_child(layer: Any, names: tuple[str, ...], kind: str, index: int) -> Any:
+    matches = [
+        m
+        for m in layer.modules()
+        if all(hasattr(getattr(m, name, None), "weight") for name in names)
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    have = sorted({type(m).__name__ for m in layer.children()})
+    raise GraspError(
+        f"{kind} is not supported: layer {index} needs exactly one module with {', '.join(names)}, "
+        f"found {len(matches)} (the layer holds {', '.join(have)})"
+    )
+
+
+def _layer_units(modules: LayerModules) -> LayerUnits:
+    attention, mlp = modules.attention, modules.mlp
+    head_dim = attention.head_dim
+    kv_groups = attention.k_proj.weight.shape[0] // head_dim
+    group_size = attention.q_proj.weight.shape[0] // head_dim // kv_groups
+    channel_bias = sum(m.bias is not None for m in (mlp.gate_proj, mlp.up_proj))
+    group_bias = head_dim * (
+        group_size * (attention.q_proj.bias is not None)
+        + (attention.k_proj.bias is not None)
+        + (attention.v_proj.bias is not None)
+    )
+    ffn = mlp.gate_proj.weight.shape[0]
+    return LayerUnits(ffn, kv_groups, group_size, head_dim, channel_bias, group_bias)

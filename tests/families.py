@@ -1,0 +1,102 @@
+"""Tiny models with random weights, one per supported family, and a tokenizer for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# family -> (class prefix, what its config says beyond the sizes)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),  # biased q, k and v
+    "qwen3": ("Qwen3", {}),  # RMS norms on q and k
+}
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+
+
+def tiny_model(
+    family: str,
+    *,
+    tied: bool = False,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 3,
+    heads: int = 8,
+    kv_heads: int = 4,
+    head_dim: int = 16,
+    ffn: int = 96,
+    vocab: int = 256,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> PreTrainedModel:
+    """A stock decoder, in eval mode, whose biases and norms are random too.
+
+    `head_dim` times `heads` differs from `hidden` on purpose. Qwen2 has no explicit head_dim in its
+    stock config; transformers reads one when it is there.
+    """
+    prefix, extra = FAMILIES[family]
+    settings = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": SPECIAL_TOKENS.index("<s>"),
+        "eos_token_id": SPECIAL_TOKENS.index("</s>"),
+        "architectures": [f"{prefix}ForCausalLM"],
+        **extra,
+        **config,
+    }
+    model_config = getattr(transformers, f"{prefix}Config")(**settings)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(model_config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:  # a bias, or a norm's weight around one
+                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def tiny_tokenizer(vocab: int = 256) -> PreTrainedTokenizerFast:
+    """One token per byte; any UTF-8 text survives encode and decode. `vocab` is at least 256.
+
+    The bytes 0xFD to 0xFF, which UTF-8 never uses, make room for the three special tokens.
+    """
+    byte_tokens = list(bytes_to_unicode().items())
+    tokens = [*SPECIAL_TOKENS, *(token for byte, token in sorted(byte_tokens) if byte < 0xFD)]
+    tokens += [f"<extra_{i}>" for i in range(vocab - len(tokens))]
+    table = {token: i for i, token in enumerate(tokens)}
+    raw = Tokenizer(models.BPE(vocab=table, merges=[], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",  # or Qwen2's tokenizer class adds one beyond the embedding on loading
+    )
+
+
+def save_tiny(folder: Path, family: str = "llama", **options: Any) -> Path:
+    """Write `tiny_model(family, **options)` and its tokenizer as a local Hugging Face folder."""
+    model = tiny_model(family, **options)
+    model.save_pretrained(folder)
+    tiny_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return folder

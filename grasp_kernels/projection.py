@@ -1,0 +1,120 @@
+"""The budget projection: the best units whose exact integer cost stays within the budget."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grasp_kernels import reference
+from grasp_kernels._checks import expect
+
+
+class Selection(NamedTuple):
+    """What a budget keeps. All on the device of the scores; nothing here was copied to the host."""
+
+    mask: Tensor  # [N] bool, True where kept
+    indices: Tensor  # [N] int64: the kept units in ascending order, then the dropped ones
+    count: Tensor  # [] int64, number of kept units: indices[:count] are they
+    cost: Tensor  # [] int64, total cost of the kept units
+
+
+def budget_topk(
+    scores: Tensor,
+    costs: Tensor,
+    budget: int | Tensor,
+    *,
+    floor: Tensor | None = None,
+    tie_rank: Tensor | None = None,
+) -> Selection:
+    """Keep the highest scores within a budget of integer costs (GRASPrune, arXiv 2604.19398, projection).
+
+    The result is that of a sequential greedy scan, in every case. Units of `floor` are kept and
+    their cost is reserved first. The others follow by (score descending, tie_rank ascending): a unit
+    that still fits is kept, one that does not is skipped and the scan goes on, so that what the
+    last big unit leaves over is filled. A unit of cost 0 is always kept.
+
+    Args:
+        scores: [N], any floating dtype; ranked as fp32, -0 equal to +0, NaN lowest.
+        costs: [N] integers >= 0.
+        budget: an int, or a 0-dim integer tensor on the device of the scores (no host sync).
+        floor: [N] bool, units to keep whatever their score. None for no floors.
+        tie_rank: [N] integers, a permutation of 0..N-1; equal scores are kept in its order. None
+            takes the lower index first, which in a model prefers the early layers: pass a random
+            permutation where scores start out equal.
+
+    Returns:
+        A `Selection`: mask, indices, count and cost.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not match. On CPU also a negative cost, a
+        budget below the floors' cost, and a tie_rank that is no permutation. CUDA does not check
+        these three, since to look at values would be a host sync: over-budget floors are kept alone.
+    """
+    expect(scores.dim() == 1, f"scores has shape {list(scores.shape)}, expected [N]")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores is {scores.dtype}, expected a floating dtype: use scores.float()")
+    if not isinstance(budget, Tensor):
+        budget = torch.full((), budget, dtype=torch.int64, device=scores.device)
+    if floor is None:
+        floor = torch.zeros_like(scores, dtype=torch.bool)
+    if tie_rank is None:
+        tie_rank = torch.arange(len(scores), device=scores.device)
+    expect(budget.dim() == 0, f"budget has shape {list(budget.shape)}, expected an int or 0-dim")
+    for name, tensor in (("costs", costs), ("floor", floor), ("tie_rank", tie_rank)):
+        expect(
+            tensor.shape == scores.shape,
+            f"{name} has shape {list(tensor.shape)}, expected that of scores, {list(scores.shape)}",
+        )
+    for name, tensor in (("costs", costs), ("tie_rank", tie_rank), ("budget", budget)):
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} is {tensor.dtype}, expected integers: use {name}.long()")
+    if floor.dtype != torch.bool:
+        raise TypeError(f"floor is {floor.dtype}, expected torch.bool: use floor.bool()")
+    for name, tensor in (("costs", costs), ("floor", floor), ("tie_rank", tie_rank)):
+        expect(
+            tensor.device == scores.device,
+            f"{name} is on {tensor.device} but scores is on {scores.device}: move it there",
+        )
+    expect(
+        budget.device == scores.device,
+        f"budget is on {budget.device} but scores is on {scores.device}: pass an int or move it",
+    )
+    return Selection(*_topk(scores.detach(), costs, budget, floor, tie_rank))
+
+
+@torch.library.custom_op("grasp::budget_topk", mutates_args=())
+def _topk(
+    scores: Tensor, costs: Tensor, budget: Tensor, floor: Tensor, tie_rank: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    costs, budget = costs.long(), budget.long()
+    if scores.device.type == "cpu":
+        _check_values(costs, budget, floor, tie_rank)
+    mask = reference.budget_topk(scores, costs, budget, floor, tie_rank)
+    indices = torch.argsort(~mask, stable=True)
+    return mask, indices, mask.sum(), (costs * mask).sum()
+
+
+def _check_values(costs: Tensor, budget: Tensor, floor: Tensor, tie_rank: Tensor) -> None:
+    expect(
+        not bool((costs < 0).any()),
+        f"costs holds {costs.min() if len(costs) else 0}, expected >= 0",
+    )
+    reserved = costs[floor].sum()
+    expect(
+        bool(reserved <= budget),
+        f"budget is {budget}, below the {reserved} that the floors cost: raise it or drop floors",
+    )
+    seen = torch.zeros(len(tie_rank), dtype=torch.bool)
+    inside = (tie_rank >= 0) & (tie_rank < len(tie_rank))
+    seen[tie_rank[inside].long()] = True
+    expect(bool(seen.all()), f"tie_rank is not a permutation of 0..{len(tie_rank) - 1}")
+
+
+@_topk.register_fake
+def _(scores, costs, budget, floor, tie_rank):
+    return (
+        torch.empty_like(floor),
+        floor.new_empty(floor.shape, dtype=torch.int64),
+        floor.new_empty((), dtype=torch.int64),
+        floor.new_empty((), dtype=torch.int64),
+    )

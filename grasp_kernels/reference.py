@@ -1,0 +1,143 @@
+"""The ops in plain PyTorch: their definition, the oracle of the tests, and the CPU path.
+
+The first function of each section defines the op; autograd through it gives the exact gradients.
+The functions after it are the pieces that the CPU path runs, with the same split as the kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- gated SwiGLU ---------------------------------------------------------------------------
+
+
+def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
+    """silu(gate_pre) * up * z, computed in fp32 (fp64 for fp64 inputs); [..., F], [..., F], [F]."""
+    a, u, z = _wide(gate_pre), _wide(up), _wide(z)
+    return (F.silu(a) * u * z).to(gate_pre.dtype)
+
+
+def gated_swiglu_ffn(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, z: Tensor) -> Tensor:
+    """The gated FFN with weights as in nn.Linear: [F, d], [F, d], [d, F]."""
+    return F.linear(gated_swiglu(F.linear(x, w_gate), F.linear(x, w_up), z), w_down)
+
+
+def swiglu_backward(
+    grad: Tensor, gate_pre: Tensor, up: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_gate_pre, d_up [T, F] and dz [F] of `gated_swiglu` on [T, F] inputs."""
+    g, a, u, z_wide = _wide(grad), _wide(gate_pre), _wide(up), _wide(z)
+    sigmoid = torch.sigmoid(a)
+    silu = a * sigmoid
+    dz = (g * silu * u).sum(0)
+    g = g * z_wide
+    d_gate = g * u * (sigmoid + silu * (1 - sigmoid))
+    return d_gate.to(gate_pre.dtype), (g * silu).to(up.dtype), dz.to(z.dtype)
+
+
+def swiglu_pack(
+    gate_pre: Tensor, up: Tensor, z: Tensor, order: Tensor, kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compact [T, F] activations: `order` [F] lists the kept channels first.
+
+    Returns the gated hidden state of the kept channels and what backward needs: their gate_pre and
+    up, all [T, kept], and silu(gate_pre) * up of the dropped ones [T, F - kept].
+    """
+    index, rest = order[:kept], order[kept:]
+    a, u = gate_pre.index_select(1, index), up.index_select(1, index)
+    hidden = gated_swiglu(a, u, z[index])
+    dropped = gated_swiglu(
+        gate_pre.index_select(1, rest), up.index_select(1, rest), torch.ones_like(z[rest])
+    )
+    return hidden, a, u, dropped
+
+
+def swiglu_pack_backward(
+    grad: Tensor, gate_pre: Tensor, up: Tensor, dropped: Tensor, z: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the kept [T, 2 * kept], gate half then up half, and dz of all channels [F].
+
+    `grad` [T, F] is the gradient of the hidden state; the other arguments are as `swiglu_pack`
+    takes and returns them.
+    """
+    kept = gate_pre.shape[1]
+    index, rest = order[:kept], order[kept:]
+    d_gate, d_up, dz_kept = swiglu_backward(grad.index_select(1, index), gate_pre, up, z[index])
+    dz_dropped = (_wide(grad.index_select(1, rest)) * _wide(dropped)).sum(0)
+    dz = torch.empty_like(z)
+    dz[index] = dz_kept
+    dz[rest] = dz_dropped.to(z.dtype)
+    return torch.cat([d_gate, d_up], 1), dz
+
+
+# ---- gated attention ------------------------------------------------------------------------
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Grouped-query attention times the gate of each KV group; q [B, H, S, D], k and v [B, K, S, D], z [K].
+
+    `key_mask` [B, S] is True where a key may be attended to. A query without any key gives 0.
+    """
+    heads, kv_heads, length = q.shape[1], k.shape[1], q.shape[2]
+    mask = None
+    if key_mask is not None:
+        mask = key_mask[:, None, None, :].expand(-1, -1, length, -1)
+        if causal:
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+    gate = z.repeat_interleave(heads // kv_heads)
+    return (_wide(out) * _wide(gate)[:, None, None]).to(q.dtype)
+
+
+# ---- budget projection ----------------------------------------------------------------------
+
+
+def budget_topk(
+    scores: Tensor, costs: Tensor, budget: Tensor, floor: Tensor, tie_rank: Tensor
+) -> Tensor:
+    """The mask [N] of a greedy scan: floors first, then each unit, best first, that still fits.
+
+    When a unit does not fit, what is left is below its cost and only shrinks: no unit of that cost
+    or more can follow. So each round takes a whole prefix and removes at least one cost for good.
+    """
+    mask = floor.clone()
+    left = (budget - costs[floor].sum()).clamp_min(0)
+    order = torch.argsort(tie_rank)
+    order = order[torch.argsort(score_key(scores)[order], descending=True, stable=True)]
+    order = order[~floor[order]]
+    while order.numel():
+        order = order[costs[order] <= left]
+        total = costs[order].cumsum(0)
+        fits = total <= left
+        taken = order[fits]
+        mask[taken] = True
+        left = left - costs[taken].sum()
+        order = order[~fits]
+    return mask
+
+
+def score_key(scores: Tensor) -> Tensor:
+    """int64 keys in [0, 2^32) that order like the fp32 scores: -0 equals +0, NaN is lowest."""
+    bits = (scores.float() + 0.0).view(torch.int32).long()
+    key = torch.where(bits < 0, -1 - (bits + 2**31), bits) + 2**31
+    return torch.where(scores.isnan(), 0, key)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,223 @@
+"""Gated SwiGLU: the element-wise op, and the whole FFN that computes only what the mask needs."""
+
+import torch
+from torch import Tensor
+
+from grasp_kernels import reference
+from grasp_kernels._checks import autocast_dtype, check_gate, expect
+
+# Above this kept fraction the saved matrix work no longer pays for the copies.
+_COMPACT_BELOW = 0.95
+
+
+def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
+    """silu(gate_pre) * up * z, and all three gradients in one pass.
+
+    With s = silu(a) and dh the gradient of the output (GRASPrune, arXiv 2604.19398, gates on the
+    FFN channels):
+
+        d_gate_pre = dh * z * u * silu'(a)     d_up = dh * z * s     dz_j = sum_t dh_tj * s_tj * u_tj
+
+    dz is exact for channels with z = 0 too, so a dropped channel can learn its way back.
+
+    Args:
+        gate_pre: [..., F], fp16, bf16, fp32 (or fp64 on CPU): the gate projection before silu.
+        up: [..., F], same shape and dtype.
+        z: [F], any floating dtype; 0/1 or any scale.
+
+    Returns:
+        [..., F] in the dtype of gate_pre. Arithmetic and the sum over tokens are fp32; the result
+        is the same on every run.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not match.
+    """
+    dtype = autocast_dtype(gate_pre)
+    if dtype is not None:
+        gate_pre, up = gate_pre.to(dtype), up.to(dtype)
+    expect(gate_pre.dim() > 0, f"gate_pre must be [..., F], got {list(gate_pre.shape)}")
+    expect(
+        up.shape == gate_pre.shape,
+        f"up has shape {list(up.shape)}, expected that of gate_pre, {list(gate_pre.shape)}",
+    )
+    check_gate(z, gate_pre.shape[-1], "one gate per channel", gate_pre=gate_pre, up=up)
+    width = gate_pre.shape[-1]
+    return _swiglu(gate_pre.reshape(-1, width), up.reshape(-1, width), z).view(gate_pre.shape)
+
+
+def gated_swiglu_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    z: Tensor,
+    *,
+    max_kept: int | None = None,
+) -> Tensor:
+    """The whole gated FFN with frozen weights: ((silu(x Wg^T) * (x Wu^T)) * z) Wd^T.
+
+    Work follows the mask: the down projection and da, du, dx run over channels with z != 0 only,
+    dh and dz over all (GRASPrune, arXiv 2604.19398, needs dz of dropped channels). Kept channels save
+    gate_pre and up for backward, dropped ones only their product; x is not saved. (1 + r) F columns
+    of matrix work instead of 2 F at a kept fraction r.
+
+    Args:
+        x: [..., d], fp16, bf16, fp32 (or fp64 on CPU).
+        w_gate, w_up: [F, d]; w_down: [d, F]; as in nn.Linear, same dtype as x, no gradient.
+        z: [F], any floating dtype; 0/1 or any scale.
+        max_kept: an upper bound on the number of non-zero z. Without it the op counts them, which
+            on CUDA waits for the device once per call; with it there is no host sync. Channels
+            beyond the bound would be lost: on CPU that raises, on CUDA it is not checked.
+
+    Returns:
+        [..., d] in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not match, or a weight requires grad.
+    """
+    for name, w in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
+        expect(
+            not (w.requires_grad and torch.is_grad_enabled()),
+            f"{name} requires grad, but gated_swiglu_ffn has no weight gradients: "
+            "freeze it (requires_grad_(False)) or use gated_swiglu between linear layers",
+        )
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, w_gate, w_up, w_down = (t.to(dtype) for t in (x, w_gate, w_up, w_down))
+    expect(
+        w_gate.dim() == 2 and x.dim() > 0 and x.shape[-1] == w_gate.shape[1],
+        f"x {list(x.shape)} and w_gate {list(w_gate.shape)} must be [..., d] and [F, d]",
+    )
+    width, size = w_gate.shape
+    expect(
+        w_up.shape == w_gate.shape,
+        f"w_up has shape {list(w_up.shape)}, expected that of w_gate, [{width}, {size}]",
+    )
+    expect(
+        tuple(w_down.shape) == (size, width),
+        f"w_down has shape {list(w_down.shape)}, expected [d, F] = [{size}, {width}] (as nn.Linear)",
+    )
+    expect(
+        max_kept is None or 0 <= max_kept <= width,
+        f"max_kept is {max_kept}, expected 0 to {width}",
+    )
+    check_gate(z, width, "one gate per channel", x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    flat = x.reshape(-1, size)
+    return _ffn(flat, w_gate, w_up, w_down, z, max_kept)[0].view(x.shape)
+
+
+# ---- registration: element-wise -------------------------------------------------------------
+
+
+@torch.library.custom_op("grasp::gated_swiglu", mutates_args=())
+def _swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
+    return reference.gated_swiglu(gate_pre, up, z).contiguous()
+
+
+@_swiglu.register_fake
+def _(gate_pre, up, z):
+    return gate_pre.new_empty(gate_pre.shape)
+
+
+@torch.library.custom_op("grasp::gated_swiglu_backward", mutates_args=())
+def _swiglu_backward(
+    grad: Tensor, gate_pre: Tensor, up: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_gate, d_up, dz = reference.swiglu_backward(grad, gate_pre, up, z)
+    return d_gate.contiguous(), d_up.contiguous(), dz
+
+
+@_swiglu_backward.register_fake
+def _(grad, gate_pre, up, z):
+    return gate_pre.new_empty(gate_pre.shape), up.new_empty(up.shape), z.new_empty(z.shape)
+
+
+def _save_swiglu(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+_swiglu.register_autograd(
+    lambda ctx, grad: _swiglu_backward(grad, *ctx.saved_tensors), setup_context=_save_swiglu
+)
+
+
+# ---- registration: FFN ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("grasp::gated_swiglu_ffn", mutates_args=())
+def _ffn(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, z: Tensor, max_kept: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [T, d] -> y [T, d]; and for backward: gate_pre, up [T, kept], dropped [T, F - kept], order [F]."""
+    order = torch.argsort(z == 0, stable=True)
+    kept = _kept(z, max_kept)
+    hidden, gate_pre, up, dropped = reference.swiglu_pack(x @ w_gate.T, x @ w_up.T, z, order, kept)
+    w_kept = w_down if kept == len(z) else w_down.index_select(1, order[:kept])
+    return hidden @ w_kept.T, gate_pre, up, dropped, order
+
+
+def _kept(z: Tensor, max_kept: int | None) -> int:
+    if max_kept is not None and z.is_cuda:
+        kept = max_kept
+    else:
+        kept = int(z.count_nonzero())
+        if max_kept is not None:
+            expect(
+                kept <= max_kept, f"z has {kept} non-zero entries, more than max_kept = {max_kept}"
+            )
+            kept = max_kept
+    return kept if kept < _COMPACT_BELOW * len(z) else len(z)
+
+
+@_ffn.register_fake
+def _(x, w_gate, w_up, w_down, z, max_kept):
+    tokens, width = x.shape[0], z.shape[0]
+    if max_kept is None:
+        kept = torch.library.get_ctx().new_dynamic_size()
+    else:
+        kept = max_kept if max_kept < _COMPACT_BELOW * width else width
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(tokens, kept),
+        x.new_empty(tokens, kept),
+        x.new_empty(tokens, width - kept),
+        z.new_empty(width, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("grasp::gated_swiglu_ffn_backward", mutates_args=())
+def _ffn_backward(
+    grad: Tensor,
+    gate_pre: Tensor,
+    up: Tensor,
+    dropped: Tensor,
+    order: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    z: Tensor,
+) -> tuple[Tensor, Tensor]:
+    d_hidden, dz = reference.swiglu_pack_backward(grad @ w_down, gate_pre, up, dropped, z, order)
+    index = order[: gate_pre.shape[1]]
+    weights = torch.cat([w_gate.index_select(0, index), w_up.index_select(0, index)])
+    return d_hidden @ weights, dz
+
+
+@_ffn_backward.register_fake
+def _(grad, gate_pre, up, dropped, order, w_gate, w_up, w_down, z):
+    return grad.new_empty(grad.shape), z.new_empty(z.shape)
+
+
+def _save_ffn(ctx, inputs, output):
+    _, w_gate, w_up, w_down, z, _ = inputs
+    _, gate_pre, up, dropped, order = output
+    ctx.mark_non_differentiable(gate_pre, up, dropped, order)
+    ctx.save_for_backward(gate_pre, up, dropped, order, w_gate, w_up, w_down, z)
+
+
+def _ffn_vjp(ctx, grad, *_):
+    dx, dz = _ffn_backward(grad, *ctx.saved_tensors)
+    return dx, None, None, None, dz, None
+
+
+_ffn.register_autograd(_ffn_vjp, setup_context=_save_ffn)

@@ -1,0 +1,162 @@
+"""Perplexity against the definition, its windows, and its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grasp import evaluate
+from grasp.data import Corpus
+from grasp.errors import GraspError
+from grasp.evaluate import perplexity
+
+
+def corpus_of(tokens: int, seed: int = 0) -> Corpus:
+    ids = torch.randint(256, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return Corpus("notes", ids, sha256="ab" * 32, split="test")
+
+
+@torch.no_grad()
+def nll_by_definition(model, windows: list[torch.Tensor]) -> float:
+    """Mean of -log p(token | the tokens before it in its window), in double precision."""
+    terms = []
+    for ids in windows:
+        log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+        terms += [-log_p[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
+    return math.fsum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_the_definition(family):
+    model, corpus = tiny_model(family), corpus_of(100)
+    result = perplexity(model, corpus, seq_len=32)
+    expected = nll_by_definition(model, list(corpus.ids[:96].view(3, 32)))
+    assert result.nll == pytest.approx(expected, rel=1e-6)
+    assert result.value == pytest.approx(math.exp(expected), rel=1e-6)
+    assert (result.windows, result.tokens, result.seq_len) == (3, 3 * 31, 32)
+
+
+def test_with_bos_a_window_has_one_token_of_text_less():
+    model, corpus = tiny_model("llama"), corpus_of(62)
+    result = perplexity(model, corpus, seq_len=32, bos=True)
+    bos = torch.tensor([model.config.bos_token_id])
+    windows = [torch.cat([bos, part]) for part in corpus.ids.view(2, 31)]
+    assert result.nll == pytest.approx(nll_by_definition(model, windows), rel=1e-6)
+    assert (result.windows, result.tokens, result.bos) == (2, 62, True)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    tokens=st.integers(2, 200),
+    seq_len=st.integers(2, 64),
+    windows=st.none() | st.integers(1, 5),
+    batch_size=st.integers(1, 4),
+)
+def test_batches_and_slices_of_logits_do_not_change_the_result(
+    tokens, seq_len, windows, batch_size
+):
+    model, corpus = tiny_model("llama", layers=1), corpus_of(tokens)
+    available = tokens // seq_len
+    if available < (windows or 1):
+        with pytest.raises(GraspError, match=f"{tokens} tokens, {available} windows of {seq_len}"):
+            perplexity(model, corpus, seq_len=seq_len, windows=windows)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "LOGIT_ROWS", 7)
+        result = perplexity(model, corpus, seq_len=seq_len, windows=windows, batch_size=batch_size)
+    whole = perplexity(model, corpus, seq_len=seq_len, windows=windows)
+    assert result.windows == min(available, windows or available)
+    assert result.windows_available == available
+    assert result.nll == pytest.approx(whole.nll, rel=1e-6)
+
+
+def test_a_bf16_model_is_scored_in_fp32():
+    model, corpus = tiny_model("llama", dtype=torch.bfloat16), corpus_of(64)
+    result = perplexity(model, corpus, seq_len=64)
+    assert result.nll == pytest.approx(nll_by_definition(model, [corpus.ids]), rel=1e-6)
+    assert result.dtype == "bfloat16"
+
+
+def test_the_result_states_every_setting():
+    seen = []
+    result = perplexity(
+        tiny_model("llama"),
+        corpus_of(300),
+        seq_len=64,
+        windows=3,
+        batch_size=2,
+        progress=lambda *p: seen.append(p),
+    )
+    assert seen == [(2, 3), (3, 3)]
+    assert str(result) == (
+        f"perplexity {result.value:.2f} on notes, split test: sequence length 64, "
+        "the first 3 of 4 windows, no BOS, float32 model, fp32 loss"
+    )
+    stated = json.loads(json.dumps(result.to_json()))
+    assert stated | {"value": 0, "nll": 0} == {
+        "value": 0,
+        "nll": 0,
+        "tokens": 189,
+        "windows": 3,
+        "windows_available": 4,
+        "seq_len": 64,
+        "bos": False,
+        "dtype": "float32",
+        "data": "notes",
+        "split": "test",
+        "sha256": "ab" * 32,
+    }
+
+
+def test_the_default_length_is_2048_or_the_models_limit():
+    assert perplexity(tiny_model("llama"), corpus_of(300)).seq_len == 256
+    long = tiny_model("llama", layers=1, max_position_embeddings=4096)
+    assert perplexity(long, corpus_of(3000)).seq_len == 2048
+
+
+def test_the_model_comes_back_as_it_was():
+    model = tiny_model("llama").train()
+    perplexity(model, corpus_of(64), seq_len=32)
+    assert model.training
+    with pytest.raises(GraspError):
+        perplexity(model, corpus_of(10), seq_len=32)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 257}, "--seq-len 257 is outside what this model takes: 2 to 256"),
+        ({"seq_len": 1}, "--seq-len 1 is outside"),
+        ({"seq_len": 64, "windows": 0}, "--windows 0 is no window: ask for at least 1"),
+        ({"seq_len": 64, "windows": 9}, "300 tokens, 4 windows of 64; 9 need 576 tokens: ask for"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(GraspError, match=message):
+        perplexity(tiny_model("llama"), corpus_of(300), **options)
+
+
+def test_a_loss_that_is_not_finite():
+    model = tiny_model("llama")
+    model.lm_head.weight[:] = math.nan
+    with pytest.raises(GraspError, match=r"the loss is nan after window 1 of 2: .* --dtype fp32"):
+        perplexity(model, corpus_of(64), seq_len=32)
+
+
+def test_the_wrong_tokenizer():
+    corpus = Corpus("notes", torch.full((64,), 999), sha256="")
+    with pytest.raises(GraspError, match="token 999 of notes is not in the model's vocabulary"):
+        perplexity(tiny_model("llama"), corpus, seq_len=32)
+
+
+def test_no_bos_to_put():
+    model = tiny_model("llama", bos_token_id=None)
+    with pytest.raises(GraspError, match="--bos: this model has no BOS token"):
+        perplexity(model, corpus_of(64), seq_len=32, bos=True)

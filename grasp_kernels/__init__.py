@@ -1,4 +1,5 @@
-"""Gated ops for structured pruning: one gate per FFN channel and per KV group, and the exact budget projection.
+"""Gated ops for structured pruning: a gate per FFN channel and per KV group, and the projection
+of their scores onto an exact budget.
 
 Every op runs on CPU tensors through plain PyTorch and on CUDA tensors through Triton kernels.
 """

@@ -1,4 +1,7 @@
-"""Argument checks that the public ops share. A message names the value, what was expected, and the fix."""
+"""Argument checks that the public ops share.
+
+A message names the value, what was expected, and the fix.
+"""
 
 import torch
 from torch import Tensor

@@ -26,12 +26,13 @@ def budget_topk(
     floor: Tensor | None = None,
     tie_rank: Tensor | None = None,
 ) -> Selection:
-    """Keep the highest scores within a budget of integer costs (GRASPrune, arXiv 2604.19398, projection).
+    """Keep the highest scores within a budget of integer costs.
 
-    The result is that of a sequential greedy scan, in every case. Units of `floor` are kept and
-    their cost is reserved first. The others follow by (score descending, tie_rank ascending): a unit
-    that still fits is kept, one that does not is skipped and the scan goes on, so that what the
-    last big unit leaves over is filled. A unit of cost 0 is always kept.
+    This is the projection of GRASPrune (arXiv 2604.19398), with floors inside the budget and the
+    leftover filled: in every case the result of a sequential greedy scan. Units of `floor` are
+    kept and their cost is reserved first. The others follow by (score descending, tie_rank
+    ascending): a unit that still fits is kept, one that does not is skipped and the scan goes on.
+    A unit of cost 0 is always kept.
 
     Args:
         scores: [N], any floating dtype; ranked as fp32, -0 equal to +0, NaN lowest.
@@ -46,9 +47,9 @@ def budget_topk(
         A `Selection`: mask, indices, count and cost.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not match. On CPU also a negative cost, a
-        budget below the floors' cost, and a tie_rank that is no permutation. CUDA does not check
-        these three, since to look at values would be a host sync: over-budget floors are kept alone.
+        ValueError, TypeError: shapes, dtypes or devices do not match. On CPU also a negative cost,
+        a budget below the floors' cost, and a tie_rank that is no permutation. CUDA does not check
+        these three, since to look at values is a host sync: floors over budget are kept alone.
     """
     expect(scores.dim() == 1, f"scores has shape {list(scores.shape)}, expected [N]")
     if not scores.is_floating_point():

@@ -27,12 +27,10 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_gate_pre, d_up [T, F] and dz [F] of `gated_swiglu` on [T, F] inputs."""
     g, a, u, z_wide = _wide(grad), _wide(gate_pre), _wide(up), _wide(z)
-    sigmoid = torch.sigmoid(a)
-    silu = a * sigmoid
-    dz = (g * silu * u).sum(0)
-    g = g * z_wide
-    d_gate = g * u * (sigmoid + silu * (1 - sigmoid))
-    return d_gate.to(gate_pre.dtype), (g * silu).to(up.dtype), dz.to(z.dtype)
+    d_silu_up = g * F.silu(a)
+    dz = (d_silu_up * u).sum(0)
+    d_gate = torch.ops.aten.silu_backward(g * u * z_wide, a)
+    return d_gate.to(gate_pre.dtype), (d_silu_up * z_wide).to(up.dtype), dz.to(z.dtype)
 
 
 def swiglu_pack(
@@ -43,13 +41,13 @@ def swiglu_pack(
     Returns the gated hidden state of the kept channels and what backward needs: their gate_pre and
     up, all [T, kept], and silu(gate_pre) * up of the dropped ones [T, F - kept].
     """
+    if kept == len(z):
+        return gated_swiglu(gate_pre, up, z), gate_pre, up, gate_pre.new_empty(len(gate_pre), 0)
     index, rest = order[:kept], order[kept:]
     a, u = gate_pre.index_select(1, index), up.index_select(1, index)
     hidden = gated_swiglu(a, u, z[index])
-    dropped = gated_swiglu(
-        gate_pre.index_select(1, rest), up.index_select(1, rest), torch.ones_like(z[rest])
-    )
-    return hidden, a, u, dropped
+    dropped = _wide(gate_pre.index_select(1, rest)), _wide(up.index_select(1, rest))
+    return hidden, a, u, (F.silu(dropped[0]) * dropped[1]).to(up.dtype)
 
 
 def swiglu_pack_backward(
@@ -61,6 +59,9 @@ def swiglu_pack_backward(
     takes and returns them.
     """
     kept = gate_pre.shape[1]
+    if kept == len(z):
+        d_gate, d_up, dz = swiglu_backward(grad, gate_pre, up, z)
+        return torch.cat([d_gate, d_up], 1), dz
     index, rest = order[:kept], order[kept:]
     d_gate, d_up, dz_kept = swiglu_backward(grad.index_select(1, index), gate_pre, up, z[index])
     dz_dropped = (_wide(grad.index_select(1, rest)) * _wide(dropped)).sum(0)
@@ -82,8 +83,9 @@ def gated_attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Grouped-query attention times the gate of each KV group; q [B, H, S, D], k and v [B, K, S, D], z [K].
+    """Grouped-query attention times the gate of each KV group.
 
+    q [B, H, S, D]; k, v [B, K, S, D]; z [K].
     `key_mask` [B, S] is True where a key may be attended to. A query without any key gives 0.
     """
     heads, kv_heads, length = q.shape[1], k.shape[1], q.shape[2]

@@ -7,16 +7,18 @@ from grasp_kernels import reference
 from grasp_kernels._checks import autocast_dtype, check_gate, expect
 
 # Above this kept fraction the saved matrix work no longer pays for the copies.
-_COMPACT_BELOW = 0.95
+_COMPACT_BELOW = 0.9
 
 
 def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
     """silu(gate_pre) * up * z, and all three gradients in one pass.
 
-    With s = silu(a) and dh the gradient of the output (GRASPrune, arXiv 2604.19398, gates on the
-    FFN channels):
+    The gate of an FFN channel in GRASPrune (arXiv 2604.19398). With a = gate_pre, u = up,
+    s = silu(a) and dh the gradient of the output:
 
-        d_gate_pre = dh * z * u * silu'(a)     d_up = dh * z * s     dz_j = sum_t dh_tj * s_tj * u_tj
+        d_gate_pre = dh * z * u * silu'(a)
+        d_up       = dh * z * s
+        dz_j       = sum_t dh_tj * s_tj * u_tj
 
     dz is exact for channels with z = 0 too, so a dropped channel can learn its way back.
 
@@ -57,9 +59,9 @@ def gated_swiglu_ffn(
     """The whole gated FFN with frozen weights: ((silu(x Wg^T) * (x Wu^T)) * z) Wd^T.
 
     Work follows the mask: the down projection and da, du, dx run over channels with z != 0 only,
-    dh and dz over all (GRASPrune, arXiv 2604.19398, needs dz of dropped channels). Kept channels save
-    gate_pre and up for backward, dropped ones only their product; x is not saved. (1 + r) F columns
-    of matrix work instead of 2 F at a kept fraction r.
+    dh and dz over all, since the straight-through gates of GRASPrune (arXiv 2604.19398) need dz of
+    dropped channels too. Kept channels save gate_pre and up for backward, dropped ones only
+    silu(gate_pre) * up; x is not saved.
 
     Args:
         x: [..., d], fp16, bf16, fp32 (or fp64 on CPU).
@@ -95,7 +97,7 @@ def gated_swiglu_ffn(
     )
     expect(
         tuple(w_down.shape) == (size, width),
-        f"w_down has shape {list(w_down.shape)}, expected [d, F] = [{size}, {width}] (as nn.Linear)",
+        f"w_down has shape {list(w_down.shape)}, expected [d, F] = [{size}, {width}]",
     )
     expect(
         max_kept is None or 0 <= max_kept <= width,
@@ -148,8 +150,8 @@ _swiglu.register_autograd(
 def _ffn(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, z: Tensor, max_kept: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [T, d] -> y [T, d]; and for backward: gate_pre, up [T, kept], dropped [T, F - kept], order [F]."""
-    order = torch.argsort(z == 0, stable=True)
+    """x [T, d] -> y [T, d]; for backward: gate_pre, up [T, k], dropped [T, F - k], order [F]."""
+    order = torch.argsort(z == 0, stable=True)  # kept channels first
     kept = _kept(z, max_kept)
     hidden, gate_pre, up, dropped = reference.swiglu_pack(x @ w_gate.T, x @ w_up.T, z, order, kept)
     w_kept = w_down if kept == len(z) else w_down.index_select(1, order[:kept])
@@ -157,16 +159,17 @@ def _ffn(
 
 
 def _kept(z: Tensor, max_kept: int | None) -> int:
-    if max_kept is not None and z.is_cuda:
-        kept = max_kept
-    else:
-        kept = int(z.count_nonzero())
-        if max_kept is not None:
-            expect(
-                kept <= max_kept, f"z has {kept} non-zero entries, more than max_kept = {max_kept}"
-            )
-            kept = max_kept
-    return kept if kept < _COMPACT_BELOW * len(z) else len(z)
+    """How many channels of the order to compute; syncs with a GPU only where no bound is given."""
+    if max_kept is None:
+        return _or_all(int(z.count_nonzero()), len(z))
+    if not z.is_cuda:
+        count = int(z.count_nonzero())
+        expect(count <= max_kept, f"z has {count} non-zero entries, max_kept allows {max_kept}")
+    return _or_all(max_kept, len(z))
+
+
+def _or_all(kept: int, width: int) -> int:
+    return kept if kept < _COMPACT_BELOW * width else width
 
 
 @_ffn.register_fake
@@ -175,7 +178,7 @@ def _(x, w_gate, w_up, w_down, z, max_kept):
     if max_kept is None:
         kept = torch.library.get_ctx().new_dynamic_size()
     else:
-        kept = max_kept if max_kept < _COMPACT_BELOW * width else width
+        kept = _or_all(max_kept, width)
     return (
         x.new_empty(x.shape),
         x.new_empty(tokens, kept),
@@ -198,9 +201,10 @@ def _ffn_backward(
     z: Tensor,
 ) -> tuple[Tensor, Tensor]:
     d_hidden, dz = reference.swiglu_pack_backward(grad @ w_down, gate_pre, up, dropped, z, order)
-    index = order[: gate_pre.shape[1]]
-    weights = torch.cat([w_gate.index_select(0, index), w_up.index_select(0, index)])
-    return d_hidden @ weights, dz
+    kept = gate_pre.shape[1]
+    if kept < len(z):
+        w_gate, w_up = (w.index_select(0, order[:kept]) for w in (w_gate, w_up))
+    return d_hidden @ torch.cat([w_gate, w_up]), dz
 
 
 @_ffn_backward.register_fake

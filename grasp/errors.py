@@ -2,4 +2,4 @@
 
 
 class GraspError(Exception):
-    """A user's mistake or a limit of the machine: names the value, what was expected, and the fix."""
+    """A user's mistake or a machine's limit: names the value, what was expected, and the fix."""

@@ -1,0 +1,69 @@
+"""Fold: cut the dropped units out of the weights and multiply the kept units' scales in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.projection import Mask
+from grasp.units import UnitSpace, decoder_layers
+
+
+@torch.no_grad()
+def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
+    """Slice the model in place to the kept units: a dense model with widths of its own per layer."""
+    layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
+    for modules, units, (ffn, kv) in layers:
+        device = modules.mlp.gate_proj.weight.device
+        ffn, kv = ffn.to(device), kv.to(device)
+        for projection in (modules.mlp.gate_proj, modules.mlp.up_proj):
+            _keep_rows(projection, ffn)
+        _keep_columns(modules.mlp.down_proj, ffn)
+
+        heads = _expand(kv, units.group_size)
+        q_rows, kv_rows = _expand(heads, units.head_dim), _expand(kv, units.head_dim)
+        attention = modules.attention
+        _keep_rows(attention.q_proj, q_rows)
+        _keep_rows(attention.k_proj, kv_rows)
+        _keep_rows(attention.v_proj, kv_rows)
+        _keep_columns(attention.o_proj, q_rows)
+
+
+@torch.no_grad()
+def fold_scales(model: PreTrainedModel, scales: Tensor) -> None:
+    """Multiply one scale per unit of this model (fp32, [units]) into down_proj and o_proj."""
+    space = UnitSpace.of(model)
+    for modules, (index, ffn, kv) in zip(decoder_layers(model), space.segments(), strict=True):
+        units = space.layers[index]
+        per_head_dim = scales[kv].repeat_interleave(units.group_size * units.head_dim)
+        _scale_columns(modules.mlp.down_proj, scales[ffn])
+        _scale_columns(modules.attention.o_proj, per_head_dim)
+
+
+def _expand(index: Tensor, width: int) -> Tensor:
+    """Indices of blocks of `width` rows to indices of the rows."""
+    return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
+
+
+def _keep_rows(linear: Any, rows: Tensor) -> None:
+    linear.weight = _frozen(linear.weight[rows])
+    if linear.bias is not None:
+        linear.bias = _frozen(linear.bias[rows])
+    linear.out_features = len(rows)
+
+
+def _keep_columns(linear: Any, columns: Tensor) -> None:
+    linear.weight = _frozen(linear.weight[:, columns])
+    linear.in_features = len(columns)
+
+
+def _scale_columns(linear: Any, scale: Tensor) -> None:
+    scaled = linear.weight.float() * scale.to(linear.weight.device)
+    linear.weight.copy_(scaled.to(linear.weight.dtype))
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.contiguous(), requires_grad=False)

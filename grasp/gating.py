@@ -1,0 +1,101 @@
+"""Gates on a live model: one number per unit, multiplied into what enters `down_proj` and `o_proj`.
+
+`with gated(model, space) as gates:` patches this instance only, and leaves it as it was: FFN modules
+get an instance-level `forward`, attention runs through a function registered with transformers'
+AttentionInterface, so no model family's attention code is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from grasp.units import UnitSpace, decoder_layers
+from grasp_kernels import gated_swiglu_ffn
+
+GateSite = Literal["output", "kv"]
+ATTENTION = "grasp_gated"
+
+
+class Gates:
+    """The gates of a patched model. Values keep their graph, so gradients reach every unit."""
+
+    def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite):
+        self._modules = decoder_layers(model)
+        self._sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+        self._dtype = model.dtype
+        self._site = site
+        self.set(torch.ones(space.size, device=model.device))
+
+    def set(self, values: Tensor) -> None:
+        """Values of all gates, [units] in the order of UnitSpace: 0/1 masks or any scales."""
+        pieces = iter(values.to(self._dtype).split(self._sizes))
+        for modules in self._modules:
+            modules.mlp.grasp_gate = next(pieces)
+            modules.attention.grasp_gate = (next(pieces), self._site)
+
+
+@contextmanager
+def gated(
+    model: PreTrainedModel, space: UnitSpace, site: GateSite = "output"
+) -> Iterator[Gates]:
+    """Gates of 1 on every unit of `model`, taken off again on leaving.
+
+    `site="kv"` multiplies the gate into K (after RoPE) and V, as the published code does, instead
+    of into the attention's output: the same forward for a hard mask, another gradient.
+    """
+    before = model.config._attn_implementation
+    modules = decoder_layers(model)
+    gates = Gates(model, space, site)
+    try:
+        model.set_attn_implementation(ATTENTION)
+        for m in modules:
+            m.mlp.forward = _ffn_forward(m.mlp)
+        yield gates
+    finally:
+        model.set_attn_implementation(before)
+        for m in modules:
+            m.mlp.__dict__.pop("forward", None)
+            del m.mlp.grasp_gate, m.attention.grasp_gate
+
+
+def _ffn_forward(mlp: Any) -> Any:
+    projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    fused = isinstance(mlp.act_fn, nn.SiLU) and all(p.bias is None for p in projections)
+
+    def forward(x: Tensor) -> Tensor:
+        if fused:
+            return gated_swiglu_ffn(x, *(p.weight for p in projections), mlp.grasp_gate)
+        hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(hidden * mlp.grasp_gate)
+
+    return forward
+
+
+def _attention_forward(
+    module: Any,
+    query: Tensor,  # [B, H, S, D]
+    key: Tensor,  # [B, K, S, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    gate, site = module.grasp_gate
+    if site == "kv":
+        per_group = gate[:, None, None]
+        key, value = key * per_group, value * per_group
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if site == "output":  # out: [B, S, H, D]
+        out = out * gate.repeat_interleave(out.shape[2] // len(gate))[:, None]
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

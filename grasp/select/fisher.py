@@ -1,0 +1,37 @@
+"""Fisher information of the gates: how sharply the loss reacts to each unit, one backward a sample.
+
+F_i = sum over samples of (dL/dz_i)^2 at z = 1. A KV group's value is divided by its cost relative
+to a channel's, so that groups and channels compete per parameter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.gating import gated
+from grasp.training import Journal, next_token_loss
+from grasp.units import FFN_COST, UnitSpace
+
+
+def fisher_scores(
+    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """fp32 [units] on the model's device; blocks: int64 [samples, seq_len], one backward each."""
+    done = journal.load()
+    if done is not None:
+        return done["fisher"].to(model.device)
+    z = torch.ones(space.size, device=model.device, requires_grad=True)
+    fisher = torch.zeros_like(z, requires_grad=False)
+    with gated(model, space) as gates:
+        for step, block in enumerate(blocks):
+            gates.set(z)
+            loss = next_token_loss(model, block[None].to(z.device))
+            (grad,) = torch.autograd.grad(loss, z)
+            fisher += grad**2
+            journal.progress(step + 1, len(blocks), loss.item(), block.numel())
+    for index, _, kv in space.segments():
+        fisher[kv] *= FFN_COST / space.layers[index].kv_cost
+    journal.save(lambda: {"fisher": fisher}, final=True)
+    return fisher

@@ -1,0 +1,94 @@
+"""GRASPrune's selector: scores learn under the hard budget, by a straight-through estimator.
+
+Source: arXiv 2604.19398, section 3. Every step projects the scores to a hard mask m; the gates are
+z = m + p - stop_grad(p) with p = sigmoid(s / tau), so the forward pass sees the pruned model and
+every unit, dropped ones too, receives dL/ds = dL/dz * p (1 - p) / tau.
+
+Beyond the paper, each measured in benchmarks/ablation: scores start from the ranked Fisher values
+of the gates, and the budget shrinks from everything to its limit over the first part of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.gating import GateSite, gated
+from grasp.projection import Projection
+from grasp.training import Journal, TrainSettings, train_gates
+
+TAU = 1.5
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """`anneal` is the part of the steps over which the budget shrinks (0: full pressure at once)."""
+
+    train: TrainSettings
+    anneal: float = 0.5
+    gate_site: GateSite = "output"
+
+
+def learn_scores(
+    model: PreTrainedModel,
+    projection: Projection,
+    start: Tensor,
+    blocks: Tensor,
+    settings: LearnSettings,
+    journal: Journal,
+) -> Tensor:
+    """Learned scores, fp32 [units]; `start` is where they begin, blocks int64 [samples, seq_len]."""
+    space, whole = projection.space, projection.budget.cost(projection.space)
+    mask = torch.ones(space.size, dtype=torch.bool, device=start.device)
+
+    def straight_through(scores: Tensor, progress: float) -> Tensor:
+        nonlocal mask
+        limit = annealed(projection.limit, whole, progress, settings.anneal)
+        mask = projection(scores, limit)
+        p = torch.sigmoid(scores / TAU)
+        return mask + (p - p.detach())
+
+    with gated(model, space, settings.gate_site) as gates:
+        return train_gates(
+            model,
+            gates,
+            start,
+            straight_through,
+            blocks,
+            settings.train,
+            journal,
+            info=lambda: kept_by_kind(projection, mask),
+        )
+
+
+def annealed(limit: int, whole: int, progress: float, anneal: float) -> int:
+    """Budget at `progress` in [0, 1): from `whole` down to `limit` along a cubic, then constant."""
+    if progress >= anneal:
+        return limit
+    return limit + int((whole - limit) * (1 - progress / anneal) ** 3)
+
+
+def kept_by_kind(projection: Projection, mask: Tensor) -> dict[str, Any]:
+    """Kept FFN channels and KV groups, and their cost beside the budget's limit."""
+    counts = [int(mask[s.units].sum()) for s in projection.budget.segments(projection.space)]
+    costs = [s.unit_cost for s in projection.budget.segments(projection.space)]
+    return {
+        "ffn": sum(counts[::2]),
+        "kv": sum(counts[1::2]),
+        "cost": sum(n * c for n, c in zip(counts, costs, strict=True)),
+        "limit": projection.limit,
+    }
+
+
+def ranked(importance: Tensor) -> Tensor:
+    """Scores in [-1, 1], evenly spaced in the order of `importance`."""
+    scores = torch.empty_like(importance)
+    scores[importance.argsort(stable=True)] = torch.linspace(
+        -1, 1, len(importance), device=importance.device
+    )
+    return scores
+

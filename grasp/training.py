@@ -1,0 +1,138 @@
+"""One training loop for everything that lives on gates: AdamW on one small vector, model frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.errors import GraspError
+from grasp.gating import Gates
+
+READ_EVERY = 10  # steps between reads of the loss from an accelerator
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    epochs: int
+    batch_size: int = 1
+    accumulate: int = 1
+    lr: float = 1e-2
+    seed: int = 0
+
+
+class Journal:
+    """Where a stage reports and keeps its resumable state. This one keeps nothing."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The last saved state of this stage, if any."""
+        return None
+
+    def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
+        """Called after every read step; keeps the state when it is time to."""
+
+    def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
+        """`step` of `total` done, with the mean loss and the tokens seen since the last call."""
+
+
+def train_gates(
+    model: PreTrainedModel,
+    gates: Gates,
+    theta: Tensor,
+    gate_values: Callable[[Tensor, float], Tensor],
+    blocks: Tensor,
+    settings: TrainSettings,
+    journal: Journal,
+    info: Callable[[], dict[str, Any]] = dict,
+) -> Tensor:
+    """Minimise the next-token loss over `theta` (fp32 [units]); returns it, trained.
+
+    `gate_values(theta, progress)` gives the gates, progress running over [0, 1). `blocks` is int64
+    [samples, seq_len]; each epoch visits all of them in an order of its own, fixed by the seed.
+    AdamW with betas (0.9, 0.99), no decay, constant rate (GRASPrune, section 4.1). `info` adds to
+    the log. Raises GraspError when the loss is not finite. Same state, same order, same result:
+    a run that resumes from its journal ends where an uninterrupted one does, bit for bit.
+    """
+    theta = theta.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([theta], lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    per_step = settings.batch_size * settings.accumulate
+    order = torch.cat([_epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
+    steps = math.ceil(len(order) / per_step)
+
+    start = _restore(theta, optimizer, journal.load())
+    read_every = 1 if theta.device.type == "cpu" else READ_EVERY
+    losses: list[Tensor] = []
+    for step in range(start, steps):
+        chosen = order[step * per_step : (step + 1) * per_step]
+        values = gate_values(theta, step / steps)
+        z = values.detach().requires_grad_()  # gathers the gradient of all parts of the batch
+        loss = torch.zeros((), device=theta.device)
+        for part in chosen.split(settings.batch_size):
+            gates.set(z)
+            batch = blocks[part].to(theta.device)
+            part_loss = next_token_loss(model, batch) * (len(part) / len(chosen))
+            part_loss.backward()
+            loss += part_loss.detach()
+        values.backward(z.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+        if len(losses) == read_every or step + 1 == steps:
+            mean = _finite_mean(losses, step, settings)
+            tokens = len(losses) * per_step * blocks.shape[1]
+            journal.progress(step + 1, steps, mean, tokens, **info())
+            losses.clear()
+            journal.save(lambda done=step + 1: _state(theta, optimizer, done))  # type: ignore[misc]
+    return theta.detach()
+
+
+def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len]."""
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(samples, generator=generator)
+
+
+def _finite_mean(losses: list[Tensor], step: int, settings: TrainSettings) -> float:
+    values: list[float] = torch.stack(losses).tolist()  # the only host sync of the loop
+    for back, value in enumerate(reversed(values)):
+        if not math.isfinite(value):
+            raise GraspError(
+                f"the loss is {value} at step {step - back + 1}: try a smaller --lr (now "
+                f"{settings.lr:g}) or --dtype fp32, and check that the dense model's loss is finite"
+            )
+    return sum(values) / len(values)
+
+
+def _state(theta: Tensor, optimizer: torch.optim.Optimizer, done: int) -> dict[str, Tensor]:
+    adam = optimizer.state[theta]
+    return {
+        "theta": theta.detach(),
+        "exp_avg": adam["exp_avg"],
+        "exp_avg_sq": adam["exp_avg_sq"],
+        "step": torch.tensor(done),
+    }
+
+
+def _restore(
+    theta: Tensor, optimizer: torch.optim.Optimizer, state: dict[str, Tensor] | None
+) -> int:
+    """Put a saved state back; returns the number of steps it had done."""
+    if state is None:
+        return 0
+    with torch.no_grad():
+        theta.copy_(state["theta"])
+    optimizer.state[theta] = {
+        "step": state["step"].float(),
+        "exp_avg": state["exp_avg"].to(theta.device),
+        "exp_avg_sq": state["exp_avg_sq"].to(theta.device),
+    }
+    return int(state["step"])

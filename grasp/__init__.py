@@ -1,1 +1,37 @@
-"""grasp: structured pruning of large language models under an exact budget."""
+"""grasp: structured pruning of large language models under an exact budget.
+
+    import grasp
+
+    grasp.plan("MODEL", keep=0.5)                       # what it will cost and give
+    grasp.prune("MODEL", keep=0.5, out="DIR")           # a smaller dense checkpoint in DIR
+    model, tokenizer = grasp.load("DIR")
+
+Importing grasp also lets transformers' Auto classes load pruned checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+_HOMES = {
+    "GraspError": "grasp.errors",
+    "evaluate": "grasp.evaluate",
+    "load": "grasp.models",
+    "plan": "grasp.plan",
+    "prune": "grasp.prune",
+    "verify": "grasp.checkpoint.verify",
+}
+__all__ = sorted(_HOMES)
+
+# The command line loads what each verb needs: `grasp plan` answers without importing torch.
+if Path(sys.argv[0]).stem != "grasp":
+    import_module("grasp.checkpoint.modeling_grasp")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'grasp' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

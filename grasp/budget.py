@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from grasp.errors import GraspError
 from grasp.units import FFN_COST, LayerUnits, UnitSpace
@@ -41,6 +41,25 @@ class Budget:
     ffn_multiple: int = 32
     kv_multiple: int = 1
     layout: Layout = "per-layer"
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        keep: float | None = None,
+        params: float | None = None,
+        kv_cache: float | None = None,
+        **widths: Any,
+    ) -> Budget:
+        """A budget of exactly one kind, keep=0.5 where none is given. Raises GraspError."""
+        given: list[tuple[Kind, float]] = []
+        for kind, asked in (("keep", keep), ("params", params), ("kv_cache", kv_cache)):
+            if asked is not None:
+                given.append((cast(Kind, kind), asked))
+        if len(given) > 1:
+            options = " and ".join("--" + kind.replace("_", "-") for kind, _ in given)
+            raise GraspError(f"{options} are two budgets: give one of them")
+        return cls(*(given[0] if given else ("keep", 0.5)), **widths)
 
     def unit_costs(self, layer: LayerUnits) -> tuple[int, int]:
         """(cost of an FFN channel, cost of a KV group) in the measure that this budget limits."""

@@ -16,7 +16,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class Corpus:
     ids: Tensor = field(repr=False)
     sha256: str
     split: str | None = None  # of a hub data set
+
+    @classmethod
+    def written_by_model(cls, ids: Tensor) -> Corpus:
+        return cls("self", ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
 
     @property
     def tokens(self) -> int:
@@ -109,8 +113,7 @@ def sample_corpus(
         written.append(_sample(model, start, rows, seq_len, generator))
         if progress:
             progress(first + rows, samples)
-    ids = torch.cat(written).flatten()
-    return Corpus("self", ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+    return Corpus.written_by_model(torch.cat(written).flatten())
 
 
 @torch.no_grad()
@@ -148,8 +151,21 @@ def token_blocks(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Te
             f"too little text: {corpus.name} has {corpus.tokens:,} tokens, {available:,} blocks of "
             f"{seq_len}; --samples {samples} needs {samples * seq_len:,} tokens: {fix} or more text"
         )
+    return _shuffled_blocks(corpus, seq_len, seed)[:samples]
+
+
+def unused_text(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Corpus | None:
+    """The blocks that `token_blocks` leaves out, to evaluate on; None where it takes them all."""
+    ids = _shuffled_blocks(corpus, seq_len, seed)[samples:].flatten()
+    if not len(ids):
+        return None
+    return replace(corpus, name=f"{corpus.name}, blocks not calibrated on", ids=ids)
+
+
+def _shuffled_blocks(corpus: Corpus, seq_len: int, seed: int) -> Tensor:
+    available = corpus.tokens // seq_len
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return corpus.ids[: available * seq_len].view(available, seq_len)[order[:samples]]
+    return corpus.ids[: available * seq_len].view(available, seq_len)[order]
 
 
 def read_text(spec: str, *, text_field: str = "text", split: str = "train") -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grasp.data import Corpus, Progress
 from grasp.errors import GraspError
+from grasp.models import load_model, pick_device
 
 DEFAULT_SEQ_LEN = 2048
 LOGIT_ROWS = 1024  # rows of logits upcast to fp32 at a time
@@ -101,6 +102,38 @@ def perplexity(
         data=corpus.name,
         split=corpus.split,
         sha256=corpus.sha256,
+    )
+
+
+def evaluate(
+    model: str,
+    text: str,
+    *,
+    text_field: str = "text",
+    seq_len: int | None = None,
+    windows: int | None = None,
+    bos: bool = False,
+    batch_size: int = 1,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """fp32 perplexity of a model or checkpoint on a text, both named as on the command line."""
+    loaded, tokenizer = load_model(
+        model,
+        dtype=torch.float32,
+        device=pick_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    corpus = read_corpus(text, tokenizer, text_field=text_field, split="test")
+    return perplexity(
+        loaded,
+        corpus,
+        seq_len=seq_len,
+        windows=windows,
+        batch_size=batch_size,
+        bos=bos,
+        progress=progress,
     )
 
 

@@ -43,9 +43,7 @@ class Gates:
 
 
 @contextmanager
-def gated(
-    model: PreTrainedModel, space: UnitSpace, site: GateSite = "output"
-) -> Iterator[Gates]:
+def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -> Iterator[Gates]:
     """Gates of 1 on every unit of `model`, taken off again on leaving.
 
     `site="kv"` multiplies the gate into K (after RoPE) and V, as the published code does, instead

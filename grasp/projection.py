@@ -88,7 +88,8 @@ class Projection:
         waiting: dict[int, list[int]] = {}
         for k, rank in sorted(zip(kind, lowest, strict=True), reverse=True):
             waiting.setdefault(k, []).append(rank)
-        self._block_tie = torch.tensor([waiting[k].pop() for k in kind], device=device)
+        block_tie = torch.tensor([waiting[k].pop() for k in kind])
+        self._block_tie = block_tie.argsort().argsort().to(device)  # as ranks 0, 1, 2, ...
 
     def __call__(self, scores: Tensor, limit: int | Tensor | None = None) -> Tensor:
         """Hard mask, bool [units]. `limit` (int or 0-dim int64 tensor) replaces the budget's own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Journal:
         return None
 
     def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
-        """Called after every read step; keeps the state when it is time to."""
+        """Called after every read of the loss; keeps the state when it is time to, or `final`."""
 
     def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
         """`step` of `total` done, with the mean loss and the tokens seen since the last call."""
@@ -87,7 +88,8 @@ def train_gates(
             tokens = len(losses) * per_step * blocks.shape[1]
             journal.progress(step + 1, steps, mean, tokens, **info())
             losses.clear()
-            journal.save(lambda done=step + 1: _state(theta, optimizer, done))  # type: ignore[misc]
+            done = step + 1
+            journal.save(partial(_state, theta, optimizer, done), final=done == steps)
     return theta.detach()
 
 

@@ -81,6 +81,7 @@ def kept_by_kind(projection: Projection, mask: Tensor) -> dict[str, Any]:
         "kv": sum(counts[1::2]),
         "cost": sum(n * c for n, c in zip(counts, costs, strict=True)),
         "limit": projection.limit,
+        "of": projection.budget.cost(projection.space),
     }
 
 
@@ -91,4 +92,3 @@ def ranked(importance: Tensor) -> Tensor:
         -1, 1, len(importance), device=importance.device
     )
     return scores
-

@@ -1,0 +1,322 @@
+"""The command line. Each verb parses, calls its Python twin, and prints; nothing is decided here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from grasp.errors import GraspError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Structured pruning of large language models under an exact budget.",
+)
+out_console, err_console = Console(), Console(stderr=True)
+
+
+class Layout(str, Enum):
+    per_layer = "per-layer"
+    uniform = "uniform"
+
+
+class Method(str, Enum):
+    learned = "learned"
+    fisher = "fisher"
+    magnitude = "magnitude"
+    random = "random"
+
+
+class Start(str, Enum):
+    fisher = "fisher"
+    equal = "equal"
+
+
+class GateSite(str, Enum):
+    output = "output"
+    kv = "kv"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except GraspError as error:
+        _fail(f"error: {error}", 1)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped: run the same command again to go on from where it was", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors have it
+            raise
+        _fail(f"error: {error.format_message()}", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_count(text: str) -> float:
+    """3.5B, 120M, 800k or a plain number."""
+    unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
+    try:
+        return round(float(text[:-1]) * unit) if unit else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number: write 3500000000, 3.5B or 120M") from None
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a .gguf file, a hub name, or demo:smollm2-135m."
+    ),
+]
+Keep = Annotated[float | None, typer.Option(help="Part of the prunable parameters to keep [0.5].")]
+Params = Annotated[
+    float | None,
+    typer.Option(parser=parse_count, metavar="COUNT", help="Parameters of the result, e.g. 3.5B."),
+]
+KvCache = Annotated[float | None, typer.Option(help="Part of the KV cache to keep.")]
+FfnMultiple = Annotated[int, typer.Option(help="FFN widths are multiples of this.")]
+KvMultiple = Annotated[int, typer.Option(help="KV head counts are multiples of this.")]
+LayoutOption = Annotated[Layout, typer.Option(help="Widths of each layer, or the same in all.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Samples = Annotated[int, typer.Option(help="Blocks of calibration text.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per block.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the blocks while gates learn.")]
+BatchSize = Annotated[int, typer.Option(help="Blocks per forward pass.")]
+TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
+RemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+
+
+@app.command("prune")
+def prune_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the result; must not exist.")],
+    keep: Keep = None,
+    params: Params = None,
+    kv_cache: KvCache = None,
+    ffn_multiple: FfnMultiple = 32,
+    kv_multiple: KvMultiple = 1,
+    layout: LayoutOption = Layout.per_layer,
+    method: Annotated[Method, typer.Option(help="How units are chosen.")] = Method.learned,
+    calibration: Annotated[
+        str,
+        typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
+    ] = "builtin",
+    text_field: TextField = "text",
+    samples: Samples = 512,
+    seq_len: SeqLen = 512,
+    epochs: Epochs = 4,
+    batch_size: BatchSize = 1,
+    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 1e-2,
+    start: Annotated[Start, typer.Option(help="What scores start from.")] = Start.fisher,
+    anneal: Annotated[
+        float, typer.Option(help="Part of the steps over which the budget shrinks.")
+    ] = 0.5,
+    gate_site: Annotated[GateSite, typer.Option(help="Where attention gates sit.")] = (
+        GateSite.output
+    ),
+    scale_epochs: Annotated[int, typer.Option(help="Passes while scales learn.")] = 1,
+    as_published: Annotated[bool, typer.Option(help="The paper's own setting.")] = False,
+    eval_text: Annotated[
+        str | None, typer.Option(help="Text to report on [calibration text that was not used].")
+    ] = None,
+    eval_seq_len: Annotated[int, typer.Option(help="Tokens per window of --eval-text.")] = 2048,
+    eval_windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = Dtype.auto,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Fixes everything that is drawn.")] = 0,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Select, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
+    from grasp.prune import prune
+    from grasp.report import measured_on, size_rows
+
+    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
+    for name in ("as_json", "prune", "measured_on", "size_rows"):
+        del options[name]
+    with _progress() as show:
+        result = prune(**options, show=show)
+    if as_json:
+        print(json.dumps(result.summary, indent=2))
+        return
+    table = Table("", "dense", "pruned", "", title=f"{result.folder}")
+    for row in size_rows(result.summary):
+        table.add_row(*row)
+    out_console.print(table)
+    out_console.print(measured_on(result.summary), highlight=False)
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    keep: Keep = None,
+    params: Params = None,
+    kv_cache: KvCache = None,
+    ffn_multiple: FfnMultiple = 32,
+    kv_multiple: KvMultiple = 1,
+    layout: LayoutOption = Layout.per_layer,
+    samples: Samples = 512,
+    seq_len: SeqLen = 512,
+    epochs: Epochs = 4,
+    batch_size: BatchSize = 1,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Speed of your machine, for a time estimate.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = Dtype.bf16,
+    as_json: Json = False,
+) -> None:
+    """What pruning will give and take, from config.json alone."""
+    from grasp.plan import plan
+
+    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
+    del options["as_json"], options["plan"]
+    result = plan(options.pop("model"), **options)
+    if as_json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        print(result)
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Text, JSON-lines or Parquet file, or hub data set.")],
+    text_field: TextField = "text",
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per window [2048, or the model's limit].")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
+    bos: Annotated[bool, typer.Option(help="Put a BOS before each window.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 1,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity in fp32, in windows without overlap."""
+    from grasp.evaluate import evaluate
+
+    options = {k: v for k, v in locals().items() if k not in ("as_json", "evaluate")}
+    with _progress() as show:
+        result = evaluate(
+            **options, progress=lambda n, of: show({"stage": "evaluate", "step": n, "steps": of})
+        )
+    print(json.dumps(result.to_json(), indent=2) if as_json else result)
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint made by grasp.")],
+    as_json: Json = False,
+) -> None:
+    """Is this checkpoint what it says it is? Exit code 1 if not."""
+    from dataclasses import asdict
+
+    from grasp.checkpoint.verify import verify
+
+    report = verify(folder)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        for check in report.checks:
+            mark = "[green]ok  [/]" if check.passed else "[red]FAIL[/]"
+            out_console.print(f"{mark} {check.name}: {check.detail}", highlight=False)
+    if not all(check.passed for check in report.checks):
+        raise typer.Exit(1)
+
+
+@app.command("show")
+def show_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint made by grasp.")],
+    as_json: Json = False,
+) -> None:
+    """What was kept, layer by layer."""
+    from grasp.report import layer_rows, measured_on, read_summary, size_rows
+
+    summary = read_summary(folder)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    table = Table("layer", "FFN channels", "", "KV groups", title=str(folder))
+    for index, ffn, ffn_of, kv, kv_of in layer_rows(summary):
+        bar = "█" * round(20 * ffn / ffn_of)
+        table.add_row(str(index), f"{ffn} / {ffn_of}", bar, "●" * kv + "○" * (kv_of - kv))
+    out_console.print(table)
+    for what, dense, pruned, ratio in size_rows(summary):
+        out_console.print(f"{what}: {dense} -> {pruned} ({ratio})", highlight=False)
+    out_console.print(measured_on(summary), highlight=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """One line that follows log records: stage, bar, loss, kept, tokens/s, time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    with Progress(
+        TextColumn("{task.description:16}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=err_console,
+        transient=True,
+    ) as bars:
+        task = bars.add_task("loading", total=None, note="")
+
+        def show(record: dict[str, Any]) -> None:
+            if "stage" in record:
+                bars.update(
+                    task,
+                    description=record["stage"],
+                    completed=record["step"],
+                    total=record["steps"],
+                    note=_note(record),
+                )
+                if record["step"] == record["steps"]:
+                    bars.console.print(f"{record['stage']}: {_note(record)}", highlight=False)
+            elif record["event"] in ("resumed", "note"):
+                bars.console.print(record.get("text", "resumed"), highlight=False)
+
+        yield show
+
+
+def _note(record: dict[str, Any]) -> str:
+    """What a log record says beside its step: loss, kept cost, speed, time left."""
+    parts = []
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.3f}")
+    if "cost" in record:
+        parts.append(
+            f"kept {record['cost'] / record['of']:.2%} of {record['limit'] / record['of']:.2%}"
+        )
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
+    if record.get("eta"):
+        minutes, seconds = divmod(round(record["eta"]), 60)
+        parts.append(f"{minutes}:{seconds:02} left")
+    return "  ".join(parts) or f"{record['step']} of {record['steps']}"
+
+
+if __name__ == "__main__":
+    main()

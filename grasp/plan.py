@@ -1,0 +1,294 @@
+"""What pruning will give and take, before anything runs: from `config.json` or a GGUF header alone.
+
+Free of torch, so that the answer comes at once. Counts and limits are exact; memory is an estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from grasp.budget import Budget, Layout
+from grasp.errors import GraspError
+from grasp.header import FAMILIES, Header, read_header
+from grasp.units import FFN_COST, UnitSpace
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+
+
+class Range(NamedTuple):
+    """Bounds that hold whatever the data says, both included."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return f"{self.most:,}"
+        return f"{self.least:,} to {self.most:,}"
+
+
+class Size(NamedTuple):
+    before: int
+    after: Range
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated peak bytes while gates learn, on top of what the runtime itself takes.
+
+    Assumes frozen weights without gradients, no gradient checkpointing, flash-style attention and
+    the fused gated FFN, and every gate open, as in the first step. `activations` is what a layer
+    saves for its backward pass, times layers and tokens of a batch: two FFN widths, queries, keys,
+    values and attention output in the model's dtype, the input of each norm in fp32. `logits` is
+    them in the model's dtype, their log-softmax and its gradient in fp32.
+    """
+
+    weights: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Runtime:
+    name: str
+    loads: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters in numbers, weights in bytes, the KV cache in bytes a token, all at `dtype`."""
+
+    model: str
+    family: str
+    source: str  # what was read
+    budget: Budget
+    dtype: str
+    layers: int
+    channels: int
+    kv_groups: int
+    params: Size
+    prunable: Size
+    weight_bytes: Size
+    kv_bytes_per_token: Size
+    memory: Memory
+    learning_tokens: int  # forward and backward, the epoch of scales included
+    learning_seconds: float | None
+    runtimes: tuple[Runtime, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for name in ("params", "prunable", "weight_bytes", "kv_bytes_per_token"):
+            size: Size = getattr(self, name)
+            values[name] = {"before": size.before, "after": size.after._asdict()}
+        values["memory"]["total"] = self.memory.total
+        return values
+
+    def __str__(self) -> str:
+        budget, memory = self.budget, self.memory
+        time = "give --tokens-per-second for the time"
+        if self.learning_seconds is not None:
+            time = f"{self.learning_seconds / 60:,.1f} minutes"
+        facts = [
+            ("model", f"{self.model} ({self.family}, from {self.source})"),
+            ("budget", f"{budget.kind.replace('_', '-')} {budget.asked:,}, {budget.layout} layout"),
+            ("widths", f"multiples of {budget.ffn_multiple} channels, {budget.kv_multiple} groups"),
+            (
+                "units",
+                f"{self.channels:,} FFN channels, {self.kv_groups:,} KV groups, "
+                f"{self.layers} layers",
+            ),
+            ("parameters", _change(self.params)),
+            ("prunable", _change(self.prunable)),
+            ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
+            ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
+            ("memory", f"about {memory.total / 1e9:,.1f} GB while gates learn (estimate)"),
+            ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
+        ]
+        lines = [f"{name:<12}{text}" for name, text in facts]
+        for runtime in self.runtimes:
+            answer = "yes" if runtime.loads else "no "
+            lines.append(f"{'loads in':<12}{answer} {runtime.name}: {runtime.why}")
+        return "\n".join(lines)
+
+
+def _change(size: Size) -> str:
+    return f"{size.before:,} -> {size.after}"
+
+
+def plan(
+    spec: str,
+    *,
+    keep: float | None = None,
+    params: float | None = None,
+    kv_cache: float | None = None,
+    ffn_multiple: int = 32,
+    kv_multiple: int = 1,
+    layout: Layout = "per-layer",
+    seq_len: int = 512,
+    batch_size: int = 1,
+    samples: int = 512,
+    epochs: int = 4,
+    tokens_per_second: float | None = None,
+    dtype: str = "bf16",
+) -> Plan:
+    """Plan `grasp prune` with the same options (see `Budget` for keep, params and kv_cache).
+
+    `spec` is what `grasp.models.resolve` takes, or a config.json. Raises GraspError: a model that
+    is not supported, an impossible budget, a setting below its least value.
+    """
+    if dtype not in DTYPE_BYTES:
+        raise GraspError(f"--dtype {dtype} cannot be planned: choose {' or '.join(DTYPE_BYTES)}")
+    for option, value in (
+        ("--seq-len", seq_len),
+        ("--batch-size", batch_size),
+        ("--samples", samples),
+        ("--epochs", epochs),
+    ):
+        if value < 1:
+            raise GraspError(f"{option} {value} is too small: choose at least 1")
+    if tokens_per_second is not None and not tokens_per_second > 0:
+        raise GraspError(f"--tokens-per-second {tokens_per_second} is no speed: choose one above 0")
+    budget = Budget.of(
+        keep=keep,
+        params=params,
+        kv_cache=kv_cache,
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+    )
+    header = read_header(spec)
+    space, width = header.space, DTYPE_BYTES[dtype]
+    cost, kv_values = obtained(space, budget)
+    biases = _biases(space, budget, whole=cost.least == space.cost)
+    matrices = _times(space.hidden_size, cost)
+    after = Range(*(space.fixed_params + a + b for a, b in zip(matrices, biases, strict=True)))
+    tokens = samples * seq_len * (epochs + 1)
+    return Plan(
+        model=spec,
+        family=header.family,
+        source=header.source,
+        budget=budget,
+        dtype=dtype,
+        layers=len(space.layers),
+        channels=sum(layer.ffn for layer in space.layers),
+        kv_groups=sum(layer.kv_groups for layer in space.layers),
+        params=Size(space.total_params, after),
+        prunable=Size(space.prunable_params, matrices),
+        weight_bytes=Size(width * space.total_params, _times(width, after)),
+        kv_bytes_per_token=Size(
+            space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
+        ),
+        memory=learning_memory(header, seq_len * batch_size, width),
+        learning_tokens=tokens,
+        learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
+        runtimes=tuple(_runtimes(header, budget)),
+    )
+
+
+def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
+    """What any mask under `budget` costs in all, and how many K values a token it leaves.
+
+    The most is the budget's limit. The least follows from the leftover being filled: what stays
+    unspent is less than one block, an FFN block as long as one is left to take.
+    """
+    limit = budget.limit(space)
+    # all of a kind may be kept, so bounds on the other follow from what the first can take
+    ffn = FFN_COST * sum(layer.ffn for layer in space.layers)
+    ffn_floor = FFN_COST * budget.ffn_multiple * len(space.layers)
+    kv = space.cost - ffn
+    kv_floor = budget.kv_multiple * sum(layer.kv_cost for layer in space.layers)
+    # cost of a KV group over its head_dim; one number except in foreign per-layer models
+    ratios = [2 * layer.group_size + 2 for layer in space.layers]
+
+    unspent = budget.step(space) - 1
+    if budget.kind != "kv_cache" and limit >= ffn + kv_floor:
+        together = len(space.layers) if budget.layout == "uniform" else 1
+        group = budget.kv_multiple * max(layer.kv_cost for layer in space.layers)
+        unspent = max(unspent, together * group - 1)
+    if limit == budget.cost(space):
+        unspent = 0
+    spent = Range(max(budget.floor(space), limit - unspent), limit)
+    if budget.kind == "kv_cache":
+        cost = Range(ffn + spent.least * min(ratios), ffn + spent.most * max(ratios))
+        return cost, spent
+    groups = Range(max(kv_floor, spent.least - ffn), min(kv, spent.most - ffn_floor))
+    return spent, Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
+
+
+def _biases(space: UnitSpace, budget: Budget, whole: bool) -> Range:
+    """Parameters of biases that stay with kept units: all of them, or those of the floors."""
+    most = space.total_params - space.fixed_params - space.prunable_params
+    floors = sum(
+        layer.channel_bias * budget.ffn_multiple + layer.group_bias * budget.kv_multiple
+        for layer in space.layers
+    )
+    return Range(most if whole else floors, most)
+
+
+def _times(factor: int, values: Range) -> Range:
+    return Range(factor * values.least, factor * values.most)
+
+
+def learning_memory(header: Header, tokens: int, width: int) -> Memory:
+    """Estimate for a batch of `tokens` tokens in a dtype of `width` bytes (see `Memory`)."""
+    space, saved = header.space, 0
+    for layer in space.layers:
+        keys = layer.kv_groups * layer.head_dim
+        queries = layer.group_size * keys
+        saved += width * (2 * layer.ffn + 2 * queries + 2 * keys) + 2 * 4 * space.hidden_size
+        saved += 4 * (queries + keys) * header.qk_norm
+    return Memory(
+        weights=width * space.total_params,
+        activations=tokens * saved,
+        logits=tokens * header.vocab_size * (width + 4 + 4),
+    )
+
+
+def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
+    """Which runtimes load the result. Sources: docs of each, and runs on transformers 5.14-5.23."""
+    if budget.layout == "uniform":
+        stock = "equal widths in all layers: a stock class, no code of grasp's"
+        if header.family == "llama":  # whose config wants heads that divide the hidden size
+            stock += " (Mistral's, the same decoder, for head counts that Llama's refuses)"
+        names = ("transformers", "vLLM", "llama.cpp", "SGLang, TensorRT-LLM, MLX")
+        return [Runtime(name, True, stock) for name in names]
+    ours = header.family in FAMILIES
+    no_class = f"no class with per-layer widths for {header.family}; use --layout uniform"
+    deci = ours and not header.qk_norm
+    return [
+        Runtime("transformers, after import grasp", ours, "grasp's class" if ours else no_class),
+        Runtime(
+            "transformers, trust_remote_code=True",
+            ours,
+            "modeling_grasp.py travels with the weights" if ours else no_class,
+        ),
+        Runtime(
+            "vLLM, Transformers backend",
+            ours,
+            f"sizes each layer by its own config; tensor parallelism by divisors of --kv-multiple "
+            f"({budget.kv_multiple})"
+            if ours
+            else no_class,
+        ),
+        Runtime(
+            "llama.cpp, as a deci GGUF",
+            deci,
+            "the architecture with per-layer heads and widths"
+            if deci
+            else "deci has no norms on q and k; use --layout uniform"
+            if ours
+            else no_class,
+        ),
+        Runtime("transformers, stock class", False, "one width for all layers; --layout uniform"),
+        Runtime(
+            "SGLang, TensorRT-LLM, MLX",
+            False,
+            "their per-layer models cannot drop query heads; --layout uniform",
+        ),
+    ]

@@ -1,0 +1,136 @@
+"""What people look at: the layer table, its plot, and the model card. All from one summary dict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import GraspError
+
+Summary = dict[str, Any]  # the content of a checkpoint's grasp.json
+
+
+def read_summary(folder: Path) -> Summary:
+    """The grasp.json of a checkpoint. Raises GraspError if there is none."""
+    try:
+        return json.loads((folder / "grasp.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise GraspError(
+            f"{folder} is not a checkpoint of grasp: it has no readable grasp.json"
+        ) from None
+
+
+def layer_rows(summary: Summary) -> list[tuple[int, int, int, int, int]]:
+    """(layer, FFN channels kept, of, KV groups kept, of) of every layer."""
+    before, after = summary["widths"]["before"], summary["widths"]["after"]
+    return [
+        (index, ffn, ffn_of, kv, kv_of)
+        for index, ((ffn_of, kv_of), (ffn, kv)) in enumerate(zip(before, after, strict=True))
+    ]
+
+
+def size_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
+    """(what, dense, pruned, ratio) for parameters, KV cache and perplexity."""
+    params, cache = summary["params"], summary["kv_cache_bytes_per_token"]
+    pairs = [
+        ("prunable parameters", params["prunable_before"], params["prunable_after"]),
+        ("all parameters", params["total_before"], params["total_after"]),
+        ("KV cache, bytes per token (16 bit)", cache["before"], cache["after"]),
+    ]
+    rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.2%}") for what, a, b in pairs]
+    dense, pruned = (summary["results"].get(k) for k in ("dense", "pruned"))
+    if dense and pruned:
+        a, b = dense["value"], pruned["value"]
+        rows.append(("perplexity", f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f} x"))
+    return rows
+
+
+def measured_on(summary: Summary) -> str:
+    """How the perplexities were measured, in one line; empty if they were not."""
+    result = summary["results"].get("pruned")
+    if not result:
+        return ""
+    split = f", split {result['split']}" if result["split"] else ""
+    bos = "a BOS before each window" if result["bos"] else "no BOS"
+    return (
+        f"Perplexity: {result['data']}{split}, {result['windows']} windows of "
+        f"{result['seq_len']} tokens without overlap, {bos}, fp32, checkpoint re-read from disk."
+    )
+
+
+def model_card(summary: Summary) -> str:
+    """README.md of a checkpoint, with the front matter that model hubs read."""
+    recipe, budget = summary["recipe"], summary["budget"]
+    table = _markdown(("", "dense", "pruned", ""), size_rows(summary))
+    rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(summary)]
+    layers = _markdown(("layer", "FFN channels", "KV groups"), rows)
+    settings = "\n".join(f"- {key}: `{value}`" for key, value in recipe.items())
+    return f"""---
+library_name: transformers
+tags: [grasp, pruned]
+---
+# {Path(summary["model"]).name}, pruned to {budget["obtained"] / budget["of"]:.2%}
+
+Made by [grasp](https://arxiv.org/abs/2604.19398) {summary["grasp_version"]}: FFN channels and KV
+groups were removed under a hard budget, nothing was fine-tuned. The weights are dense.
+
+{table}
+
+{measured_on(summary)}
+
+## Use
+
+```python
+import grasp  # registers the classes; without grasp installed, pass trust_remote_code=True
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## What was kept
+
+![kept widths of every layer](layers.png)
+
+{layers}
+
+The indices of every kept unit are in `grasp.json`.
+
+## Recipe
+
+Calibrated on {summary["calibration"]["name"]} ({summary["calibration"]["tokens"]:,} tokens read,
+{recipe["samples"]} blocks of {recipe["seq_len"]} used).
+
+{settings}
+"""
+
+
+def plot_layers(summary: Summary, path: Path) -> None:
+    """Bars of the kept FFN channels and KV groups of every layer, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = layer_rows(summary)
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    for axes, title, kept, of in zip(
+        figure.subplots(2, 1, sharex=True),
+        ("FFN channels", "KV groups"),
+        ([r[1] for r in rows], [r[3] for r in rows]),
+        ([r[2] for r in rows], [r[4] for r in rows]),
+        strict=True,
+    ):
+        index = range(len(rows))
+        axes.bar(index, of, color="#e4e7ec", label="dense")
+        axes.bar(index, kept, color="#2f6f9f", label="kept")
+        axes.set_ylabel(title)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("layer")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def _markdown(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

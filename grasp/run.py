@@ -1,0 +1,199 @@
+"""A run's folder: what was asked, a log, and a state to resume from. The result appears whole.
+
+Everything happens in `<out>.run`: `config.json`, `log.jsonl`, `state/` (safetensors) and `facts/`
+(JSON). The finished checkpoint is renamed to `<out>` at the very end, so `<out>` is complete or
+absent, and whatever stops a run, the same command picks it up again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grasp.errors import GraspError
+from grasp.training import Journal
+
+SAVE_EVERY = 20.0  # seconds
+Show = Callable[[dict[str, Any]], None]
+
+
+class Run:
+    """One resumable run. Use `open_run`."""
+
+    def __init__(self, out: Path, folder: Path, show: Show):
+        self.out, self.folder, self._show = out, folder, show
+        self.checkpoint = folder / "checkpoint"
+
+    def stage(self, name: str) -> StageJournal:
+        return StageJournal(self, name)
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A JSON value that is computed once in the life of the run."""
+        path = self.folder / "facts" / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        value = compute()
+        _write(path, json.dumps(value).encode())
+        return json.loads(json.dumps(value))
+
+    def log(self, **record: Any) -> None:
+        """One JSON line to disk, and to whoever shows progress."""
+        with disk_errors(self.folder), open(self.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self._show(record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log so far; a last line cut off by a crash is left out."""
+        records = []
+        for line in (self.folder / "log.jsonl").read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def publish(self) -> None:
+        """Put the finished checkpoint in its place and remove the run's folder."""
+        with disk_errors(self.out):
+            os.replace(self.folder / "log.jsonl", self.checkpoint / "log.jsonl")
+            os.rename(self.checkpoint, self.out)
+        shutil.rmtree(self.folder)
+
+
+@contextmanager
+def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None) -> Iterator[Run]:
+    """Start or resume the run that will produce `out`. Raises GraspError if `out` exists, if its
+    run folder belongs to another configuration (with the differences), or is in use."""
+    folder = out.with_name(out.name + ".run")
+    if out.exists():
+        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+    with disk_errors(folder):
+        for part in (folder / "state", folder / "facts"):
+            part.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise GraspError(f"{folder} is in use by another grasp process: wait for it") from None
+        asked = json.loads(json.dumps(config))
+        resumed = (folder / "config.json").exists()
+        if resumed:
+            _same_config(folder, json.loads((folder / "config.json").read_text()), asked)
+        else:
+            _write(folder / "config.json", json.dumps(asked, indent=2).encode())
+        run = Run(out, folder, show)
+        shutil.rmtree(run.checkpoint, ignore_errors=True)
+        run.log(event="resumed" if resumed else "started")
+        yield run
+
+
+class StageJournal(Journal):
+    """Logs a training stage and keeps its state on disk, every SAVE_EVERY seconds and at its end."""
+
+    def __init__(self, run: Run, name: str):
+        self._run, self._name = run, name
+        self._path = run.folder / "state" / f"{name}.safetensors"
+        self._began = self._saved = self._seen = time.monotonic()
+        self._first: int | None = None
+
+    def load(self) -> dict[str, Tensor] | None:
+        if not self._path.exists():
+            return None
+        try:
+            return load_file(self._path)
+        except SafetensorError as error:
+            raise GraspError(
+                f"{self._path} is damaged ({error}): remove it to redo the stage"
+            ) from None
+
+    def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
+        if not final and time.monotonic() - self._saved < SAVE_EVERY:
+            return
+        tensors = {name: t.contiguous().cpu() for name, t in state().items()}
+        with disk_errors(self._path):
+            beside = self._path.with_suffix(".new")
+            save_file(tensors, beside)
+            _sync(beside)
+            os.replace(beside, self._path)
+        self._saved = time.monotonic()
+
+    def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step - 1
+        pace = (now - self._began) / (step - self._first)  # seconds a step
+        self._run.log(
+            stage=self._name,
+            step=step,
+            steps=total,
+            loss=round(loss, 5),
+            tokens_per_second=round(tokens / max(now - self._seen, 1e-9), 1),
+            peak_memory=peak_memory(),
+            eta=round(pace * (total - step), 1),
+            **info,
+        )
+        self._seen = now
+
+
+def peak_memory() -> int:
+    """Bytes at the worst moment so far: of the GPU where one is in use, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error)
+        fix = "free some space" if full else "check the path and its permissions"
+        raise GraspError(
+            f"cannot write {path}: {reason}; {fix} and run the command again"
+        ) from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    with disk_errors(path):
+        beside = path.with_name(path.name + ".new")
+        beside.write_bytes(content)
+        _sync(beside)
+        os.replace(beside, path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _same_config(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise GraspError(
+            f"{folder} holds an unfinished run of another configuration ({'; '.join(changed)}): "
+            "repeat its options to resume it, remove the folder, or choose another --out"
+        )

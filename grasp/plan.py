@@ -165,9 +165,7 @@ def plan(
     header = read_header(spec)
     space, width = header.space, DTYPE_BYTES[dtype]
     cost, kv_values = obtained(space, budget)
-    biases = _biases(space, budget, whole=cost.least == space.cost)
-    matrices = _times(space.hidden_size, cost)
-    after = Range(*(space.fixed_params + a + b for a, b in zip(matrices, biases, strict=True)))
+    after = params_left(space, budget, cost)
     tokens = samples * seq_len * (epochs + 1)
     return Plan(
         model=spec,
@@ -179,7 +177,7 @@ def plan(
         channels=sum(layer.ffn for layer in space.layers),
         kv_groups=sum(layer.kv_groups for layer in space.layers),
         params=Size(space.total_params, after),
-        prunable=Size(space.prunable_params, matrices),
+        prunable=Size(space.prunable_params, _times(space.hidden_size, cost)),
         weight_bytes=Size(width * space.total_params, _times(width, after)),
         kv_bytes_per_token=Size(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
@@ -221,14 +219,17 @@ def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
     return spent, Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
 
 
-def _biases(space: UnitSpace, budget: Budget, whole: bool) -> Range:
-    """Parameters of biases that stay with kept units: all of them, or those of the floors."""
+def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
+    """All parameters of a result that costs `cost`, with the biases of the units that stay."""
     most = space.total_params - space.fixed_params - space.prunable_params
-    floors = sum(
+    least = sum(
         layer.channel_bias * budget.ffn_multiple + layer.group_bias * budget.kv_multiple
         for layer in space.layers
     )
-    return Range(most if whole else floors, most)
+    if cost.least == space.cost:  # nothing goes
+        least = most
+    fixed, d = space.fixed_params, space.hidden_size
+    return Range(fixed + d * cost.least + least, fixed + d * cost.most + most)
 
 
 def _times(factor: int, values: Range) -> Range:

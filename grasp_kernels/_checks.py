@@ -30,8 +30,6 @@ def check_gate(z: Tensor, size: int, meaning: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{name} is {tensor.dtype} but {first} is {lead.dtype}: cast one to the other"
             )
-    if lead.dtype == torch.float64 and lead.is_cuda:
-        raise TypeError(f"{first} is torch.float64, expected fp16, bf16 or fp32 on CUDA: cast it")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,9 +1,18 @@
 """Grouped-query causal attention with one gate per KV group."""
 
+import math
+
+import torch
 from torch import Tensor
 
-from grasp_kernels import reference
+from grasp_kernels import _sdpa
+from grasp_kernels._backend import kernels, runs_triton
 from grasp_kernels._checks import autocast_dtype, check_gate, expect
+
+# From this length on the composition is the default in half precision: published figures for
+# hdim 128 (H100, causal) put Triton level with FlashAttention-2 in the forward pass at S = 2048
+# and behind it in the backward pass.
+_SDPA_FROM = 1024
 
 
 def gated_attention(
@@ -15,21 +24,39 @@ def gated_attention(
     scale: float | None = None,
     *,
     key_mask: Tensor | None = None,
+    max_kept: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """out_h = z_g(h) * softmax(scale * q_h k_g^T + mask) v_g, g(h) = h // (H / K).
+    """Attention whose KV groups are gated, with exact gradients for q, k, v and the gates.
+
+    The gate of a KV group in GRASPrune (arXiv 2604.19398), placed on what enters the output
+    projection. For query head h in group g = h // (H / K):
+
+        out_h = z_g * o_h     o_h = softmax(scale * q_h k_g^T + mask) v_g
+        dz_g  = sum of rowsum(d_out_h * o_h) over tokens and the heads of g
+
+    That row sum is what flash attention's backward computes anyway, so dz is nearly free, for
+    dropped groups too. dq, dk and dv of a group with z = 0 are zero and their work is skipped.
 
     Args:
-        q: [B, H, S, D]; k, v: [B, K, S, D] with H a multiple of K; any strides.
+        q: [B, H, S, D]; k, v: [B, K, S, D] with H a multiple of K; fp16, bf16, fp32 (or fp64 on
+            CPU); any strides.
         z: [K], any floating dtype; 0/1 or any scale.
         causal: query t sees keys 0..t.
         scale: softmax scale, 1/sqrt(D) by default.
         key_mask: [B, S] bool, True where a key may be attended to. A query without a key gives 0.
+        max_kept: an upper bound on the number of non-zero z. It spares the "sdpa" backend one host
+            sync per backward pass on CUDA; beyond the bound gradients would be lost (unchecked).
+        backend: "triton" is our flash attention, which skips dropped groups on the device. "sdpa"
+            runs PyTorch's flash attention forward, and its backward on kept groups only. "auto"
+            takes "sdpa" on CPU, and on CUDA for half precision, S >= 1024, no key_mask and a known
+            max_kept (so that nothing syncs), or for D > 128; otherwise "triton".
 
     Returns:
-        [B, H, S, D] in the dtype of q.
+        [B, H, S, D] in the dtype of q, with memory layout [B, S, H, D].
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not match.
+        ValueError, TypeError: shapes, dtypes or devices do not match, or the backend cannot serve.
     """
     dtype = autocast_dtype(q)
     if dtype is not None:
@@ -55,4 +82,116 @@ def gated_attention(
             tuple(key_mask.shape) == (batch, length),
             f"key_mask has shape {list(key_mask.shape)}, expected [B, S] = [{batch}, {length}]",
         )
-    return reference.gated_attention(q, k, v, z, causal, scale, key_mask)
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask is {key_mask.dtype}, expected torch.bool: use .bool()")
+        expect(
+            key_mask.device == q.device,
+            f"key_mask is on {key_mask.device} but q is on {q.device}: move it there",
+        )
+    expect(
+        max_kept is None or 0 <= max_kept <= kv_heads,
+        f"max_kept is {max_kept}, expected 0 to {kv_heads}",
+    )
+    scale = 1 / math.sqrt(size) if scale is None else scale
+    triton = _choose_triton(backend, q, key_mask, max_kept)
+    return _attention(q, k, v, z, causal, scale, key_mask, max_kept, triton)[0]
+
+
+def _choose_triton(backend: str, q: Tensor, key_mask: Tensor | None, max_kept: int | None) -> bool:
+    length, size = q.shape[2:]
+    expect(
+        backend in ("auto", "triton", "sdpa"),
+        f'backend is "{backend}", expected "auto", "triton" or "sdpa"',
+    )
+    can_triton = runs_triton(q) and size <= 128
+    can_sdpa = _sdpa.supports(q, key_mask)
+    if backend == "auto":
+        expect(
+            can_triton or can_sdpa,
+            f"no backend takes {q.dtype} with head size {size} on {q.device}"
+            f"{' and a key_mask' if key_mask is not None else ''}: "
+            "head sizes to 128 run in fp16, bf16 and fp32; larger ones in fp16, bf16 and no mask",
+        )
+        long = q.dtype != torch.float32 and length >= _SDPA_FROM and max_kept is not None
+        return can_triton and not (long and can_sdpa)
+    expect(
+        backend != "triton" or can_triton,
+        f'backend "triton" takes CUDA tensors of fp16, bf16 or fp32 with head size up to 128, got '
+        f'{q.dtype}, {size} on {q.device}: use "auto"',
+    )
+    expect(
+        backend != "sdpa" or can_sdpa,
+        f'backend "sdpa" takes fp16 or bf16 on CUDA, head size a multiple of 8 and no key_mask, '
+        f'got {q.dtype}, {size}: use "auto"',
+    )
+    return backend == "triton"
+
+
+@torch.library.custom_op("grasp::gated_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    max_kept: int | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated output; for backward the plain output and the log-sum-exp of the scores [B, H, S]."""
+    forward = kernels("attention").forward if triton else _sdpa.forward
+    return forward(q, k, v, z, causal, scale, key_mask)
+
+
+@_attention.register_fake
+def _(q, k, v, z, causal, scale, key_mask, max_kept, triton):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _heads_last(q), _heads_last(q), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("grasp::gated_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    raw: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    max_kept: int | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (grad, q, k, v, z, raw, lse, causal, scale, key_mask)
+    if triton:
+        return kernels("attention").backward(*arguments)
+    return _sdpa.backward(*arguments, max_kept)
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, z, raw, lse, key_mask, causal, scale, max_kept, triton):
+    return _heads_last(q), _heads_last(k), _heads_last(v), z.new_empty(z.shape)
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    batch, heads, length, size = x.shape
+    return x.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, z, causal, scale, key_mask, max_kept, triton = inputs
+    _, raw, lse = output
+    ctx.mark_non_differentiable(raw, lse)
+    ctx.save_for_backward(q, k, v, z, raw, lse, key_mask)
+    ctx.settings = (causal, scale, max_kept, triton)
+
+
+def _vjp(ctx, grad, *_):
+    gradients = _attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return (*gradients, None, None, None, None, None)
+
+
+_attention.register_autograd(_vjp, setup_context=_save)

@@ -14,7 +14,7 @@ class Selection(NamedTuple):
 
     mask: Tensor  # [N] bool, True where kept
     indices: Tensor  # [N] int64: the kept units in ascending order, then the dropped ones
-    count: Tensor  # [] int64, number of kept units: indices[:count] are they
+    n_kept: Tensor  # [] int64: indices[:n_kept] are the kept units
     cost: Tensor  # [] int64, total cost of the kept units
 
 
@@ -44,7 +44,7 @@ def budget_topk(
             permutation where scores start out equal.
 
     Returns:
-        A `Selection`: mask, indices, count and cost.
+        A `Selection`: mask, indices, n_kept and cost.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not match. On CPU also a negative cost,

@@ -1,9 +1,12 @@
 """Gated SwiGLU: the element-wise op, and the whole FFN that computes only what the mask needs."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from grasp_kernels import reference
+from grasp_kernels._backend import kernels, runs_triton
 from grasp_kernels._checks import autocast_dtype, check_gate, expect
 
 # Above this kept fraction the saved matrix work no longer pays for the copies.
@@ -23,7 +26,7 @@ def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
     dz is exact for channels with z = 0 too, so a dropped channel can learn its way back.
 
     Args:
-        gate_pre: [..., F], fp16, bf16, fp32 (or fp64 on CPU): the gate projection before silu.
+        gate_pre: [..., F], floating: the gate projection before silu.
         up: [..., F], same shape and dtype.
         z: [F], any floating dtype; 0/1 or any scale.
 
@@ -64,7 +67,7 @@ def gated_swiglu_ffn(
     silu(gate_pre) * up; x is not saved.
 
     Args:
-        x: [..., d], fp16, bf16, fp32 (or fp64 on CPU).
+        x: [..., d], floating.
         w_gate, w_up: [F, d]; w_down: [d, F]; as in nn.Linear, same dtype as x, no gradient.
         z: [F], any floating dtype; 0/1 or any scale.
         max_kept: an upper bound on the number of non-zero z. Without it the op counts them, which
@@ -108,12 +111,16 @@ def gated_swiglu_ffn(
     return _ffn(flat, w_gate, w_up, w_down, z, max_kept)[0].view(x.shape)
 
 
+def _serving(x: Tensor) -> ModuleType:
+    return kernels("swiglu") if runs_triton(x) else reference
+
+
 # ---- registration: element-wise -------------------------------------------------------------
 
 
 @torch.library.custom_op("grasp::gated_swiglu", mutates_args=())
 def _swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
-    return reference.gated_swiglu(gate_pre, up, z).contiguous()
+    return _serving(gate_pre).gated_swiglu(gate_pre, up, z).contiguous()
 
 
 @_swiglu.register_fake
@@ -125,7 +132,7 @@ def _(gate_pre, up, z):
 def _swiglu_backward(
     grad: Tensor, gate_pre: Tensor, up: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_gate, d_up, dz = reference.swiglu_backward(grad, gate_pre, up, z)
+    d_gate, d_up, dz = _serving(grad).swiglu_backward(grad, gate_pre, up, z)
     return d_gate.contiguous(), d_up.contiguous(), dz
 
 
@@ -153,7 +160,8 @@ def _ffn(
     """x [T, d] -> y [T, d]; for backward: gate_pre, up [T, k], dropped [T, F - k], order [F]."""
     order = torch.argsort(z == 0, stable=True)  # kept channels first
     kept = _kept(z, max_kept)
-    hidden, gate_pre, up, dropped = reference.swiglu_pack(x @ w_gate.T, x @ w_up.T, z, order, kept)
+    pack = _serving(x).swiglu_pack
+    hidden, gate_pre, up, dropped = pack(x @ w_gate.T, x @ w_up.T, z, order, kept)
     w_kept = w_down if kept == len(z) else w_down.index_select(1, order[:kept])
     return hidden @ w_kept.T, gate_pre, up, dropped, order
 
@@ -200,7 +208,8 @@ def _ffn_backward(
     w_down: Tensor,
     z: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    d_hidden, dz = reference.swiglu_pack_backward(grad @ w_down, gate_pre, up, dropped, z, order)
+    pack_backward = _serving(grad).swiglu_pack_backward
+    d_hidden, dz = pack_backward(grad @ w_down, gate_pre, up, dropped, z, order)
     kept = gate_pre.shape[1]
     if kept < len(z):
         w_gate, w_up = (w.index_select(0, order[:kept]) for w in (w_gate, w_up))

@@ -1,0 +1,1 @@
+"""Triton kernels and their launch configurations. Imported on first use, never with the package."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp.data import Corpus, Progress
+from grasp.data import Corpus, Progress, read_corpus
 from grasp.errors import GraspError
 from grasp.models import load_model, pick_device
 
@@ -70,6 +70,8 @@ def perplexity(
     Raises GraspError: a length beyond the model's, too little text, ids that are not the model's,
     a loss that is not finite.
     """
+    if batch_size < 1:
+        raise GraspError(f"--batch-size {batch_size} is too small: choose at least 1")
     inputs, available = _windows(model, corpus, seq_len, windows, bos)
     count, length = inputs.shape
     was_training = model.training

@@ -22,6 +22,7 @@ from grasp.data import (
     read_text,
     sample_corpus,
     token_blocks,
+    unused_text,
     wikitext_rows,
 )
 from grasp.errors import GraspError
@@ -202,6 +203,16 @@ def test_blocks_are_chosen_by_the_seed_and_are_not_the_first_ones():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.max() > 200
+
+
+def test_unused_text_is_what_the_blocks_leave():
+    options = {"seq_len": 10, "samples": 7, "seed": 3}
+    corpus = corpus_of(105)
+    rest = unused_text(corpus, **options)
+    used = token_blocks(corpus, **options).flatten()
+    assert sorted([*used.tolist(), *rest.ids.tolist()]) == list(range(100))
+    assert rest.name == "notes.txt, blocks not calibrated on"
+    assert unused_text(corpus, seq_len=10, samples=10, seed=3) is None
 
 
 def test_too_little_text_says_how_much_is_needed():

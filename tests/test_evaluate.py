@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
+from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +134,7 @@ def test_the_model_comes_back_as_it_was():
     [
         ({"seq_len": 257}, "--seq-len 257 is outside what this model takes: 2 to 256"),
         ({"seq_len": 1}, "--seq-len 1 is outside"),
+        ({"batch_size": 0}, "--batch-size 0 is too small: choose at least 1"),
         ({"seq_len": 64, "windows": 0}, "--windows 0 is no window: ask for at least 1"),
         ({"seq_len": 64, "windows": 9}, "300 tokens, 4 windows of 64; 9 need 576 tokens: ask for"),
     ],
@@ -141,6 +142,17 @@ def test_the_model_comes_back_as_it_was():
 def test_bad_settings(options, message):
     with pytest.raises(GraspError, match=message):
         perplexity(tiny_model("llama"), corpus_of(300), **options)
+
+
+def test_by_name_it_reads_the_model_and_the_text(tmp_path):
+    folder = save_tiny(tmp_path / "model", "mistral", dtype=torch.bfloat16)
+    text = tmp_path / "notes.txt"
+    text.write_text("Some words, one byte a token. " * 10)
+    result = evaluate.evaluate(str(folder), str(text), seq_len=50, device="cpu")
+    corpus = Corpus("notes.txt", torch.tensor(tiny_tokenizer()(text.read_text())["input_ids"]), "")
+    expected = perplexity(tiny_model("mistral", dtype=torch.bfloat16).float(), corpus, seq_len=50)
+    assert result.nll == pytest.approx(expected.nll, rel=1e-6)
+    assert (result.data, result.windows, result.dtype) == ("notes.txt", 6, "float32")
 
 
 def test_a_loss_that_is_not_finite():

@@ -76,13 +76,13 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be pruned or evaluated.
 
-    The model is in eval mode, in `dtype` on `device`, uses SDPA attention and needs no gradients.
-    From GGUF it is dequantised and carries the plain config of its family. Only safetensors are
-    read, and a checkpoint's own code runs only with `trust_remote_code`. Raises GraspError.
+    The model is in eval mode, in `dtype` on `device` (see `pick_device`), uses SDPA attention and
+    needs no gradients. From GGUF it is dequantised and carries the plain config of its family. Only
+    safetensors are read, and a checkpoint's own code runs only with `trust_remote_code`. Raises
+    GraspError.
     """
     source = resolve(spec)
-    if device.startswith("cuda"):
-        pick_device(device)
+    device = pick_device(device)
     if source.kind == "folder":
         _check_folder(Path(source.location))
     if source.kind == "hub":
@@ -104,6 +104,17 @@ def load_model(
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise GraspError(f"cannot load {os.fspath(spec)}: {reason}") from error
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Change the dtype of the parameters in place, and of nothing else.
+
+    `model.to(dtype)` would round the rotary frequencies too, which a loaded model has in fp32: it
+    would no longer compute what it computes after saving and loading.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def pick_device(device: str) -> str:

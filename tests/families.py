@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from grasp.models import cast
+
 # family -> (class prefix, what its config says beyond the sizes)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -70,7 +72,7 @@ def tiny_model(
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
-    return model.to(dtype).eval().requires_grad_(False)
+    return cast(model, dtype).eval().requires_grad_(False)
 
 
 def tiny_tokenizer(vocab: int = 256) -> PreTrainedTokenizerFast:

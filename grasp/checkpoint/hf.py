@@ -91,7 +91,7 @@ def save_checkpoint(
         (folder / PROBE).parent.mkdir()
         save_file(probe, folder / PROBE, metadata=environment(model.device))
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-        _write_json(folder / "grasp.json", {**grasp_json, "sha256": hashes})
+        write_json(folder / "grasp.json", {**grasp_json, "sha256": hashes})
         (folder / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise GraspError(
@@ -217,7 +217,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """One line per top-level key: kept indices would otherwise take one line each."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """One line per top-level key: the kept indices would otherwise take one line each."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

@@ -67,7 +67,7 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
                 "loads without grasp",
                 False,
                 "modeling_grasp.py is not this release's own, so it was not run "
-                "(--trust-remote-code runs it)",
+                "(grasp.verify(..., trust_remote_code=True) runs it)",
             )
         )
     for title, way in ways.items():
@@ -139,7 +139,7 @@ def _check_loaded(
     found = _in_fresh_process(folder, way)
     if "error" in found:
         return [Check(f"loads {title}", False, found["error"])]
-    widths = [tuple(layer) for layer in found["widths"]]
+    widths = list(zip(found["ffn"], found["kv"], strict=True))
     wrong = [i for i, pair in enumerate(zip(widths, kept, strict=False)) if pair[0] != pair[1]]
     same_widths = widths == kept
     return [
@@ -252,10 +252,10 @@ def _load_and_probe() -> None:
     with torch.no_grad():
         again = model(input_ids, use_cache=False).logits.cpu()
         error = (again.float() - logits.float()).abs().max() / logits.float().abs().max()
-        widths = [
-            (layer.mlp.gate_proj.out_features, layer.self_attn.k_proj.out_features)
-            for layer in model.model.layers
-        ]
+        rows = {
+            part: [p.shape[0] for n, p in model.named_parameters() if n.endswith(f"{part}.weight")]
+            for part in ("gate_proj", "k_proj")
+        }
         parameters = sum(p.numel() for p in model.parameters())
         # In fp32: in bf16 the two ways round differently and near-ties may fall either way.
         model.float()
@@ -276,7 +276,8 @@ def _load_and_probe() -> None:
         "dtype": str(logits.dtype),
         "bit_equal": torch.equal(again, logits),
         "difference": error.item(),
-        "widths": [(ffn, kv // model.config.head_dim) for ffn, kv in widths],
+        "ffn": rows["gate_proj"],
+        "kv": [n // model.config.head_dim for n in rows["k_proj"]],
         "parameters": parameters,
         "cached": cached,
         "uncached": uncached,

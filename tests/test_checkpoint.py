@@ -1,0 +1,388 @@
+"""Pruned checkpoints: what is saved, what loads it, and what verify catches."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from grasp.checkpoint.hf import save_checkpoint
+from grasp.checkpoint.verify import verify
+from grasp.errors import GraspError
+from grasp.fold import fold_mask
+from grasp.models import load_model
+from grasp.projection import Mask
+from grasp.units import UnitSpace
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+UNEVEN = [(7, 1), (50, 4), (96, 3)]  # (FFN channels, KV groups) of each layer
+EVEN = [(40, 2)] * 3  # 4 query heads divide the hidden size 64
+AWKWARD = [(40, 3)] * 3  # 6 do not
+
+
+def pruned(family, widths, **options):
+    """A folded model with random units left, and their indices as save_checkpoint wants them."""
+    model = tiny_model(family, **options)
+    space = UnitSpace.of(model)
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.zeros(space.size, dtype=torch.bool)
+    for (_, ffn, kv), (channels, groups) in zip(space.segments(), widths, strict=True):
+        for units, count in ((ffn, channels), (kv, groups)):
+            chosen = torch.randperm(units.stop - units.start, generator=generator)[:count]
+            keep[units.start + chosen] = True
+    mask = Mask(space, keep)
+    fold_mask(model, mask)
+    return model, [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
+
+
+def save(model, kept, folder, **options):
+    total = sum(p.numel() for p in model.parameters())
+    summary = {"format": 1, "seed": 5, "params": {"total_after": total}}
+    folder.mkdir()
+    return save_checkpoint(
+        model, tiny_tokenizer(), folder, kept=kept, grasp_json=summary, card="# card\n", **options
+    )
+
+
+def read_json(folder, name="config.json"):
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_per_layer_widths_come_back_bit_equal(family, tied, tmp_path):
+    model, kept = pruned(family, UNEVEN, tied=tied)
+    expected = model(IDS).logits
+    folder = tmp_path / "out"
+    saved = save(model, kept, folder)
+    assert saved.note is None and saved.architecture.startswith("Grasp")
+
+    config = read_json(folder)
+    assert config["model_type"] == f"grasp_{family}" and config["head_dim"] == 16
+    assert (config["intermediate_size"], config["num_attention_heads"]) == (96, 8)
+    assert config["per_layer_config"]["1"] == {
+        "intermediate_size": 50,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    names = load_file(folder / "model.safetensors").keys()
+    assert ("lm_head.weight" in names) is not tied
+    assert names - {"lm_head.weight"} <= tiny_model(family).state_dict().keys()
+
+    loaded, tokenizer = load_model(folder, dtype=torch.float32)
+    assert type(loaded).__name__ == saved.architecture
+    assert torch.equal(loaded(IDS).logits, expected)
+    assert tokenizer("abc").input_ids == tiny_tokenizer()("abc").input_ids
+    assert UnitSpace.of(loaded) == UnitSpace.of(model)
+
+    again = tmp_path / "again"  # a user saves it once more
+    loaded.save_pretrained(again)
+    assert (again / "modeling_grasp.py").is_file()
+    assert read_json(again) == config
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(IDS).logits, expected)
+    decoder = AutoModel.from_pretrained(again)  # what vLLM's transformers backend builds
+    assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_caches_and_attention_backends(family, tmp_path):
+    model, kept = pruned(family, UNEVEN)
+    save(model, kept, tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
+
+    def generate(model, **options):
+        return model.generate(
+            IDS[:, :6], attention_mask=torch.ones_like(IDS[:, :6]), do_sample=False,
+            min_new_tokens=12, max_new_tokens=12, **options
+        ).tolist()  # fmt: skip
+
+    expected = generate(loaded, use_cache=False)
+    assert generate(loaded) == expected
+    assert generate(loaded, cache_implementation="static") == expected
+    loaded.set_attn_implementation("eager")
+    for layer in loaded.model.layers:
+        assert layer.self_attn.config._attn_implementation == "eager"
+    assert generate(loaded) == expected
+    assert generate(loaded, cache_implementation="static") == expected
+    model.set_attn_implementation("eager")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("rope", ["llama3", "dynamic", "yarn"])
+def test_rope_scaling(rope, tmp_path):
+    parameters = {
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "dynamic": {},
+        "yarn": {},
+    }[rope]
+    parameters |= {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0}
+    parameters["original_max_position_embeddings"] = 32
+    model, kept = pruned("llama", UNEVEN, rope_parameters=parameters)
+    save(model, kept, tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 253).repeat(2)[None, :400]  # dynamic rope rescales beyond 256
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_gradient_checkpointing_and_training(tmp_path):
+    model, kept = pruned("qwen2", UNEVEN)
+    save(model, kept, tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
+    loaded.requires_grad_(True).train()
+    loaded.gradient_checkpointing_enable()
+    loaded(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_a_pruned_model_can_be_pruned_again(tmp_path):
+    model, kept = pruned("qwen3", UNEVEN)
+    save(model, kept, tmp_path / "once")
+    once, _ = load_model(tmp_path / "once", dtype=torch.float32)
+    space = UnitSpace.of(once)
+    keep = torch.ones(space.size, dtype=torch.bool)
+    keep[0] = False
+    mask = Mask(space, keep)
+    fold_mask(once, mask)
+    save(once, [(f.tolist(), k.tolist()) for f, k in mask.layers()], tmp_path / "twice")
+    twice, _ = load_model(tmp_path / "twice", dtype=torch.float32)
+    assert torch.equal(twice(IDS).logits, once(IDS).logits)
+    config = read_json(tmp_path / "twice")
+    assert config["intermediate_size"] == 96
+    assert config["per_layer_config"]["0"]["intermediate_size"] == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uniform_widths_are_a_stock_checkpoint(family, tmp_path):
+    model, kept = pruned(family, EVEN)
+    saved = save(model, kept, tmp_path / "out")
+    assert saved.note is None and saved.architecture == type(model).__name__
+    config = read_json(tmp_path / "out")
+    assert config["model_type"] == family and config["intermediate_size"] == 40
+    assert "auto_map" not in config and "per_layer_config" not in config
+    assert not (tmp_path / "out" / "modeling_grasp.py").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_uniform_llama_with_awkward_heads_becomes_mistral(tmp_path):
+    model, kept = pruned("llama", AWKWARD)
+    saved = save(model, kept, tmp_path / "out")
+    assert saved.architecture == "MistralForCausalLM"
+    assert saved.note is not None and "6 query heads do not divide the hidden size 64" in saved.note
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.sliding_window is None
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_awkward_heads_with_biases_have_no_stock_class(bias, tmp_path):
+    model, kept = pruned("llama", AWKWARD, **{bias: True})
+    with pytest.raises(GraspError, match="no other stock class has its biases: use --layout per"):
+        save(model, kept, tmp_path / "out")
+
+
+def test_llama_biases_survive_per_layer(tmp_path):
+    model, kept = pruned("llama", UNEVEN, attention_bias=True, mlp_bias=True)
+    save(model, kept, tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_family_without_per_layer_class(tmp_path):
+    model, kept = pruned("llama", UNEVEN)
+    model.config.model_type = "smollm3"
+    with pytest.raises(GraspError, match=r"smollm3 has no class .*use --layout uniform"):
+        save(model, kept, tmp_path / "out")
+
+
+def test_shards(tmp_path):
+    model, kept = pruned("llama", UNEVEN)
+    saved = save(model, kept, tmp_path / "out", max_shard_size="100KB")
+    index = read_json(tmp_path / "out", "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == saved.weight_bytes
+    assert len(set(index["weight_map"].values())) > 1
+    loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_disk_full(tmp_path, monkeypatch):
+    model, kept = pruned("llama", UNEVEN)
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(GraspError, match=r"cannot write .*No space left.*need [\d,]+ bytes"):
+        save(model, kept, tmp_path / "out")
+
+
+def test_kept_indices_must_describe_the_weights(tmp_path):
+    model, kept = pruned("llama", UNEVEN)
+    with pytest.raises(ValueError, match="do not describe"):
+        save(model, kept[::-1], tmp_path / "out")
+
+
+# --- verify: each process costs seconds, so few are started ---
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify") / "out"
+    save(*pruned("qwen2", UNEVEN, tied=True, dtype=torch.bfloat16), folder)
+    return folder
+
+
+def failures(report):
+    return {check.name: check.detail for check in report.checks if not check.passed}
+
+
+@pytest.fixture
+def one_way(monkeypatch):
+    """Load only with grasp, and in this process: tampering is seen the same way in every other."""
+    import grasp.checkpoint.verify as module
+
+    def here(folder, way):
+        if way != "grasp":
+            return None
+        result = folder.parent / "result.json"
+        monkeypatch.setattr(sys, "argv", ["-c", str(folder), way, str(result)])
+        threads = torch.get_num_threads()
+        try:
+            module._load_and_probe()
+        except (Exception, SystemExit) as error:
+            return {"error": str(error)}
+        finally:
+            torch.set_num_threads(threads)
+        return json.loads(result.read_text())
+
+    check = module._check_loaded
+    monkeypatch.setattr(module, "_in_fresh_process", here)
+    monkeypatch.setattr(module, "_check_loaded", lambda *a: check(*a) if a[2] == "grasp" else [])
+
+
+def test_verify_both_ways_in_fresh_processes(checkpoint):
+    report = verify(checkpoint)
+    assert report.passed, failures(report)
+    assert [check.name for check in report.checks] == [
+        "files",
+        "tensors",
+        *(
+            f"{check} {way}"
+            for way in ("with import grasp", "without grasp")
+            for check in ("loads", "widths", "parameters", "logits", "generate")
+        ),
+    ]
+    details = {check.name: check.detail for check in report.checks}
+    assert "bit-equal" in details["logits without grasp"]
+
+
+def test_verify_a_stock_checkpoint(tmp_path):
+    save(*pruned("llama", EVEN), tmp_path / "out")
+    report = verify(tmp_path / "out")
+    assert report.passed, failures(report)
+    details = {check.name: check.detail for check in report.checks}
+    assert details["loads as the stock class"] == "modeling_llama.LlamaForCausalLM"
+
+
+def tampered(checkpoint, tmp_path, change):
+    folder = tmp_path / "out"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_verify_names_changed_weights(checkpoint, tmp_path, one_way):
+    def change(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
+
+    failed = failures(verify(tampered(checkpoint, tmp_path, change)))
+    assert failed.keys() == {"files", "logits with import grasp"}
+    assert "not as written: model.safetensors" in failed["files"]
+
+
+def test_verify_names_weights_that_no_logit_shows(checkpoint, tmp_path, one_way):
+    probe = load_file(checkpoint / "verify" / "probe.safetensors")["input_ids"]
+    unseen = next(i for i in range(256) if i not in probe)
+
+    def change(tensors):
+        tensors["model.embed_tokens.weight"][unseen] = tensors["model.embed_tokens.weight"][
+            unseen
+        ].roll(1)
+
+    assert "files" in failures(verify(tampered(checkpoint, tmp_path, change)))
+
+
+def test_verify_names_tensors_that_are_not_finite(checkpoint, tmp_path, one_way):
+    def change(tensors):
+        tensors["model.norm.weight"][3] = float("nan")
+
+    failed = failures(verify(tampered(checkpoint, tmp_path, change)))
+    assert failed["tensors"] == "model.norm.weight in model.safetensors is not finite"
+    assert "logits with import grasp" in failed
+
+
+def test_verify_names_missing_and_truncated_weights(checkpoint, tmp_path, one_way):
+    folder = tampered(checkpoint, tmp_path, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    assert "missing_keys" in failures(verify(folder))["loads with import grasp"]
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:20_000])
+    assert failures(verify(folder)).keys() == {"files", "tensors", "loads with import grasp"}
+    weights.unlink()
+    assert failures(verify(folder)).keys() == {"files", "tensors", "loads with import grasp"}
+
+
+def test_verify_compares_with_grasp_json(checkpoint, tmp_path, one_way):
+    folder = tmp_path / "out"
+    shutil.copytree(checkpoint, folder)
+    summary = read_json(folder, "grasp.json")
+    summary["params"]["total_after"] += 1
+    summary["kept"][1]["ffn"].pop()
+    (folder / "grasp.json").write_text(json.dumps(summary))
+    failed = failures(verify(folder))
+    assert failed.keys() == {"parameters with import grasp", "widths with import grasp"}
+    assert failed["widths with import grasp"] == "layers [1] differ from grasp.json"
+
+
+def test_verify_does_not_run_foreign_code(checkpoint, tmp_path, one_way):
+    folder = tmp_path / "out"
+    shutil.copytree(checkpoint, folder)
+    with (folder / "modeling_grasp.py").open("a") as file:
+        file.write("\nraise SystemExit('ran')\n")
+    failed = failures(verify(folder))
+    assert failed.keys() == {"loads without grasp"}
+    assert "was not run" in failed["loads without grasp"]
+
+
+def test_verify_elsewhere_allows_for_rounding(checkpoint, tmp_path, one_way, monkeypatch):
+    import grasp.checkpoint.hf as hf
+
+    monkeypatch.setattr(hf, "_cpu_name", lambda: "another processor")
+    detail = {check.name: check.detail for check in verify(checkpoint).checks}
+    assert "differ by 0.0e+00 (limit 5e-02)" in detail["logits with import grasp"]
+
+
+def test_verify_refuses_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(GraspError, match=r"not a grasp checkpoint: it has no grasp\.json"):
+        verify(tmp_path / "nowhere")
+    folder = save_tiny(tmp_path / "stock")
+    with pytest.raises(GraspError, match=r"it has no grasp\.json"):
+        verify(folder)
+    (folder / "grasp.json").write_text("{")
+    with pytest.raises(GraspError, match=r"grasp\.json: "):
+        verify(folder)
+    (folder / "grasp.json").write_text("{}")
+    with pytest.raises(GraspError, match=r"'kept'"):
+        verify(folder)
+
+
+def test_tokenizer_is_saved(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer.decode(tokenizer("héllo").input_ids) == "héllo"

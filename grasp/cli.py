@@ -1,4 +1,4 @@
-"""The command line. Each verb parses, calls its Python twin, and prints; nothing is decided here."""
+"""The command line: each verb parses, calls its Python twin and prints; it decides nothing."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def prune_command(
     as_json: Json = False,
 ) -> None:
     """Select, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
-    from grasp.prune import prune
+    from grasp.pipeline import prune
     from grasp.report import measured_on, size_rows
 
     options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
@@ -189,7 +189,7 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """What pruning will give and take, from config.json alone."""
-    from grasp.plan import plan
+    from grasp.planning import plan
 
     options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
     del options["as_json"], options["plan"]
@@ -216,11 +216,11 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Perplexity in fp32, in windows without overlap."""
-    from grasp.evaluate import evaluate
+    from grasp.evaluate import evaluate_text
 
-    options = {k: v for k, v in locals().items() if k not in ("as_json", "evaluate")}
+    options = {k: v for k, v in locals().items() if k not in ("as_json", "evaluate_text")}
     with _progress() as show:
-        result = evaluate(
+        result = evaluate_text(
             **options, progress=lambda n, of: show({"stage": "evaluate", "step": n, "steps": of})
         )
     print(json.dumps(result.to_json(), indent=2) if as_json else result)

@@ -107,7 +107,7 @@ def perplexity(
     )
 
 
-def evaluate(
+def evaluate_text(
     model: str,
     text: str,
     *,

@@ -14,7 +14,7 @@ from grasp.units import UnitSpace, decoder_layers
 
 @torch.no_grad()
 def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
-    """Slice the model in place to the kept units: a dense model with widths of its own per layer."""
+    """Slice the model in place to the kept units: dense, with widths of its own in each layer."""
     layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
     for modules, units, (ffn, kv) in layers:
         device = modules.mlp.gate_proj.weight.device

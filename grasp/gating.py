@@ -1,8 +1,8 @@
 """Gates on a live model: one number per unit, multiplied into what enters `down_proj` and `o_proj`.
 
-`with gated(model, space) as gates:` patches this instance only, and leaves it as it was: FFN modules
-get an instance-level `forward`, attention runs through a function registered with transformers'
-AttentionInterface, so no model family's attention code is copied.
+`with gated(model, space) as gates:` patches this instance only, and leaves it as it was: FFN
+modules get an instance-level `forward`, attention runs through a function registered with
+transformers' AttentionInterface, so no model family's attention code is copied.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -66,11 +67,14 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
 
 def _ffn_forward(mlp: Any) -> Any:
     projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    fused = isinstance(mlp.act_fn, nn.SiLU) and all(p.bias is None for p in projections)
+    fused = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) and all(
+        p.bias is None for p in projections
+    )
 
     def forward(x: Tensor) -> Tensor:
         if fused:
-            return gated_swiglu_ffn(x, *(p.weight for p in projections), mlp.grasp_gate)
+            gate, up, down = (p.weight for p in projections)
+            return gated_swiglu_ffn(x, gate, up, down, mlp.grasp_gate)
         hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
         return mlp.down_proj(hidden * mlp.grasp_gate)
 

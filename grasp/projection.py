@@ -67,7 +67,11 @@ class Projection:
         self._segment = segment.to(device)
 
         # blocks of the sorted units: [blocks, layers that share the block]
-        middle, costs, first, kind, block_of = [], [], [], [], torch.empty(space.size).long()
+        middle: list[list[int]] = []
+        costs: list[int] = []
+        first: list[bool] = []
+        kind: list[int] = []
+        block_of = torch.empty(space.size, dtype=torch.int64)
         heads = segments[: len(segments) // together]
         for number, head in enumerate(heads):
             shared = segments[number :: len(heads)]
@@ -92,7 +96,7 @@ class Projection:
         self._block_tie = block_tie.argsort().argsort().to(device)  # as ranks 0, 1, 2, ...
 
     def __call__(self, scores: Tensor, limit: int | Tensor | None = None) -> Tensor:
-        """Hard mask, bool [units]. `limit` (int or 0-dim int64 tensor) replaces the budget's own."""
+        """Hard mask, bool [units]. `limit` (int or 0-dim int64) stands in for the budget's own."""
         scores = scores.detach().float().nan_to_num(nan=-torch.inf) + 0.0  # -0 becomes 0
         by_score = self._by_tie[scores[self._by_tie].argsort(descending=True, stable=True)]
         order = by_score[self._segment[by_score].argsort(stable=True)]

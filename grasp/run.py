@@ -104,7 +104,7 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
 
 
 class StageJournal(Journal):
-    """Logs a training stage and keeps its state on disk, every SAVE_EVERY seconds and at its end."""
+    """Logs a training stage and keeps its state: every SAVE_EVERY seconds and at its end."""
 
     def __init__(self, run: Run, name: str):
         self._run, self._name = run, name

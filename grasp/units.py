@@ -1,8 +1,9 @@
 """Units: what can be removed from a decoder, and exactly what each removal saves.
 
-Two kinds of unit (GRASPrune, arXiv 2604.19398, section 3): an **FFN channel** (a row of `gate_proj`
-and `up_proj` with its column of `down_proj`) and a **KV group** (the rows of one KV head in `k_proj`
-and `v_proj`, of its G query heads in `q_proj`, and the matching columns of `o_proj`).
+Two kinds of unit (GRASPrune, arXiv 2604.19398, section 3): an **FFN channel** (a row of
+`gate_proj` and `up_proj` with its column of `down_proj`) and a **KV group** (the rows of one KV
+head in `k_proj` and `v_proj`, of its G query heads in `q_proj`, and the matching columns of
+`o_proj`).
 
 Costs are integers in multiples of the hidden size d: a channel costs 3 (3d weights), a group
 (2G+2)*head_dim. Flat vectors over units (scores, gates, masks) run layer by layer, the layer's FFN
@@ -89,7 +90,7 @@ class UnitSpace:
         return sum(2 * layer.kv_groups * layer.head_dim for layer in self.layers) * bytes_per_value
 
     def segments(self) -> Iterator[tuple[int, slice, slice]]:
-        """(layer index, slice of its FFN channels, slice of its KV groups) into a flat unit vector."""
+        """(layer, slice of its FFN channels, slice of its KV groups) into a flat unit vector."""
         start = 0
         for index, layer in enumerate(self.layers):
             middle, end = start + layer.ffn, start + layer.units

@@ -148,7 +148,7 @@ def test_by_name_it_reads_the_model_and_the_text(tmp_path):
     folder = save_tiny(tmp_path / "model", "mistral", dtype=torch.bfloat16)
     text = tmp_path / "notes.txt"
     text.write_text("Some words, one byte a token. " * 10)
-    result = evaluate.evaluate(str(folder), str(text), seq_len=50, device="cpu")
+    result = evaluate.evaluate_text(str(folder), str(text), seq_len=50, device="cpu")
     corpus = Corpus("notes.txt", torch.tensor(tiny_tokenizer()(text.read_text())["input_ids"]), "")
     expected = perplexity(tiny_model("mistral", dtype=torch.bfloat16).float(), corpus, seq_len=50)
     assert result.nll == pytest.approx(expected.nll, rel=1e-6)

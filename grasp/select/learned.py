@@ -26,7 +26,7 @@ TAU = 1.5
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """`anneal` is the part of the steps over which the budget shrinks (0: full pressure at once)."""
+    """`anneal` is the part of the steps over which the budget shrinks (0: no such part)."""
 
     train: TrainSettings
     anneal: float = 0.5
@@ -41,7 +41,7 @@ def learn_scores(
     settings: LearnSettings,
     journal: Journal,
 ) -> Tensor:
-    """Learned scores, fp32 [units]; `start` is where they begin, blocks int64 [samples, seq_len]."""
+    """Learned scores, fp32 [units], from `start` on; blocks int64 [samples, seq_len]."""
     space, whole = projection.space, projection.budget.cost(projection.space)
     mask = torch.ones(space.size, dtype=torch.bool, device=start.device)
 

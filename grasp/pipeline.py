@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from grasp.data import Corpus, read_corpus, sample_corpus, token_blocks, unused_
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
 from grasp.fold import fold_mask, fold_scales
-from grasp.models import load_model, pick_device
+from grasp.models import TORCH_NAMES, best_dtype, load_model, pick_device
 from grasp.projection import Mask, Projection
 from grasp.report import model_card, plot_layers
 from grasp.run import Run, Show, disk_errors, open_run
@@ -32,7 +31,7 @@ from grasp.select import select
 from grasp.training import TrainSettings
 from grasp.units import UnitSpace
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HELD_OUT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,22 @@ def prune(
 
 
 def _prune(config: PruneConfig, run: Run) -> PruneResult:
-    model, tokenizer = _load(config)
+    # fp32 first: the dense model is evaluated in it
+    model, tokenizer = load_model(
+        config.model,
+        dtype=torch.float32,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    projection = Projection(
+        UnitSpace.of(model), config.budget, seed=config.seed, device=config.device
+    )
     corpus = _calibration_text(config, model, tokenizer, run)
-    picked = {"seq_len": config.seq_len, "samples": config.samples, "seed": config.seed}
-    blocks = token_blocks(corpus, **picked)
-    space = UnitSpace.of(model)
-    projection = Projection(space, config.budget, seed=config.seed, device=config.device)
+    blocks = token_blocks(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
+    ruler = _ruler(config, corpus, tokenizer)
+    dense = run.remember("dense", partial(_measure, ruler, model, "dense", run))
 
-    score = _evaluation(config, corpus, tokenizer, picked)
-    dense = run.remember("dense", lambda: score and score(model, "dense", run))
-    model.to(DTYPES[config.dtype])
+    model.to(getattr(torch, TORCH_NAMES[config.dtype]))
     mask = projection.mask(select(model, projection, blocks, config, run.stage))
     fold_mask(model, mask)
     if config.scale_epochs:
@@ -106,8 +111,36 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
         )
         fold_scales(model, learn_scales(model, blocks, settings, run.stage("calibrate")))
 
-    pruned_space = mask.pruned_space()
-    summary = {
+    summary = _summary(config, corpus, projection, mask)
+    kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
+    run.checkpoint.mkdir()
+    saved = save_checkpoint(
+        model, tokenizer, run.checkpoint, kept=kept, grasp_json=summary, card=model_card(summary)
+    )
+    if saved.note:
+        run.log(event="note", text=saved.note)
+    del model  # one model in memory at a time
+
+    reread, _ = load_model(run.checkpoint, dtype=torch.float32, device=config.device)
+    summary["results"] = {
+        "dense": dense,
+        "pruned": _measure(ruler, reread, "pruned", run),
+        "seconds": round(time.time() - run.records()[0]["time"], 1),
+        **asdict(saved),
+    }
+    _add_results(run.checkpoint, summary)
+    run.log(event="finished", folder=str(run.out), **summary["results"])
+    run.publish()
+    return PruneResult(run.out, mask, summary)
+
+
+def _summary(
+    config: PruneConfig, corpus: Corpus, projection: Projection, mask: Mask
+) -> dict[str, Any]:
+    """All of grasp.json but the kept indices and the results."""
+    before, after = mask.space, mask.pruned_space()
+    budget = config.budget
+    return {
         "format": 1,
         "grasp_version": version("grasp"),
         "model": config.model,
@@ -120,74 +153,35 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
         },
         "calibration": corpus.to_json(),
         "budget": {
-            "kind": config.budget.kind,
-            "asked": config.budget.asked,
+            "kind": budget.kind,
+            "asked": budget.asked,
             "limit": projection.limit,
-            "obtained": config.budget.cost(pruned_space),
-            "of": config.budget.cost(space),
+            "obtained": budget.cost(after),
+            "of": budget.cost(before),
         },
         "params": {
-            "prunable_before": space.prunable_params,
-            "prunable_after": pruned_space.prunable_params,
-            "total_before": space.total_params,
-            "total_after": pruned_space.total_params,
+            "prunable_before": before.prunable_params,
+            "prunable_after": after.prunable_params,
+            "total_before": before.total_params,
+            "total_after": after.total_params,
         },
         "kv_cache_bytes_per_token": {
-            "before": space.kv_cache_bytes_per_token(),
-            "after": pruned_space.kv_cache_bytes_per_token(),
+            "before": before.kv_cache_bytes_per_token(),
+            "after": after.kv_cache_bytes_per_token(),
         },
         "widths": {
-            "before": [[layer.ffn, layer.kv_groups] for layer in space.layers],
-            "after": [[layer.ffn, layer.kv_groups] for layer in pruned_space.layers],
+            "before": [[layer.ffn, layer.kv_groups] for layer in before.layers],
+            "after": [[layer.ffn, layer.kv_groups] for layer in after.layers],
         },
         "mask_sha256": mask.digest(),
         "results": {},
     }
-    kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
-    run.checkpoint.mkdir()
-    saved = save_checkpoint(
-        model, tokenizer, run.checkpoint, kept=kept, grasp_json=summary, card=model_card(summary)
-    )
-    if saved.note:
-        run.log(event="note", text=saved.note)
-    del model
-    gc.collect()
-
-    after = None
-    if score:
-        reread, _ = load_model(run.checkpoint, dtype=torch.float32, device=config.device)
-        after = score(reread, "pruned", run)
-    summary["results"] = {
-        "dense": dense,
-        "pruned": after,
-        "seconds": round(time.time() - run.records()[0]["time"], 1),
-        "architecture": saved.architecture,
-        "weight_bytes": saved.weight_bytes,
-        "note": saved.note,
-    }
-    _add_results(run.checkpoint, summary)
-    run.log(event="finished", folder=str(run.out), **summary["results"])
-    run.publish()
-    return PruneResult(run.out, mask, summary)
 
 
 def _concrete(config: PruneConfig) -> PruneConfig:
-    """bf16 on a GPU; fp32 on a CPU, where bf16 without instructions for it is 5 times slower."""
     device = pick_device(config.device)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16"
+    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
-
-
-def _load(config: PruneConfig) -> tuple[PreTrainedModel, Any]:
-    # fp32 first: the dense model is evaluated in it
-    return load_model(
-        config.model,
-        dtype=torch.float32,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _calibration_text(
@@ -210,32 +204,39 @@ def _calibration_text(
     return Corpus.written_by_model(done["ids"])
 
 
-Score = Callable[[PreTrainedModel, str, Run], dict[str, Any]]
+@dataclass(frozen=True)
+class Ruler:
+    """What both models are measured on."""
+
+    text: Corpus
+    seq_len: int
+    windows: int | None
 
 
-def _evaluation(
-    config: PruneConfig, corpus: Corpus, tokenizer: Any, picked: dict[str, int]
-) -> Score | None:
-    """How both models will be measured; None where there is no text left to measure on."""
+def _ruler(config: PruneConfig, corpus: Corpus, tokenizer: Any) -> Ruler | None:
+    """--eval-text, or what calibration leaves of its own text; None where it leaves nothing."""
     if config.eval_text:
-        text: Corpus | None = read_corpus(config.eval_text, tokenizer, split="test")
-        seq_len = config.eval_seq_len
-    else:
-        text, seq_len = unused_text(corpus, **picked), config.seq_len
-    if text is None:
+        text = read_corpus(config.eval_text, tokenizer, split="test")
+        return Ruler(text, config.eval_seq_len, config.eval_windows)
+    rest = unused_text(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
+    if rest is None:
         return None
+    return Ruler(rest, config.seq_len, config.eval_windows or HELD_OUT_WINDOWS)
 
-    def score(model: PreTrainedModel, which: str, run: Run) -> dict[str, Any]:
-        result = perplexity(
-            model,
-            text,
-            seq_len=seq_len,
-            windows=config.eval_windows,
-            progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
-        )
-        return result.to_json()
 
-    return score
+def _measure(
+    ruler: Ruler | None, model: PreTrainedModel, which: str, run: Run
+) -> dict[str, Any] | None:
+    if ruler is None:
+        return None
+    available = ruler.text.tokens // ruler.seq_len
+    return perplexity(
+        model,
+        ruler.text,
+        seq_len=ruler.seq_len,
+        windows=ruler.windows and min(ruler.windows, available),
+        progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
+    ).to_json()
 
 
 def _add_results(folder: Path, summary: dict[str, Any]) -> None:
@@ -251,6 +252,6 @@ def _add_results(folder: Path, summary: dict[str, Any]) -> None:
 def _out_of_memory(config: PruneConfig, error: Exception) -> GraspError:
     reason = str(error).strip().split("\n")[0]
     return GraspError(
-        f"out of memory on {config.device} ({reason}): lower --batch-size (now {config.batch_size}) "
-        f"or --seq-len (now {config.seq_len}), or use --dtype bf16"
+        f"out of memory on {config.device} ({reason}): lower --batch-size "
+        f"(now {config.batch_size}) or --seq-len (now {config.seq_len}), or use --dtype bf16"
     )

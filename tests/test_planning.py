@@ -22,7 +22,7 @@ from grasp.checkpoint.modeling_grasp import FAMILIES as GRASP_CLASSES
 from grasp.errors import GraspError
 from grasp.gating import gated
 from grasp.header import from_config, read_header
-from grasp.plan import learning_memory, obtained, params_left, plan
+from grasp.planning import learning_memory, obtained, params_left, plan
 from grasp.projection import Mask, Projection
 from grasp.training import next_token_loss
 from grasp.units import LayerUnits, UnitSpace, decoder_layers
@@ -329,7 +329,7 @@ def test_a_plan_needs_neither_torch_nor_two_seconds(tmp_path, source):
     program = (
         "import sys, time\n"
         "sys.argv[0] = 'grasp'\n"
-        "from grasp.plan import plan\n"
+        "from grasp.planning import plan\n"
         f"plan({spec!r}, keep=0.5)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "print(time.process_time())\n"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import reference
+from grasp_kernels._backend import kernels, runs_triton
 from grasp_kernels._checks import expect
 
 
@@ -87,9 +88,11 @@ def budget_topk(
 def _topk(
     scores: Tensor, costs: Tensor, budget: Tensor, floor: Tensor, tie_rank: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    costs, budget = costs.long(), budget.long()
     if scores.device.type == "cpu":
         _check_values(costs, budget, floor, tie_rank)
+    if runs_triton(scores):
+        return kernels("projection").budget_topk(scores, costs, budget, floor, tie_rank)
+    costs, budget = costs.long(), budget.long()
     mask = reference.budget_topk(scores, costs, budget, floor, tie_rank)
     indices = torch.argsort(~mask, stable=True)
     return mask, indices, mask.sum(), (costs * mask).sum()
@@ -100,7 +103,7 @@ def _check_values(costs: Tensor, budget: Tensor, floor: Tensor, tie_rank: Tensor
         not bool((costs < 0).any()),
         f"costs holds {costs.min() if len(costs) else 0}, expected >= 0",
     )
-    reserved = costs[floor].sum()
+    reserved = costs.long()[floor].sum()
     expect(
         bool(reserved <= budget),
         f"budget is {budget}, below the {reserved} that the floors cost: raise it or drop floors",

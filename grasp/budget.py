@@ -108,10 +108,10 @@ class Budget:
             raise GraspError(f"{option} {self.asked} is not a ratio: choose one in (0, 1]")
         limit = int(asked * total)
         if limit < floor:
-            least = math.ceil(1e4 * floor / total) / 1e4
+            share = math.ceil(1e4 * floor / total) / 1e4
             raise GraspError(
                 f"{option} {self.asked} is impossible: one block of every kind in every layer "
-                f"already takes {least}; ask for at least that, or for smaller multiples"
+                f"already takes {share}; ask for at least that, or for smaller multiples"
             )
         return limit
 

@@ -74,7 +74,9 @@ def _ffn_forward(mlp: Any) -> Any:
     def forward(x: Tensor) -> Tensor:
         if fused:
             gate, up, down = (p.weight for p in projections)
-            return gated_swiglu_ffn(x, gate, up, down, mlp.grasp_gate)
+            # counting kept channels, to skip the others, would make a GPU wait in every layer
+            most = None if x.device.type == "cpu" else len(gate)
+            return gated_swiglu_ffn(x, gate, up, down, mlp.grasp_gate, max_kept=most)
         hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
         return mlp.down_proj(hidden * mlp.grasp_gate)
 

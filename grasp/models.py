@@ -252,7 +252,12 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         attn_implementation="sdpa",
     )
     model.generation_config = GenerationConfig.from_model_config(config)
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for name in ("bos_token", "eos_token", "pad_token"):  # 5.14 takes its EOS for its BOS
+        token_id = getattr(config, f"{name}_id")
+        if isinstance(token_id, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    return model, tokenizer
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import filecmp
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Run:
     def publish(self) -> None:
         """Put the finished checkpoint in its place and remove the run's folder."""
         with disk_errors(self.out):
-            os.replace(self.folder / "log.jsonl", self.checkpoint / "log.jsonl")
+            shutil.copyfile(self.folder / "log.jsonl", self.checkpoint / "log.jsonl")
             os.rename(self.checkpoint, self.out)
         shutil.rmtree(self.folder)
 
@@ -78,10 +79,13 @@ class Run:
 @contextmanager
 def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None) -> Iterator[Run]:
     """Start or resume the run that will produce `out`. Raises GraspError if `out` exists, if its
-    run folder belongs to another configuration (with the differences), or is in use."""
-    folder = out.with_name(out.name + ".run")
-    if out.exists():
+    run folder belongs to another configuration (with the differences), or is in use. A run that
+    fails before it has anything to resume from leaves no folder."""
+    if os.path.lexists(out):
+        _remove_published(out)
         raise GraspError(f"{out} exists already: choose another --out or remove it first")
+    folder = _folder(out)
+    missing = [parent for parent in folder.parents if not parent.exists()]
     with disk_errors(folder):
         for part in (folder / "state", folder / "facts"):
             part.mkdir(parents=True, exist_ok=True)
@@ -95,12 +99,38 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
         resumed = (folder / "config.json").exists()
         if resumed:
             _same_config(folder, json.loads((folder / "config.json").read_text()), asked)
-        else:
-            _write(folder / "config.json", json.dumps(asked, indent=2).encode())
-        run = Run(out, folder, show)
-        shutil.rmtree(run.checkpoint, ignore_errors=True)
-        run.log(event="resumed" if resumed else "started")
-        yield run
+        try:
+            if not resumed:
+                _write(folder / "config.json", json.dumps(asked, indent=2).encode())
+            run = Run(out, folder, show)
+            shutil.rmtree(run.checkpoint, ignore_errors=True)
+            _drop_cut_line(folder / "log.jsonl")
+            run.log(event="resumed" if resumed else "started")
+            yield run
+        except BaseException:
+            if not any([*folder.glob("state/*.safetensors"), *folder.glob("facts/*.json")]):
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # a parent that somebody else uses by now
+                    for parent in missing:
+                        parent.rmdir()
+            raise
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(out.name + ".run")
+
+
+def _remove_published(out: Path) -> None:
+    """The run folder that a kill right after the result's renaming leaves behind."""
+    with suppress(OSError, ValueError):
+        if filecmp.cmp(out / "log.jsonl", _folder(out) / "log.jsonl", shallow=False):
+            shutil.rmtree(_folder(out))
+
+
+def _drop_cut_line(log: Path) -> None:
+    """A crash or a full disk may have cut the last line short: the next one begins anew."""
+    if log.exists():
+        os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
 
 
 class StageJournal(Journal):
@@ -165,12 +195,26 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or "No space left" in str(error)
         reason = "the disk is full" if full else str(error)
         fix = "free some space" if full else "check the path and its permissions"
         raise GraspError(
             f"cannot write {path}: {reason}; {fix} and run the command again"
         ) from None
+
+
+@contextmanager
+def memory_errors(device: str, fix: str) -> Iterator[None]:
+    """Turn a full memory into one line, in the words of the GPU's or the CPU's allocator."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in reason:
+            raise
+        raise GraspError(f"out of memory on {device} ({reason}): {fix}") from None
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -187,6 +231,7 @@ def _sync(path: Path) -> None:
 
 
 def _same_config(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before, now = _flat(before), _flat(now)
     changed = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted({*before, *now})
@@ -197,3 +242,12 @@ def _same_config(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> N
             f"{folder} holds an unfinished run of another configuration ({'; '.join(changed)}): "
             "repeat its options to resume it, remove the folder, or choose another --out"
         )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"budget": {"asked": 0.5}} becomes {"budget.asked": 0.5}, so that a difference is short."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

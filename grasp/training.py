@@ -63,6 +63,7 @@ def train_gates(
     optimizer = torch.optim.AdamW([theta], lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     per_step = settings.batch_size * settings.accumulate
     order = torch.cat([_epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
+    order, blocks = order.to(theta.device), blocks.to(theta.device)
     steps = math.ceil(len(order) / per_step)
 
     start = _restore(theta, optimizer, journal.load())
@@ -75,8 +76,7 @@ def train_gates(
         loss = torch.zeros((), device=theta.device)
         for part in chosen.split(settings.batch_size):
             gates.set(z)
-            batch = blocks[part].to(theta.device)
-            part_loss = next_token_loss(model, batch) * (len(part) / len(chosen))
+            part_loss = next_token_loss(model, blocks[part]) * (len(part) / len(chosen))
             part_loss.backward()
             loss += part_loss.detach()
         values.backward(z.grad)

@@ -90,6 +90,8 @@ def save_checkpoint(
         probe = _probe(model, seed=int(grasp_json.get("seed", 0)))
         (folder / PROBE).parent.mkdir()
         save_file(probe, folder / PROBE, metadata=environment(model.device))
+        for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
+            path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
         write_json(folder / "grasp.json", {**grasp_json, "sha256": hashes})
         (folder / "README.md").write_text(card, encoding="utf-8")

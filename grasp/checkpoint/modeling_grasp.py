@@ -9,7 +9,6 @@ config.json says (keys intermediate_size, num_attention_heads, num_key_value_hea
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -42,11 +41,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 class PerLayerConfig:
     """Mixin over a family's config."""
 
-    per_layer_config: Sequence[PreTrainedConfig]
-
-    def validate_architecture(self) -> None:
+    def validate_architecture(self: Any) -> None:
         # Replaces Llama's rule that heads divide the hidden size: head_dim is explicit here.
-        for i, layer in enumerate(self.per_layer_config):
+        for i, layer in enumerate(self.per_layer_config or ()):
             if layer.num_attention_heads % layer.num_key_value_heads:
                 raise ValueError(
                     f"layer {i}: {layer.num_attention_heads} query heads cannot share "

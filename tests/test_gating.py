@@ -1,0 +1,120 @@
+"""Gates on live models: exact when open, gone when closed, the right gradient for every unit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, tiny_model
+
+from grasp.budget import Budget
+from grasp.fold import fold_mask, fold_scales
+from grasp.gating import gated
+from grasp.projection import Projection
+from grasp.units import UnitSpace, decoder_layers
+
+IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
+both_ties = pytest.mark.parametrize("tied", [False, True])
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def logits(model, ids=IDS, **kwargs):
+    return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+
+@families
+def test_open_gates_change_nothing_and_leave_nothing(family):
+    model = tiny_model(family)
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    attributes = [set(vars(m)) for m in model.modules()]
+    padding = torch.ones_like(IDS)
+    padding[0, :5] = 0
+    want = logits(model), logits(model, attention_mask=padding)
+    with gated(model, UnitSpace.of(model)):
+        assert torch.equal(logits(model), want[0])
+        assert torch.equal(logits(model, attention_mask=padding), want[1])
+    assert torch.equal(logits(model), want[0])
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_gates_come_off_when_the_body_fails():
+    model = tiny_model("llama")
+    want = logits(model)
+    with pytest.raises(ZeroDivisionError), gated(model, UnitSpace.of(model)) as gates:
+        gates.set(torch.zeros(UnitSpace.of(model).size))
+        raise ZeroDivisionError
+    assert torch.equal(logits(model), want)
+
+
+def test_only_this_instance_is_patched():
+    model, other = tiny_model("llama"), tiny_model("llama")
+    want = logits(other)
+    with gated(model, UnitSpace.of(model)) as gates:
+        gates.set(torch.zeros(UnitSpace.of(model).size))
+        assert torch.equal(logits(other), want)
+        assert not torch.equal(logits(model), want)
+
+
+@families
+@both_ties
+@pytest.mark.parametrize("site", ["output", "kv"])
+def test_folded_equals_gated(family, tied, site):
+    """A hard mask, gated, is the sliced model; scales on top are the folded one."""
+    model = tiny_model(family, tied=tied)
+    space = UnitSpace.of(model)
+    mask = Projection(space, Budget("keep", 0.5, 8)).mask(torch.randn(space.size))
+    with gated(model, space, site) as gates:
+        gates.set(mask.keep.float())
+        masked = logits(model)
+    if site == "output":
+        scales = 0.5 + torch.rand(space.size)
+        with gated(model, space) as gates:
+            gates.set(mask.keep * scales)
+            scaled = logits(model)
+    fold_mask(model, mask)
+    assert close(logits(model), masked)
+    assert UnitSpace.of(model) == mask.pruned_space()
+    assert UnitSpace.of(model).total_params == sum(p.numel() for p in model.parameters())
+    if site == "output":
+        fold_scales(model, scales[mask.keep])
+        assert close(logits(model), scaled)
+
+
+def close(a, b):
+    return (a - b).norm() / b.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradient_of_every_gate(family):
+    """Against central differences, for kept and dropped units alike.
+
+    The norms of transformers compute in fp32 even in an fp64 model, which bounds the agreement.
+    """
+    model = tiny_model(family, dtype=torch.float64, layers=2, ffn=16, heads=4, kv_heads=2)
+    space = UnitSpace.of(model)
+    z = (torch.rand(space.size, dtype=torch.float64) > 0.5).double().requires_grad_()
+
+    def loss(values):
+        gates.set(values)
+        return F.cross_entropy(logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+
+    with gated(model, space) as gates:
+        (grad,) = torch.autograd.grad(loss(z), z)
+        with torch.no_grad():
+            step = 1e-3 * torch.eye(space.size, dtype=torch.float64)
+            numeric = torch.stack([(loss(z + e) - loss(z - e)) / 2e-3 for e in step])
+    assert grad.abs().min() > 0
+    assert (grad - numeric).abs().max() <= 1e-3 * numeric.abs().max()
+
+
+def test_the_fused_ffn_is_what_runs(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "grasp.gating.gated_swiglu_ffn", lambda x, *_, **__: calls.append(1) or torch.zeros_like(x)
+    )
+    model = tiny_model("llama")
+    with gated(model, UnitSpace.of(model)):
+        logits(model)
+    assert len(calls) == len(decoder_layers(model))

@@ -1,0 +1,179 @@
+"""The projection against a brute-force greedy that shares no code with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grasp.budget import Budget
+from grasp.errors import GraspError
+from grasp.projection import Projection
+from grasp.units import LayerUnits, UnitSpace
+
+layers = st.builds(
+    LayerUnits,
+    ffn=st.sampled_from([8, 16, 24]),
+    kv_groups=st.sampled_from([2, 4]),
+    group_size=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([4, 8]),
+)
+
+
+@st.composite
+def problems(draw, uniform=False):
+    """A space, a budget that is possible in it, and scores: distinct, or heavily tied."""
+    count = draw(st.integers(1, 4))
+    rows = [draw(layers)] * count if uniform else [draw(layers) for _ in range(count)]
+    space = UnitSpace(64, tuple(rows), fixed_params=1000)
+    kind = draw(st.sampled_from(["keep", "params", "kv_cache"]))
+    multiples = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2]))
+    layout = "uniform" if uniform else "per-layer"
+    shape = Budget(kind, 1.0, *multiples, layout)
+    floor, total = shape.floor(space), shape.cost(space)
+    limit = draw(st.integers(floor, total))
+    if kind == "params":
+        asked = float(limit * space.hidden_size + space.total_params - space.prunable_params)
+    else:
+        asked = min(1.0, (limit + 0.5) / total)
+    budget = Budget(kind, asked, *multiples, layout)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        scores = torch.randperm(space.size, generator=generator).float()
+    else:
+        scores = torch.randint(0, 3, (space.size,), generator=generator).float()
+    return space, budget, scores
+
+
+def greedy(space: UnitSpace, budget: Budget, scores: list[float], limit: int) -> list[bool]:
+    """Sequential greedy over blocks, floors first; for scores without ties."""
+    pools, start = [], 0  # (multiple, cost of a unit, units best first) of each segment
+    for layer in space.layers:
+        for width, multiple, cost in zip(
+            (layer.ffn, layer.kv_groups),
+            (budget.ffn_multiple, budget.kv_multiple),
+            budget.unit_costs(layer),
+            strict=True,
+        ):
+            units = sorted(range(start, start + width), key=lambda u: -scores[u])
+            pools.append((multiple, cost, units))
+            start += width
+    groups = [pools[0::2], pools[1::2]] if budget.layout == "uniform" else [[p] for p in pools]
+    blocks = []
+    for group in groups:
+        multiple, cost, units = group[0]
+        for first in range(0, len(units), multiple):
+            members = [u for pool in group for u in pool[2][first : first + multiple]]
+            rank = sum(scores[pool[2][first + multiple // 2]] for pool in group) / len(group)
+            blocks.append((first > 0, -rank, cost * len(members), members))
+    keep = [False] * space.size
+    for _, _, cost, members in sorted(blocks, key=lambda b: b[:2]):
+        if cost <= limit:
+            limit -= cost
+            for unit in members:
+                keep[unit] = True
+    return keep
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_equals_greedy(problem):
+    space, budget, scores = problem
+    if len(set(scores.tolist())) < space.size:
+        scores = scores + torch.linspace(0, 0.5, space.size)
+    mask = Projection(space, budget)(scores)
+    assert mask.tolist() == greedy(space, budget, scores.tolist(), budget.limit(space))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems() | problems(uniform=True), st.integers(0, 5))
+def test_budget_floors_and_widths(problem, seed):
+    space, budget, scores = problem
+    mask = Projection(space, budget, seed=seed).mask(scores)
+    pruned = mask.pruned_space()
+    spent, limit = budget.cost(pruned), budget.limit(space)
+    assert spent <= limit
+    for layer in pruned.layers:
+        assert layer.ffn >= budget.ffn_multiple and layer.ffn % budget.ffn_multiple == 0
+        assert layer.kv_groups >= budget.kv_multiple and layer.kv_groups % budget.kv_multiple == 0
+    if budget.layout == "uniform":
+        assert len(set(pruned.layers)) == 1
+    if any(a.ffn < b.ffn for a, b in zip(pruned.layers, space.layers, strict=True)):
+        assert limit - spent < budget.step(space)
+    if budget.kind == "params":
+        assert pruned.total_params <= budget.asked
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(uniform=True), st.integers(0, 2**31))
+def test_uniform_equals_greedy(problem, seed):
+    space, budget, _ = problem
+    scores = torch.rand(space.size, generator=torch.Generator().manual_seed(seed))
+    mask = Projection(space, budget)(scores)
+    assert mask.tolist() == greedy(space, budget, scores.tolist(), budget.limit(space))
+
+
+def space_of(layers: int = 12, ffn: int = 64, kv: int = 4) -> UnitSpace:
+    return UnitSpace(64, (LayerUnits(ffn, kv, 3, 16),) * layers, 0)
+
+
+def test_equal_scores_spread_over_depth_and_depend_on_the_seed_only():
+    space, budget = space_of(), Budget("keep", 0.5, ffn_multiple=1)
+    scores = torch.zeros(space.size)
+    masks = [Projection(space, budget, seed=seed)(scores) for seed in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    shares = [masks[0][ffn].float().mean() for _, ffn, _ in space.segments()]
+    assert min(shares) > 0.2  # by position the last layers would keep one channel
+
+
+def test_a_units_score_counts_whatever_its_sign_or_size():
+    space, budget = space_of(2, 8, 2), Budget("keep", 0.5, ffn_multiple=1)
+    project = Projection(space, budget)
+    scores = torch.randn(space.size)
+    assert torch.equal(project(scores), project(scores * 1e-20))
+    scores[3] = torch.nan
+    assert not project(scores)[3]
+
+
+def test_limit_can_be_a_tensor():
+    space, budget = space_of(), Budget("keep", 0.5)
+    project, scores = Projection(space, budget), torch.randn(space_of().size)
+    full = project(scores, torch.tensor(space.cost))
+    assert full.all()
+    assert torch.equal(project(scores, torch.tensor(project.limit)), project(scores))
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (Budget("keep", 0.0), "--keep 0.0 is not a ratio"),
+        (Budget("keep", 1.5), "--keep 1.5 is not a ratio"),
+        (Budget("keep", 0.01), "already takes"),
+        (Budget("kv_cache", 0.1), "--kv-cache 0.1 is impossible"),
+        (Budget("params", 10.0), "--params 10 is impossible"),
+        (Budget("params", 1e12), "choose between"),
+        (Budget("keep", 0.5, ffn_multiple=48), "--ffn-multiple 48 does not divide"),
+        (Budget("keep", 0.5, kv_multiple=3), "--kv-multiple 3 does not divide"),
+    ],
+)
+def test_impossible_budgets_name_the_fix(budget, words):
+    with pytest.raises(GraspError, match=words):
+        budget.limit(space_of())
+
+
+def test_uniform_needs_equal_layers():
+    space = UnitSpace(64, (LayerUnits(8, 2, 1, 4), LayerUnits(16, 2, 1, 4)), 0)
+    with pytest.raises(GraspError, match="--layout per-layer"):
+        Budget("keep", 0.5, 1, layout="uniform").limit(space)
+
+
+def test_one_budget_at_a_time():
+    with pytest.raises(GraspError, match="--keep and --kv-cache are two budgets"):
+        Budget.of(keep=0.5, kv_cache=0.5)
+    assert Budget.of() == Budget("keep", 0.5)
+
+
+def test_a_ratio_is_the_decimal_that_was_written():
+    space = UnitSpace(1, (LayerUnits(10, 1, 1, 1),) * 3, 0)  # 102 in all; 0.7 * 102 = 71.4
+    assert Budget("keep", 0.7, 1).limit(UnitSpace(1, space.layers[:1] * 10, 0)) == 238

@@ -1,0 +1,198 @@
+"""The training loop: the estimator, the budget at every step, resuming, and its failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grasp.budget import Budget
+from grasp.calibrate import learn_scales
+from grasp.errors import GraspError
+from grasp.gating import gated
+from grasp.projection import Projection
+from grasp.select.fisher import fisher_scores
+from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores, ranked
+from grasp.select.magnitude import magnitude_scores
+from grasp.training import Journal, TrainSettings, next_token_loss, train_gates
+from grasp.units import UnitSpace
+
+BLOCKS = torch.randint(3, 250, (12, 16), generator=torch.Generator().manual_seed(3))
+
+
+class Memory(Journal):
+    """Keeps everything; `stop_at` raises after that many steps, as a kill would."""
+
+    def __init__(self, stop_at: int = 10**9):
+        self.stop_at, self.state, self.records = stop_at, None, []
+
+    def load(self):
+        return self.state
+
+    def save(self, state, *, final=False):
+        self.state = {name: t.clone() for name, t in state().items()}
+        if int(self.state["step"]) == self.stop_at:
+            raise KeyboardInterrupt
+
+    def progress(self, step, total, loss, tokens, **info):
+        self.records.append({"step": step, "loss": loss, "tokens": tokens, **info})
+
+
+def learn(journal, *, seed=0, epochs=2, batch_size=1, accumulate=1, anneal=0.5, lr=0.05):
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    projection = Projection(space, Budget("keep", 0.5, 8), seed=seed)
+    settings = LearnSettings(TrainSettings(epochs, batch_size, accumulate, lr, seed), anneal)
+    start = torch.zeros(space.size)
+    return projection, learn_scores(model, projection, start, BLOCKS, settings, journal)
+
+
+def test_budget_holds_at_every_step_and_anneals():
+    journal = Memory()
+    projection, _ = learn(journal)
+    whole = projection.space.cost
+    for record in journal.records:
+        allowed = annealed(projection.limit, whole, (record["step"] - 1) / 24, 0.5)
+        assert record["cost"] <= allowed
+    unspent = [projection.limit - r["cost"] for r in journal.records[12:]]
+    assert min(unspent) >= 0 and max(unspent) < projection.budget.step(projection.space)
+    assert annealed(projection.limit, whole, 0.0, 0.5) == whole
+    assert annealed(projection.limit, whole, 0.0, 0.0) == projection.limit
+
+
+def test_straight_through_gradient():
+    """One step of AdamW moves each score by the sign of dL/dz, dropped units' too."""
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    projection = Projection(space, Budget("keep", 0.5, 8))
+    start = torch.randn(space.size)
+    settings = LearnSettings(TrainSettings(1, lr=0.01), anneal=0.0)
+    learned = learn_scores(model, projection, start, BLOCKS[:1], settings, Journal())
+    z = projection(start).float().requires_grad_()
+    with gated(model, space) as gates:
+        gates.set(z)
+        (dz,) = torch.autograd.grad(next_token_loss(model, BLOCKS[:1]), z)
+    p = torch.sigmoid(start / TAU)
+    ds = dz * p * (1 - p) / TAU
+    assert (ds[z == 0] != 0).all()
+    expected = start - 0.01 * ds / (ds.abs() + 1e-8)  # AdamW's first step
+    assert torch.allclose(learned, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 13, 23])
+def test_resumed_ends_where_uninterrupted_does(stop_at):
+    _, want = learn(Memory())
+    journal = Memory(stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        learn(journal)
+    journal.stop_at = 10**9
+    _, got = learn(journal)
+    assert torch.equal(got, want)
+
+
+def test_seed_decides():
+    assert torch.equal(learn(Memory())[1], learn(Memory())[1])
+    assert not torch.equal(learn(Memory())[1], learn(Memory(), seed=1)[1])
+
+
+def test_accumulation_equals_a_batch():
+    one_step = {"epochs": 1, "batch_size": 12, "accumulate": 1}
+    _, batched = learn(Memory(), **one_step)
+    journal = Memory()
+    _, accumulated = learn(journal, **one_step | {"batch_size": 5, "accumulate": 3})
+    assert torch.allclose(batched, accumulated, atol=1e-4)
+    assert [r["step"] for r in journal.records] == [1]
+
+
+def test_learning_lowers_the_loss():
+    journal = Memory()
+    learn(journal, epochs=12, anneal=0.0)
+    losses = [r["loss"] for r in journal.records]
+    assert sum(losses[-12:]) < sum(losses[:12])
+
+
+def test_nan_loss_names_step_loss_and_fix():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.fill_(math.nan)
+    space = UnitSpace.of(model)
+    projection = Projection(space, Budget("keep", 0.5, 8))
+    settings = LearnSettings(TrainSettings(1))
+    with pytest.raises(GraspError, match=r"loss is nan at step 1: try a smaller --lr"):
+        learn_scores(model, projection, torch.zeros(space.size), BLOCKS, settings, Journal())
+
+
+def test_scales_stay_in_range_and_help():
+    model = tiny_model("llama")
+    journal = Memory()
+    scales = learn_scales(model, BLOCKS, TrainSettings(10, lr=0.05), journal)
+    assert ((scales > 0.5) & (scales < 1.5)).all() and scales.std() > 0.01
+    losses = [r["loss"] for r in journal.records]
+    assert sum(losses[-12:]) < sum(losses[:12])
+
+
+def test_fisher_is_the_squared_gradient_per_cost():
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    fisher = fisher_scores(model, space, BLOCKS[:2], Journal())
+    with gated(model, space) as gates:
+        want = torch.zeros(space.size)
+        for block in BLOCKS[:2]:
+            z = torch.ones(space.size, requires_grad=True)
+            gates.set(z)
+            want += torch.autograd.grad(next_token_loss(model, block[None]), z)[0] ** 2
+    _, ffn, kv = next(space.segments())
+    assert torch.allclose(fisher[ffn], want[ffn])
+    assert torch.allclose(fisher[kv], want[kv] * 3 / space.layers[0].kv_cost)
+
+
+def test_ranked_keeps_order_and_spacing():
+    scores = ranked(torch.tensor([5.0, 1e-9, 7.0, 0.0, 1e9]))
+    assert scores.tolist() == [0.0, -0.5, 0.5, -1.0, 1.0]
+
+
+def test_magnitude_by_definition():
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    scores = magnitude_scores(model, space)
+    layer = model.model.layers[0]
+    mlp, attention, d = layer.mlp, layer.self_attn, space.hidden_size
+    channel = [mlp.gate_proj.weight[3], mlp.up_proj.weight[3], mlp.down_proj.weight[:, 3]]
+    assert torch.isclose(scores[3], sum(w.square().sum() for w in channel) / (3 * d))
+    dim, group = space.layers[0].head_dim, space.layers[0].group_size
+    heads, head = slice(dim * group, 2 * dim * group), slice(dim, 2 * dim)  # KV group 1
+    weights = [attention.q_proj.weight[heads], attention.o_proj.weight[:, heads]]
+    weights += [attention.k_proj.weight[head], attention.v_proj.weight[head]]
+    mean = sum(w.square().sum() for w in weights) / sum(w.numel() for w in weights)
+    assert torch.isclose(scores[space.layers[0].ffn + 1], mean)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of tensor values by the host, each of which waits for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_read_the_loss_once_each_on_a_cpu():
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    with gated(model, space) as gates, HostReads() as reads:
+        train_gates(
+            model,
+            gates,
+            torch.zeros(space.size),
+            lambda theta, _: 1 + theta,
+            BLOCKS[:4],
+            TrainSettings(1),
+            Journal(),
+        )
+    # the loss of each step; and of each layer's FFN how many channels it keeps
+    assert reads.count <= 4 * (1 + len(space.layers))

@@ -4,7 +4,7 @@ BIN = .venv/bin
 DEMO = out/smollm2-135m-50
 
 demo: .venv/demo
-	@test -d $(DEMO) || $(BIN)/grasp prune demo:smollm2-135m --keep 0.5 --samples 128 --seq-len 256 \
+	@test -d $(DEMO) || $(BIN)/grasp prune demo:smollm2-135m --keep 0.5 --samples 96 --seq-len 256 \
 		--epochs 2 --out $(DEMO)
 	$(BIN)/grasp show $(DEMO)
 

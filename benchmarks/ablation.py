@@ -1,0 +1,272 @@
+"""What each of our differences from the published method is worth, one switched at a time.
+
+    python -m benchmarks.ablation --text FILE --eval-text FILE [--seeds 0,1,2] [--rows NAME,...]
+    python -m benchmarks.ablation --table --out JSON
+
+A row is `ours` or `published` with one choice changed, or `published code`: the eager form of
+`benchmarks.published` with its own scales, where `published` is that setting in grasp's own loop.
+Each learns a mask and then scales on the same blocks as every other row of its seed, in fp32, and
+is evaluated on the same windows as the dense model. Results are written after every row, and a
+second call does only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks import published
+from benchmarks.gate_step import machine
+from grasp.budget import Budget
+from grasp.calibrate import learn_scales
+from grasp.config import PruneConfig
+from grasp.data import Corpus, read_corpus, token_blocks
+from grasp.evaluate import perplexity
+from grasp.fold import fold_mask, fold_scales
+from grasp.models import load_model, pick_device
+from grasp.projection import Mask, Projection
+from grasp.select import select
+from grasp.training import Journal, TrainSettings
+from grasp.units import UnitSpace
+
+Score = Callable[[PreTrainedModel], float]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to prune, measured against the row named `against`."""
+
+    name: str
+    against: str
+    config: PruneConfig
+    ties: Literal["random", "position"] = "random"
+    floors: Literal["inside", "outside"] = "inside"
+    published_code: bool = False
+
+
+class FloorsOutside(Projection):
+    """The published cut under any other choice: floors come on top of the budget."""
+
+    def __init__(self, space: UnitSpace, budget: Budget, *, device: torch.device, tie_rank: Tensor):
+        super().__init__(space, budget, device=device, tie_rank=tie_rank)
+        self.by_tie = tie_rank.argsort().to(device)
+        self.costs, self.parts = published.unit_costs(space, budget, device)
+
+    def __call__(self, scores: Tensor, limit: int | Tensor | None = None) -> Tensor:
+        p = torch.sigmoid(scores.detach() / published.TAU)
+        order = self.by_tie[p[self.by_tie].argsort(descending=True, stable=True)]
+        limit = self.limit if limit is None else int(limit)
+        return published.cut_then_floors(order, p, self.costs, limit, self.parts)
+
+
+def ablation_rows(ours: PruneConfig) -> list[Row]:
+    paper = replace(ours.as_published(), epochs=ours.epochs, scale_epochs=ours.scale_epochs)
+    blocked = replace(ours.budget, ffn_multiple=32)
+
+    def off(name: str, config: PruneConfig = ours, **choice: Any) -> Row:
+        return Row(f"ours/{name}", "ours", config, **choice)
+
+    def on(name: str, config: PruneConfig = paper, **choice: Any) -> Row:
+        choices = {"ties": "position", "floors": "outside", **choice}
+        return Row(f"published/{name}", "published", config, **choices)
+
+    return [
+        Row("ours", "ours", ours),
+        off("ties=position", ties="position"),
+        off("floors=outside", floors="outside"),
+        off("gate_site=kv", replace(ours, gate_site="kv")),
+        off("start=equal", replace(ours, start="equal")),
+        off("anneal=0", replace(ours, anneal=0.0)),
+        off("batch_size=4", replace(ours, batch_size=4)),
+        off(f"epochs={2 * ours.epochs}", replace(ours, epochs=2 * ours.epochs)),
+        off("ffn_multiple=32", replace(ours, budget=blocked)),
+        Row("published", "published", paper, ties="position", floors="outside"),
+        on("ties=random", ties="random"),
+        on("floors=inside", floors="inside"),
+        on("gate_site=output", replace(paper, gate_site="output")),
+        on("start=fisher", replace(paper, start="fisher")),
+        on("anneal=0.5", replace(paper, anneal=0.5)),
+        Row("published code", "published", paper, published_code=True),
+    ]
+
+
+def run_row(
+    row: Row, seed: int, dense: PreTrainedModel, corpus: Corpus, score: Score
+) -> dict[str, Any]:
+    """Prune a copy of `dense` as the row says; how much it keeps and what `score` gives for it."""
+    config = replace(row.config, seed=seed)
+    blocks = token_blocks(corpus, seq_len=config.seq_len, samples=config.samples, seed=seed)
+    model = copy.deepcopy(dense)
+    began = time.monotonic()
+    mask = select_mask(row, config, model, blocks)
+    seconds = time.monotonic() - began
+    fold_mask(model, mask)
+    alone = score(model)
+    settings = TrainSettings(config.scale_epochs, config.batch_size, config.accumulate, seed=seed)
+    if row.published_code:
+        published.learn_scales(model, blocks, settings)
+    else:
+        fold_scales(model, learn_scales(model, blocks, settings, Journal()))
+    return {
+        "row": row.name,
+        "against": row.against,
+        "seed": seed,
+        "kept": mask.pruned_space().prunable_params / mask.space.prunable_params,
+        "mask_alone": alone,
+        "after_scales": score(model),
+        "select_seconds": round(seconds, 1),
+        "mask_sha256": mask.digest(),
+    }
+
+
+def select_mask(row: Row, config: PruneConfig, model: PreTrainedModel, blocks: Tensor) -> Mask:
+    if row.published_code:
+        return published.learn_mask(
+            model, blocks, keep=config.budget.asked, epochs=config.epochs, seed=config.seed
+        )
+    space = UnitSpace.of(model)
+    tie_rank = torch.arange(space.size)
+    if row.ties == "random":
+        tie_rank = torch.randperm(space.size, generator=torch.Generator().manual_seed(config.seed))
+    kind = Projection if row.floors == "inside" else FloorsOutside
+    projection = kind(space, config.budget, device=model.device, tie_rank=tie_rank)
+    return projection.mask(select(model, projection, blocks, config, lambda stage: Journal()))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: mean over seeds (least to most); `x` is the last perplexity over its base row's."""
+    dense, evaluation = results["dense"], results["settings"]["evaluation"]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for record in results["rows"]:
+        runs.setdefault(record["row"], []).append(record)
+    lines = [
+        f"Perplexity on the first {evaluation['windows']} windows of {evaluation['data']['name']} "
+        f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most).",
+        "",
+        "| row | kept | mask alone | after scales | × | seeds |",
+        "|---|---|---|---|---|---|",
+        f"| dense | 100 % | {dense:.2f} | – | – | – |",
+    ]
+    for name, records in runs.items():
+        base = {r["seed"]: r["after_scales"] for r in runs.get(records[0]["against"], [])}
+        paired = [r["after_scales"] / base[r["seed"]] for r in records if r["seed"] in base]
+        ratio = f"{mean(paired):.3f} {records[0]['against']}" if paired else "–"
+        kept, alone, scaled = (
+            [r[k] for r in records] for k in ("kept", "mask_alone", "after_scales")
+        )
+        lines.append(
+            f"| {name} | {100 * mean(kept):.2f} % | {span(alone)} | {span(scaled)} | {ratio} "
+            f"| {', '.join(str(r['seed']) for r in records)} |"
+        )
+    return "\n".join(lines)
+
+
+def span(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+
+def run(
+    rows_of: Callable[[PruneConfig], list[Row]],
+    about: str,
+    default_out: Path,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """The command line of a benchmark that is a list of rows."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of --out, run nothing"
+    )
+    parser.add_argument("--text", help="calibration text")
+    parser.add_argument("--eval-text")
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--eval-windows", type=int, default=32)
+    parser.add_argument("--eval-seq-len", type=int, default=1024)
+    parser.add_argument("--rows", help="names separated by commas; all by default")
+    parser.add_argument("--seeds", default="0", help="numbers separated by commas")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=default_out)
+    options = parser.parse_args(argv)
+    if options.table:
+        print(table(json.loads(options.out.read_text())))
+        return
+    if not (options.text and options.eval_text):
+        parser.error("--text and --eval-text are needed")
+
+    ours = PruneConfig(
+        options.model,
+        Budget("keep", options.keep, ffn_multiple=1),
+        samples=options.samples,
+        seq_len=options.seq_len,
+        epochs=options.epochs,
+    )
+    rows = {row.name: row for row in rows_of(ours)}
+    names = options.rows.split(",") if options.rows else list(rows)
+    unknown = [name for name in names if name not in rows]
+    if unknown:
+        parser.error(f"no row {unknown[0]!r}; there is {', '.join(rows)}")
+    device = pick_device(options.device)
+    dense, tokenizer = load_model(options.model, dtype=torch.float32, device=device)
+    corpus = read_corpus(options.text, tokenizer)
+    evaluation = read_corpus(options.eval_text, tokenizer, split="test")
+
+    def score(model: PreTrainedModel) -> float:
+        windows, length = options.eval_windows, options.eval_seq_len
+        return perplexity(model, evaluation, seq_len=length, windows=windows).value
+
+    settings = {
+        # where the files lie does not matter, what they hold does
+        "ours": ours.to_json() | {"calibration": corpus.to_json()},
+        "evaluation": {
+            "data": evaluation.to_json(),
+            "windows": options.eval_windows,
+            "seq_len": options.eval_seq_len,
+        },
+    }
+    if options.out.exists():
+        results = json.loads(options.out.read_text())
+        if results["settings"] != json.loads(json.dumps(settings)):
+            parser.error(f"{options.out} holds results of other settings: choose another --out")
+    else:
+        results = {"settings": settings, "machine": machine(device), "rows": []}
+        results["dense"] = score(dense)
+    done = {(record["row"], record["seed"]) for record in results["rows"]}
+    for seed in map(int, options.seeds.split(",")):  # one seed of everything first
+        for name in names:
+            if (name, seed) not in done:
+                results["rows"].append(run_row(rows[name], seed, dense, corpus, score))
+                write(results, options.out)
+                print(json.dumps(results["rows"][-1]), flush=True)
+    print(table(results))
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    beside = out.with_suffix(".new")
+    beside.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(beside, out)  # a stop at any moment leaves the rows that are done
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run(ablation_rows, __doc__ or "", RESULTS / "ablation.json", argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The benchmarks run and measure what they say. Times and perplexities are not asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_tiny, tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks import ablation, gate_step, published, selectors
+from grasp.budget import Budget
+from grasp.config import PruneConfig
+from grasp.gating import gated
+from grasp.projection import Projection
+from grasp.select import LearnSettings, learn_scores
+from grasp.training import Journal, TrainSettings
+from grasp.units import UnitSpace
+
+KEEP = 0.5
+
+
+def blocks(samples=1):
+    return torch.randint(256, (samples, 32), generator=torch.Generator().manual_seed(0))
+
+
+def cost(mask):
+    return Budget("keep", KEEP).cost(mask.pruned_space())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_published_step_is_grasp_with_the_published_choices(family):
+    """Same scores after 6 steps of two forwards and two loops.
+
+    They start apart: Adam's first step from equal scores ends in ties up to rounding.
+    """
+    model, ids, steps = tiny_model(family), blocks(), 6
+    start = torch.randn(UnitSpace.of(model).size, generator=torch.Generator().manual_seed(0))
+    with published.training(model, KEEP) as trainer:
+        trainer.scores.data.copy_(start)
+        for _ in range(steps):
+            trainer.step(ids)
+    space = UnitSpace.of(model)
+    projection = ablation.FloorsOutside(
+        space,
+        Budget("keep", KEEP, ffn_multiple=1),
+        device=model.device,
+        tie_rank=torch.arange(space.size),
+    )
+    settings = LearnSettings(TrainSettings(epochs=steps), anneal=0.0, gate_site="kv")
+    scores = learn_scores(model, projection, start, ids, settings, Journal())
+    torch.testing.assert_close(trainer.scores.detach(), scores, rtol=1e-3, atol=1e-4)
+    assert torch.equal(trainer.mask().keep, projection.mask(scores).keep)
+
+
+def test_published_training_has_the_cost_it_is_said_to_have_and_leaves_nothing():
+    model, ids = tiny_model("llama"), blocks()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plain = model(ids).logits
+    with published.training(model, KEEP) as trainer:
+        seen = set()
+        for name, parameter in model.named_parameters():
+            parameter.register_hook(lambda grad, name=name: seen.add(name))
+        trainer.step(ids)
+    assert seen == {name for name, _ in model.named_parameters()}  # a gradient for every weight
+    assert torch.equal(model(ids).logits, plain)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_published_floors_exceed_the_budget_and_ours_do_not():
+    """Equal scores: ties by position fill the first layers, then all others get their floor."""
+    model = tiny_model("llama")
+    space, budget = UnitSpace.of(model), Budget("keep", KEEP, ffn_multiple=1)
+    with published.training(model, KEEP) as trainer:
+        theirs = trainer.mask()
+    ours = Projection(space, budget).mask(torch.zeros(space.size))
+    assert cost(theirs) > budget.limit(space) >= cost(ours)
+    assert len(theirs.layers()[0][0]) == space.layers[0].ffn  # all of the first layer
+    assert len(theirs.layers()[-1][0]) == 1  # the bare floor of the last
+    assert all(len(ffn) > 1 for ffn, _ in ours.layers())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_published_scales_fold_exactly_only_without_biases(family):
+    model, ids = tiny_model(family), blocks()
+    space = UnitSpace.of(model)
+    theta = []
+
+    def keep_theta(values):
+        theta.append(values)
+        return 1 + 0.5 * torch.tanh(values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "scale", keep_theta)
+        original = tiny_model(family)
+        published.learn_scales(model, ids, TrainSettings(epochs=4, lr=0.1))
+    with gated(original, space, "kv") as gates:
+        gates.set(1 + 0.5 * torch.tanh(theta[-1]))
+        calibrated = original(ids).logits
+    equal = torch.allclose(model(ids).logits, calibrated, rtol=1e-4, atol=1e-4)
+    assert equal == (family == "llama")
+
+
+def test_rows_change_one_choice_each():
+    ours = PruneConfig("m", Budget("keep", KEEP, ffn_multiple=1))
+    rows = {row.name: row for row in ablation.ablation_rows(ours)}
+
+    def choices(row):
+        return {**row.config.to_json(), "ties": row.ties, "floors": row.floors}
+
+    for row in rows.values():
+        if "/" in row.name:
+            base, here = choices(rows[row.against]), choices(row)
+            assert sum(base[k] != here[k] for k in base) == 1, row.name
+
+
+def test_gate_step_runs(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    gate_step.main(
+        ["--small", "--device", "cpu", "--seq-len", "32", "--repetitions", "2", "--out", str(out)]
+    )
+    result = json.loads(out.read_text())
+    assert max(result["relative_difference"].values()) < 1e-3
+    for clock in ("wall_seconds", "process_cpu_seconds"):
+        for side in ("theirs", "ours", "theirs/ours"):
+            assert result[clock][side]["q10"] <= result[clock][side]["median"]
+    assert {"device", "threads", "torch"} <= result["machine"].keys()
+    assert "| wall |" in capsys.readouterr().out
+
+
+def test_gate_step_refuses_to_time_forms_that_differ(monkeypatch):
+    model = gate_step.small_model()
+    monkeypatch.setattr(published, "_ffn_forward", lambda mlp, x: mlp.down_proj(mlp.up_proj(x)))
+    with pytest.raises(ValueError, match="do not compute the same"):
+        gate_step.agreement(model, blocks(), KEEP)
+
+
+def test_ablation_rows_resume(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "tiny", "llama")
+    text = tmp_path / "text.txt"
+    text.write_text("Where the same words come again, the same words come again. " * 40)
+    out = tmp_path / "ablation.json"
+    options = ["--model", str(folder), "--text", str(text), "--eval-text", str(text)]
+    options += ["--samples", "4", "--seq-len", "32", "--epochs", "1", "--device", "cpu"]
+    options += ["--eval-windows", "2", "--eval-seq-len", "64", "--out", str(out)]
+
+    ablation.main([*options, "--rows", "ours,published code"])
+    first = json.loads(out.read_text())
+    ours, theirs = first["rows"]
+    assert ours["kept"] <= KEEP
+    assert ours["mask_sha256"] != theirs["mask_sha256"]
+    assert first["dense"] > 1 and ours["mask_alone"] != ours["after_scales"]
+    assert str(tmp_path) not in json.dumps(first["settings"]["ours"]["calibration"])
+
+    ablation.main([*options, "--rows", "ours,ours/floors=outside,published"])
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[:2] == first["rows"]  # not run again
+    assert [r["row"] for r in rows[2:]] == ["ours/floors=outside", "published"]
+
+    capsys.readouterr()
+    ablation.main(["--table", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert all(f"| {r['row']} |" in printed for r in rows)
+
+    with pytest.raises(SystemExit):
+        ablation.main([*options, "--seq-len", "16"])
+    assert "other settings" in capsys.readouterr().err
+
+    selectors.main([*options[:-1], str(tmp_path / "selectors.json"), "--rows", "random,magnitude"])
+    assert "| magnitude |" in capsys.readouterr().out

@@ -122,9 +122,7 @@ def table(usages: list[Usage]) -> str:
     ]
     for kernel, chip, registers, stack, shared in usages:
         sizes = " ".join(
-            f"{name}={value}"
-            for name, value in kernel.constants
-            if re.match("BLOCK|ROWS|STEP$", name)
+            f"{name}={value}" for name, value in kernel.constants if re.match("BLOCK|ROWS", name)
         )
         options = dict(kernel.options)
         fits = "yes" if Usage(kernel, chip, registers, stack, shared).fits else "**no**"
@@ -173,18 +171,18 @@ def _describe(case: str, function: Any, args: tuple, kwargs: dict[str, Any]) -> 
     values = {**dict(zip(names, args, strict=False)), **kwargs}
     signature, constants, aligned = [], [], []
     for position, (name, parameter) in enumerate(zip(names, function.params, strict=True)):
-        value = values[name]
+        value, specialized = values[name], not parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature.append((name, "*" + _TYPES[value.dtype]))
             aligned.append(position)
-        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        elif parameter.is_constexpr or (specialized and isinstance(value, int) and value == 1):
             signature.append((name, "constexpr"))
             constants.append((name, value))
         elif isinstance(value, float):
             signature.append((name, "fp32"))
         else:
             signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            if value % 16 == 0:
+            if specialized and value % 16 == 0:
                 aligned.append(position)
     options = tuple((name, value) for name, value in kwargs.items() if name not in names)
     return Kernel(case, function, tuple(signature), tuple(constants), tuple(aligned), options)

@@ -51,7 +51,7 @@ def budget_topk(
     constants = {"PASSES": passes, "STEPS": steps}
     launch(_order, grid, tile, scores, tie_rank, *shared, RANK_BITS=rank_bits, **constants)
     for step in range(1, steps):
-        launch(_narrow, grid, tile, *shared, STEP=step, **constants)
+        launch(_narrow, grid, tile, *shared, step, **constants)
     launch(_mark, grid, tile, *shared, mask, per_block, ROUNDS=ROUNDS, **constants)
     launch(_fill, (min(blocks, 1),), tile, *shared, mask, per_block, ROUNDS=ROUNDS, STEPS=steps)
     spread = config("projection_write", scores.device)
@@ -126,52 +126,47 @@ def _order(
     _add_costs(table, digit, tl.where(is_floor, 0, cost))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _narrow(
-    order, costs, floor, budget, table, bounds, count,
-    STEP: tl.constexpr, PASSES: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    order, costs, floor, budget, table, bounds, count, step,
+    PASSES: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    lead = tl.program_id(0) == 0
-    row = table + (STEP - 1) * 258
-    if STEP == 1:
+    row = table + (step - 1) * 258
+    if step == 1:
         prefix = tl.zeros([], tl.int64)
         left = tl.maximum(tl.load(budget).to(tl.int64) - tl.load(table + STEPS * 258), 0)
     else:
         prefix = tl.load(row + 256)
         left = tl.load(row + 257)
     prefix, left = _descend(row, prefix, left)
-    ROUND: tl.constexpr = STEP // PASSES
-    PASS: tl.constexpr = STEP % PASSES
-    if PASS == 0:
-        bound = prefix
-        most = left
-        prefix = tl.zeros([], tl.int64)
-        if lead:
-            tl.store(bounds + 2 * (ROUND - 1), bound)
-            tl.store(bounds + 2 * (ROUND - 1) + 1, most)
-    elif ROUND > 0:
-        bound = tl.load(bounds + 2 * (ROUND - 1))
-        most = tl.load(bounds + 2 * (ROUND - 1) + 1)
+    bound = tl.full([], 9223372036854775807, tl.int64)  # in the first round all units take part
+    most = bound
+    if step >= PASSES:
+        at = bounds + 2 * (step // PASSES - 1)
+        if step % PASSES == 0:  # a round begins: after the unit that did not fit
+            bound = prefix
+            most = left
+            prefix = tl.zeros([], tl.int64)
+            if tl.program_id(0) == 0:
+                tl.store(at, bound)
+                tl.store(at + 1, most)
+        else:
+            bound = tl.load(at)
+            most = tl.load(at + 1)
     row += 258
-    if lead:
+    if tl.program_id(0) == 0:
         tl.store(row + 256, prefix)
         tl.store(row + 257, left)
 
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    unit = tl.load(order + i, inside, other=-1)
-    shift: tl.constexpr = 8 * (PASSES - 1 - PASS)
-    counts = inside
-    if PASS > 0:
-        counts = counts & ((unit >> (shift + 8)) == prefix)
-    if ROUND > 0:
-        counts = counts & (unit < bound)
+    unit = tl.load(order + i, i < count, other=-1)
+    shift = 8 * (PASSES - 1 - step % PASSES)
+    counts = (i < count) & (unit < bound) & (unit >> (shift + 8) == prefix)
     if tl.max(counts.to(tl.int32), 0) > 0:
         cost = tl.load(costs + i, counts, other=0).to(tl.int64)
-        if ROUND > 0:
-            cost = tl.where(cost <= most, cost, 0)
         is_floor = tl.load(floor + i, counts, other=1) != 0
-        _add_costs(row, (unit >> shift).to(tl.int32) & 255, tl.where(is_floor, 0, cost))
+        cost = tl.where(is_floor | (cost > most), 0, cost)
+        _add_costs(row, (unit >> shift).to(tl.int32) & 255, cost)
 
 
 @triton.jit

@@ -1,0 +1,137 @@
+"""The CPU path against autograd through the definitions, and against fp64 gradcheck."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import INTERPRETED, MASKS, greedy, mask
+from torch.autograd import gradcheck
+
+from grasp_kernels import (
+    budget_topk,
+    gated_attention,
+    gated_swiglu,
+    gated_swiglu_ffn,
+    reference,
+)
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the CPU path is off in the interpreter")
+
+
+def wide(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_swiglu_gradients(kind):
+    z = mask(kind, 7).double().requires_grad_()
+    assert gradcheck(gated_swiglu, (wide(2, 3, 7), wide(2, 3, 7), z))
+    assert gradcheck(reference.gated_swiglu, (wide(2, 3, 7), wide(2, 3, 7), z))
+
+
+@pytest.mark.parametrize("max_kept", [None, 15])
+@pytest.mark.parametrize("kind", MASKS)
+def test_ffn_gradients(kind, max_kept):
+    z = mask(kind, 15).double().requires_grad_()
+    x, *weights = wide(2, 3, 5), wide(15, 5), wide(15, 5), wide(5, 15)
+    frozen = [w.detach() for w in weights]
+
+    def ffn(x, z):
+        return gated_swiglu_ffn(x, *frozen, z, max_kept=max_kept)
+
+    assert gradcheck(ffn, (x, z))
+    torch.testing.assert_close(ffn(x, z), reference.gated_swiglu_ffn(x, *frozen, z))
+
+
+def test_ffn_saves_only_what_backward_needs():
+    tokens, width, size, kept = 64, 96, 8, 32
+    z = torch.zeros(width)
+    z[torch.randperm(width)[:kept]] = 1
+    z.requires_grad_()
+    weights = torch.randn(width, size), torch.randn(width, size), torch.randn(size, width)
+    x = torch.randn(tokens, size, requires_grad=True)
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gated_swiglu_ffn(x, *weights, z)
+    activations = sum(saved.values()) - sum(w.numel() for w in weights) - 2 * width
+    assert activations == tokens * (2 * kept + (width - kept))
+
+
+@pytest.mark.parametrize("key_mask", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_gradients(kind, causal, key_mask):
+    z = mask(kind, 3).double().requires_grad_()
+    keep = torch.tensor([[False, True, True, False, True]] * 2) if key_mask else None
+
+    def attention(q, k, v, z):
+        return gated_attention(q, k, v, z, causal, key_mask=keep)
+
+    q, k, v = wide(2, 6, 5, 4), wide(2, 3, 5, 4), wide(2, 3, 5, 4)
+    assert gradcheck(attention, (q, k, v, z))
+    torch.testing.assert_close(
+        attention(q, k, v, z), reference.gated_attention(q, k, v, z, causal, None, keep)
+    )
+
+
+@pytest.mark.parametrize("scores", ["random", "tied", "two values", "rounded"])
+def test_projection_of_a_7b_model(scores):
+    units = 353_280
+    value = {
+        "random": torch.randn(units),
+        "tied": torch.zeros(units),
+        "two values": (torch.rand(units) < 0.3).float(),
+        "rounded": torch.randn(units).mul(4).round(),
+    }[scores]
+    costs = torch.full((units,), 3)
+    costs[-1024:] = 512
+    floor = torch.zeros(units, dtype=torch.bool)
+    floor[::11_008] = True
+    rank = torch.randperm(units)
+    budget = int(costs.sum()) // 2 + 77
+    chosen = budget_topk(value, costs, budget, floor=floor, tie_rank=rank)
+    assert torch.equal(chosen.mask, greedy(value, costs, budget, floor, rank))
+    assert chosen.cost == costs[chosen.mask].sum()
+    assert budget - chosen.cost < 3
+
+
+@st.composite
+def problems(draw):
+    size = draw(st.integers(0, 40))
+    special = st.sampled_from([0.0, -0.0, 1.0, float("nan"), float("inf"), -float("inf")])
+    scores = draw(st.lists(special | st.floats(width=32), min_size=size, max_size=size))
+    costs = draw(st.lists(st.integers(0, 30), min_size=size, max_size=size))
+    floor = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    rank = draw(st.permutations(range(size)))
+    least = sum(c for c, f in zip(costs, floor, strict=True) if f)
+    budget = draw(st.integers(least, sum(costs) + 2))
+    return (
+        torch.tensor(scores, dtype=torch.float32),
+        torch.tensor(costs, dtype=torch.int64),
+        budget,
+        torch.tensor(floor, dtype=torch.bool),
+        torch.tensor(rank, dtype=torch.int64),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_projection_is_sequential_greedy(problem):
+    scores, costs, budget, floor, rank = problem
+    chosen = budget_topk(scores, costs, budget, floor=floor, tie_rank=rank)
+    expected = greedy(*problem)
+    assert torch.equal(chosen.mask, expected)
+    assert chosen.n_kept == expected.sum() and chosen.cost == costs[expected].sum()
+    assert torch.equal(chosen.indices, torch.argsort(~expected, stable=True))
+
+
+def test_projection_takes_a_budget_on_the_device_and_defaults():
+    scores, costs = torch.tensor([0.5, 2.0, 1.0, 2.0]), torch.tensor([1, 2, 1, 2])
+    assert budget_topk(scores, costs, torch.tensor(4)).mask.tolist() == [False, True, False, True]
+    assert budget_topk(scores, costs, 2).mask.tolist() == [False, True, False, False]
+    assert budget_topk(scores, costs, 3).indices.tolist() == [1, 2, 0, 3]

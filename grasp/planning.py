@@ -261,7 +261,6 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         return [Runtime(name, True, stock) for name in names]
     ours = header.family in FAMILIES
     no_class = f"no class with per-layer widths for {header.family}; use --layout uniform"
-    deci = ours and not header.qk_norm
     return [
         Runtime("transformers, after import grasp", ours, "grasp's class" if ours else no_class),
         Runtime(
@@ -278,13 +277,11 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
             else no_class,
         ),
         Runtime(
-            "llama.cpp, as a deci GGUF",
-            deci,
-            "the architecture with per-layer heads and widths"
-            if deci
-            else "deci has no norms on q and k; use --layout uniform"
-            if ours
-            else no_class,
+            "llama.cpp",
+            False,
+            "deci, its per-layer architecture, has no norms on q and k; use --layout uniform"
+            if header.qk_norm
+            else "its deci architecture could, but grasp writes no GGUF yet; use --layout uniform",
         ),
         Runtime("transformers, stock class", False, "one width for all layers; --layout uniform"),
         Runtime(

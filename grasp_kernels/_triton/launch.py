@@ -15,8 +15,8 @@ class Config(NamedTuple):
 # A kernel, or (kernel, bits of the dtype, head size up to).
 Key = str | tuple[str, int, int]
 
-# Tiles keep 16-byte accesses; BLOCK_F columns share one load of the gate.
-_ELEMENTWISE: dict[Key, Config] = {
+# Element-wise tiles keep 16-byte accesses; BLOCK_F columns share one load of the gate.
+_SHARED: dict[Key, Config] = {
     "swiglu": Config({"BLOCK_T": 8, "BLOCK_F": 512}, num_warps=8),
     "swiglu_backward": Config({"BLOCK_T": 16, "BLOCK_F": 128, "ROWS": 128}, num_warps=4),
     "swiglu_pack": Config({"BLOCK_T": 8, "BLOCK_F": 256}, num_warps=8),
@@ -26,16 +26,17 @@ _ELEMENTWISE: dict[Key, Config] = {
     "projection_write": Config({"BLOCKS": 256}, num_warps=8),
 }
 
-# By compute capability; a chip takes the newest entry that is not newer than itself.
+# By compute capability; a chip takes the newest entry that is not newer than itself. The attention
+# tiles are the largest of a sweep that compile without spills; no GPU has timed them yet.
 CONFIGS: dict[int, dict[Key, Config]] = {
     80: {
-        **_ELEMENTWISE,
+        **_SHARED,
         ("attention_forward", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
-        ("attention_forward", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
+        ("attention_forward", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3),
         ("attention_forward", 32, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 1),
-        ("attention_forward", 32, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 1),
-        ("attention_backward_kv", 16, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
-        ("attention_backward_kv", 16, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
+        ("attention_forward", 32, 128): Config({"BLOCK_M": 64, "BLOCK_N": 16}, 8, 1),
+        ("attention_backward_kv", 16, 64): Config({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
+        ("attention_backward_kv", 16, 128): Config({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
         ("attention_backward_kv", 32, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
         ("attention_backward_kv", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
         ("attention_backward_q", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2),
@@ -44,19 +45,19 @@ CONFIGS: dict[int, dict[Key, Config]] = {
         ("attention_backward_q", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
     },
     90: {
-        **_ELEMENTWISE,
+        **_SHARED,
         ("attention_forward", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
         ("attention_forward", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
         ("attention_forward", 32, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 1),
-        ("attention_forward", 32, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 1),
+        ("attention_forward", 32, 128): Config({"BLOCK_M": 64, "BLOCK_N": 16}, 8, 1),
         ("attention_backward_kv", 16, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
-        ("attention_backward_kv", 16, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
+        ("attention_backward_kv", 16, 128): Config({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 2),
         ("attention_backward_kv", 32, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
-        ("attention_backward_kv", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
+        ("attention_backward_kv", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 1),
         ("attention_backward_q", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
         ("attention_backward_q", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
         ("attention_backward_q", 32, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
-        ("attention_backward_q", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
+        ("attention_backward_q", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 1),
     },
 }
 

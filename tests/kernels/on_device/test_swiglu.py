@@ -1,0 +1,45 @@
+import pytest
+import torch
+from oracle import DTYPES, MASKS, assert_accurate, mask
+
+from grasp_kernels import gated_swiglu, gated_swiglu_ffn, reference
+
+NAMES = ["d_gate_pre", "d_up", "dz"]
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise(dtype, kind, device):
+    gate_pre, up = (torch.randn(3, 47, 203, device=device, dtype=dtype) for _ in range(2))
+    z = mask(kind, 203, device)
+    assert_accurate(gated_swiglu, reference.gated_swiglu, [gate_pre, up, z], NAMES, z)
+
+
+def test_halves_of_a_merged_projection(device):
+    merged = torch.randn(150, 2 * 130, device=device)
+    z = mask("random", 130, device)
+    gate_pre, up = merged[:, :130], merged[:, 130:]
+    assert_accurate(gated_swiglu, reference.gated_swiglu, [gate_pre, up, z], NAMES, z)
+
+
+@pytest.mark.parametrize("max_kept", [None, 190])  # 190 of 203 computes all channels
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ffn(dtype, kind, max_kept, device):
+    tokens, size, width = 37, 32, 203
+    if kind == "ones" and max_kept is not None:
+        max_kept = width
+    z = mask(kind, width, device)
+    weights = [
+        (torch.randn(shape, device=device) / shape[1] ** 0.5).to(dtype)
+        for shape in ((width, size), (width, size), (size, width))
+    ]
+    x = torch.randn(tokens, size, device=device, dtype=dtype)
+
+    def ours(x, z):
+        return gated_swiglu_ffn(x, *weights, z, max_kept=max_kept)
+
+    def plain(x, z):
+        return reference.gated_swiglu_ffn(x, *(w.to(x.dtype) for w in weights), z)
+
+    assert_accurate(ours, plain, [x, z], ["dx", "dz"], z)

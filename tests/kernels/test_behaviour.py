@@ -1,0 +1,162 @@
+"""How the ops behave inside PyTorch: the same on the CPU path, in the interpreter and on a GPU."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from oracle import INTERPRETED, gradients
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from grasp_kernels import (
+    attention,
+    budget_topk,
+    gated_attention,
+    gated_swiglu,
+    gated_swiglu_ffn,
+    projection,
+    reference,
+    swiglu,
+)
+
+
+class Op(NamedTuple):
+    run: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    inputs: list[Tensor]
+
+
+def make(name: str, device: str, batch: int = 2) -> Op:
+    def randn(*shape):
+        return torch.randn(shape, device=device)
+
+    if name == "attention":
+        z = torch.tensor([0.0, 0.7], device=device)
+        inputs = [randn(batch, 4, 9, 16), randn(batch, 2, 9, 16), randn(batch, 2, 9, 16), z]
+        return Op(gated_attention, reference.gated_attention, inputs)
+    z = (torch.arange(24, device=device) % 3 > 0).float() * 0.8
+    if name == "swiglu":
+        inputs = [randn(batch, 5, 24), randn(batch, 5, 24), z]
+        return Op(gated_swiglu, reference.gated_swiglu, inputs)
+    weights = randn(24, 8), randn(24, 8), randn(8, 24)
+    max_kept = 16 if name == "ffn, bound known" else None
+
+    def ffn(x, z):
+        return gated_swiglu_ffn(x, *weights, z, max_kept=max_kept)
+
+    def plain(x, z):
+        return reference.gated_swiglu_ffn(x, *(w.to(x.dtype) for w in weights), z)
+
+    return Op(ffn, plain, [randn(batch, 5, 8), z])
+
+
+OPS = pytest.mark.parametrize("name", ["swiglu", "ffn", "ffn, bound known", "attention"])
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@OPS
+def test_matches_the_definition(name, device):
+    op = make(name, device)
+    grad = torch.randn_like(op.run(*op.inputs))
+    expected = gradients(op.plain, op.inputs, grad)
+    assert_same(gradients(op.run, op.inputs, grad), expected, rtol=1e-4, atol=1e-5)
+
+
+@OPS
+def test_non_contiguous(name, device):
+    op = make(name, device)
+    strided = [torch.stack([x, x], -1)[..., 0] for x in op.inputs]
+    grad = torch.randn_like(op.run(*op.inputs))
+    expected = gradients(op.run, op.inputs, grad)
+    assert_same(gradients(op.run, strided, torch.stack([grad, grad], -1)[..., 0]), expected)
+
+
+@OPS
+def test_empty_batch(name, device):
+    op = make(name, device, batch=0)
+    out, *grads = gradients(op.run, op.inputs, torch.zeros_like(op.plain(*op.inputs)))
+    assert out.shape == op.plain(*op.inputs).shape
+    assert [g.shape for g in grads] == [x.shape for x in op.inputs]
+    assert not grads[-1].count_nonzero()
+
+
+@OPS
+def test_compiles_to_one_graph(name, device):
+    torch._dynamo.reset()
+    op = make(name, device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(op.run, fullgraph=True, backend=backend)
+    grad = torch.randn_like(op.run(*op.inputs))
+    assert_same(gradients(compiled, op.inputs, grad), gradients(op.run, op.inputs, grad))
+
+
+@OPS
+def test_checkpointing(name, device):
+    op = make(name, device)
+
+    def checkpointed(*inputs):
+        return checkpoint(op.run, *inputs, use_reentrant=False)
+
+    grad = torch.randn_like(op.run(*op.inputs))
+    assert_same(gradients(checkpointed, op.inputs, grad), gradients(op.run, op.inputs, grad))
+
+
+@OPS
+def test_autocast(name, device):
+    op = make(name, device)
+    half = torch.float16 if INTERPRETED else torch.bfloat16
+    with torch.autocast(device, half):
+        out = op.run(*op.inputs)
+        assert out.dtype == half
+        grads = gradients(op.run, op.inputs, torch.randn_like(out))[1:]
+    assert [g.dtype for g in grads] == [x.dtype for x in op.inputs]
+
+
+@OPS
+def test_no_grad_and_frozen_inputs(name, device):
+    op = make(name, device)
+    with torch.no_grad():
+        expected = op.run(*op.inputs)
+    z = op.inputs[-1].clone().requires_grad_()
+    out = op.run(*op.inputs[:-1], z)
+    torch.testing.assert_close(out, expected)
+    (dz,) = torch.autograd.grad(out.sum(), z)
+    assert dz.shape == z.shape
+
+
+def test_opcheck(device):
+    def leaf(*shape):
+        return torch.randn(shape, device=device, requires_grad=True)
+
+    check = torch.library.opcheck
+    z = (torch.rand(24, device=device) < 0.5).float().requires_grad_()
+    check(swiglu._swiglu, (leaf(5, 24), leaf(5, 24), z))
+    weights = [w.detach() for w in (leaf(24, 8), leaf(24, 8), leaf(8, 24))]
+    for max_kept in (None, 20, 24):
+        check(swiglu._ffn, (leaf(5, 8), *weights, z, max_kept))
+    q, k, v, gate = leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16), leaf(2)
+    triton = INTERPRETED or device == "cuda"
+    for key_mask in (None, torch.rand(2, 9, device=device) < 0.7):
+        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, triton))
+    scores, costs = torch.randn(30, device=device), torch.randint(1, 9, (30,), device=device)
+    budget, floor = (
+        torch.tensor(60, device=device),
+        torch.zeros(30, dtype=torch.bool, device=device),
+    )
+    rank = torch.randperm(30).to(device)
+    check(projection._topk, (scores, costs, budget, floor, rank))
+
+
+def test_projection_compiles_and_takes_an_empty_problem(device):
+    torch._dynamo.reset()
+    scores, costs = torch.randn(50, device=device), torch.randint(1, 9, (50,), device=device)
+    compiled = torch.compile(budget_topk, fullgraph=True, backend="aot_eager")
+    assert_same([*compiled(scores, costs, 77)], [*budget_topk(scores, costs, 77)])
+    empty = budget_topk(scores[:0], costs[:0], 5)
+    assert empty.mask.shape == empty.indices.shape == (0,)
+    assert empty.n_kept == 0 and empty.cost == 0

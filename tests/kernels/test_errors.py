@@ -1,0 +1,60 @@
+"""A wrong call says which value is wrong, what was expected, and how to mend it."""
+
+import pytest
+import torch
+
+from grasp_kernels import budget_topk, gated_attention, gated_swiglu, gated_swiglu_ffn
+
+A, Z = torch.zeros(3, 8), torch.ones(8)
+X, UP, DOWN = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(4, 8)
+Q, K, GATE = torch.zeros(1, 6, 5, 4), torch.zeros(1, 2, 5, 4), torch.ones(2)
+SCORES, COSTS = torch.zeros(4), torch.ones(4, dtype=torch.int64)
+
+
+def trained(w):
+    return w.clone().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: gated_swiglu(A, A[:2], Z), ValueError, "up has shape .2, 8., expected .*3, 8"),
+        (lambda: gated_swiglu(A, A, Z[:5]), ValueError, "z has shape .5., expected .8.: one gate"),
+        (lambda: gated_swiglu(A, A.half(), Z), TypeError, "up is torch.float16 .* cast"),
+        (lambda: gated_swiglu(A, A, Z.bool()), TypeError, r"z is torch.bool.* use z.float\(\)"),
+        (lambda: gated_swiglu(A, A.to("meta"), Z), ValueError, "up is on meta .* move it"),
+        (lambda: gated_swiglu_ffn(X, UP, UP[:5], DOWN, Z), ValueError, "w_up has shape"),
+        (lambda: gated_swiglu_ffn(X, UP, UP, UP, Z), ValueError, r"w_down .* \[d, F\] = \[4, 8\]"),
+        (lambda: gated_swiglu_ffn(X, trained(UP), UP, DOWN, Z), ValueError, "freeze it"),
+        (lambda: gated_swiglu_ffn(X, UP, UP, DOWN, Z, max_kept=9), ValueError, "max_kept is 9"),
+        (lambda: gated_swiglu_ffn(X, UP, UP, DOWN, Z, max_kept=3), ValueError, "8 non-zero"),
+        (lambda: gated_attention(Q[0], K, K, GATE), ValueError, r"expected \[B, H, S, D\]"),
+        (lambda: gated_attention(Q, K[:, :, :3], K, GATE), ValueError, "k has shape"),
+        (lambda: gated_attention(Q[:, :5], K, K, GATE), ValueError, "5 heads .* 2: .*multiple"),
+        (lambda: gated_attention(Q, K, K, Z), ValueError, "one gate per KV group"),
+        (lambda: gated_attention(Q, K, K, GATE, backend="flash"), ValueError, '"flash", expected'),
+        (lambda: gated_attention(Q, K, K, GATE, key_mask=Q[0, 0]), ValueError, "key_mask has"),
+        (
+            lambda: gated_attention(Q, K, K, GATE, key_mask=torch.zeros(1, 5)),
+            TypeError,
+            "key_mask is torch.float32",
+        ),
+        (lambda: budget_topk(SCORES, COSTS[:2], 1), ValueError, "costs has shape .2., expected"),
+        (lambda: budget_topk(SCORES, COSTS.float(), 1), TypeError, r"use costs.long\(\)"),
+        (lambda: budget_topk(COSTS, COSTS, 1), TypeError, r"use scores.float\(\)"),
+        (lambda: budget_topk(SCORES, -COSTS, 1), ValueError, "costs holds -1, expected >= 0"),
+        (
+            lambda: budget_topk(SCORES, COSTS, 1, floor=SCORES == 0),
+            ValueError,
+            "budget is 1, below the 4",
+        ),
+        (
+            lambda: budget_topk(SCORES, COSTS, 1, tie_rank=COSTS),
+            ValueError,
+            "tie_rank is not a permutation",
+        ),
+    ],
+)
+def test_message(call, error, says):
+    with pytest.raises(error, match=says):
+        call()

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grasp.errors import GraspError
 
@@ -62,15 +63,17 @@ def main() -> None:
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped: run the same command again to go on from where it was", 130)
+        _fail("stopped: the same `grasp prune` command goes on from where it was", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
-        _fail(f"error: {error.format_message()}", 2)
+        message = error.format_message()  # none where the help was printed instead
+        _fail(f"error: {message}" if message else "", 2)
 
 
 def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -151,22 +154,21 @@ def prune_command(
     as_json: Json = False,
 ) -> None:
     """Select, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
+    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
+    del options["as_json"]
     from grasp.pipeline import prune
     from grasp.report import measured_on, size_rows
 
-    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
-    for name in ("as_json", "prune", "measured_on", "size_rows"):
-        del options[name]
     with _progress() as show:
         result = prune(**options, show=show)
     if as_json:
         print(json.dumps(result.summary, indent=2))
         return
-    table = Table("", "dense", "pruned", "", title=f"{result.folder}")
+    table = Table("", "dense", "pruned", "", title=Text(str(result.folder)))
     for row in size_rows(result.summary):
         table.add_row(*row)
     out_console.print(table)
-    out_console.print(measured_on(result.summary), highlight=False)
+    _line(measured_on(result.summary))
 
 
 @app.command("plan")
@@ -189,11 +191,11 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """What pruning will give and take, from config.json alone."""
+    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
+    del options["as_json"], options["model"]
     from grasp.planning import plan
 
-    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
-    del options["as_json"], options["plan"]
-    result = plan(options.pop("model"), **options)
+    result = plan(model, **options)
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:
@@ -216,10 +218,13 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Perplexity in fp32, in windows without overlap."""
+    options = dict(locals())
+    del options["as_json"]
     from grasp.evaluate import evaluate_text
+    from grasp.run import memory_errors
 
-    options = {k: v for k, v in locals().items() if k not in ("as_json", "evaluate_text")}
-    with _progress() as show:
+    fix = f"lower --batch-size (now {batch_size}) or --seq-len"
+    with _progress() as show, memory_errors(f"device {device}", fix):
         result = evaluate_text(
             **options, progress=lambda n, of: show({"stage": "evaluate", "step": n, "steps": of})
         )
@@ -241,8 +246,8 @@ def verify_command(
         print(json.dumps(asdict(report), indent=2))
     else:
         for check in report.checks:
-            mark = "[green]ok  [/]" if check.passed else "[red]FAIL[/]"
-            out_console.print(f"{mark} {check.name}: {check.detail}", highlight=False)
+            mark = Text("ok  ", "green") if check.passed else Text("FAIL", "red")
+            _line(mark.append(f" {check.name}: {check.detail}", "default"))
     if not all(check.passed for check in report.checks):
         raise typer.Exit(1)
 
@@ -259,14 +264,19 @@ def show_command(
     if as_json:
         print(json.dumps(summary, indent=2))
         return
-    table = Table("layer", "FFN channels", "", "KV groups", title=str(folder))
+    table = Table("layer", "FFN channels", "", "KV groups", title=Text(str(folder)))
     for index, ffn, ffn_of, kv, kv_of in layer_rows(summary):
         bar = "█" * round(20 * ffn / ffn_of)
         table.add_row(str(index), f"{ffn} / {ffn_of}", bar, "●" * kv + "○" * (kv_of - kv))
     out_console.print(table)
     for what, dense, pruned, ratio in size_rows(summary):
-        out_console.print(f"{what}: {dense} -> {pruned} ({ratio})", highlight=False)
-    out_console.print(measured_on(summary), highlight=False)
+        _line(f"{what}: {dense} -> {pruned} ({ratio})")
+    _line(measured_on(summary))
+
+
+def _line(text: str | Text) -> None:
+    """A line as it is: not wrapped, and brackets in paths are no markup."""
+    out_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -281,6 +291,7 @@ def _progress() -> Iterator[Any]:
         TextColumn("{task.fields[note]}"),
         console=err_console,
         transient=True,
+        disable=not err_console.is_terminal,
     ) as bars:
         task = bars.add_task("loading", total=None, note="")
 
@@ -294,9 +305,11 @@ def _progress() -> Iterator[Any]:
                     note=_note(record),
                 )
                 if record["step"] == record["steps"]:
-                    bars.console.print(f"{record['stage']}: {_note(record)}", highlight=False)
+                    bars.console.print(
+                        f"{record['stage']}: {_note(record)}", highlight=False, soft_wrap=True
+                    )
             elif record["event"] in ("resumed", "note"):
-                bars.console.print(record.get("text", "resumed"), highlight=False)
+                bars.console.print(record.get("text", "resumed"), highlight=False, soft_wrap=True)
 
         yield show
 

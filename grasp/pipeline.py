@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,16 +19,17 @@ from transformers import PreTrainedModel
 
 from grasp.budget import Budget, Layout
 from grasp.calibrate import learn_scales
-from grasp.checkpoint.hf import save_checkpoint
+from grasp.checkpoint.hf import save_checkpoint, write_json
+from grasp.checkpoint.modeling_grasp import FAMILIES
 from grasp.config import PruneConfig
 from grasp.data import Corpus, read_corpus, sample_corpus, token_blocks, unused_text
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
 from grasp.fold import fold_mask, fold_scales
-from grasp.models import TORCH_NAMES, best_dtype, load_model, pick_device
+from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, pick_device
 from grasp.projection import Mask, Projection
 from grasp.report import model_card, plot_layers
-from grasp.run import Run, Show, disk_errors, open_run
+from grasp.run import Run, Show, disk_errors, memory_errors, open_run
 from grasp.select import select
 from grasp.training import TrainSettings
 from grasp.units import UnitSpace
@@ -44,8 +47,8 @@ class PruneResult:
 
 
 def prune(
-    model: str,
-    out: str | Path,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     keep: float | None = None,
     params: float | None = None,
@@ -72,18 +75,20 @@ def prune(
         kv_multiple=kv_multiple,
         layout=layout,
     )
-    config = _concrete(PruneConfig(model, budget, **options))
+    for name, value in options.items():
+        options[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    config = _concrete(PruneConfig(os.fspath(model), budget, **options))
     if as_published:
         config = config.as_published()
-    try:
-        with open_run(Path(out), config.to_json(), show) as run:
-            return _prune(config, run)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(config, error) from None
-    except RuntimeError as error:
-        if "allocate memory" in str(error):  # the CPU allocator's own words
-            raise _out_of_memory(config, error) from None
-        raise
+    fix = (
+        f"lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), "
+        "or use --dtype bf16"
+    )
+    with (
+        memory_errors(config.device, fix),
+        open_run(Path(out), config.to_json(), show) as run,
+    ):
+        return _prune(config, run)
 
 
 def _prune(config: PruneConfig, run: Run) -> PruneResult:
@@ -94,15 +99,17 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-    projection = Projection(
-        UnitSpace.of(model), config.budget, seed=config.seed, device=config.device
-    )
+    # whatever can be refused is refused before the long work
+    space = UnitSpace.of(model)
+    _check_model(config, model)
+    projection = Projection(space, config.budget, seed=config.seed, device=config.device)
+    eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
     blocks = token_blocks(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
-    ruler = _ruler(config, corpus, tokenizer)
+    ruler = _ruler(config, eval_text, corpus, _longest(model))
     dense = run.remember("dense", partial(_measure, ruler, model, "dense", run))
 
-    model.to(getattr(torch, TORCH_NAMES[config.dtype]))
+    cast(model, getattr(torch, TORCH_NAMES[config.dtype]))
     mask = projection.mask(select(model, projection, blocks, config, run.stage))
     fold_mask(model, mask)
     if config.scale_epochs:
@@ -128,10 +135,10 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
         "seconds": round(time.time() - run.records()[0]["time"], 1),
         **asdict(saved),
     }
-    _add_results(run.checkpoint, summary)
+    stored = _add_results(run.checkpoint, summary)
     run.log(event="finished", folder=str(run.out), **summary["results"])
     run.publish()
-    return PruneResult(run.out, mask, summary)
+    return PruneResult(run.out, mask, stored)
 
 
 def _summary(
@@ -184,6 +191,31 @@ def _concrete(config: PruneConfig) -> PruneConfig:
     return replace(config, device=device, dtype=dtype)
 
 
+def _longest(model: PreTrainedModel) -> int:
+    """The most tokens that a model takes at once."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _check_model(config: PruneConfig, model: PreTrainedModel) -> None:
+    """What `PruneConfig` cannot check: options that this model does not allow."""
+    if not 2 <= config.seq_len <= _longest(model):
+        raise GraspError(
+            f"--seq-len {config.seq_len} is outside what this model takes: 2 to {_longest(model)}"
+        )
+    family = model.config.model_type.removeprefix("grasp_")
+    if config.budget.layout == "per-layer" and family not in FAMILIES:
+        raise GraspError(
+            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
+            "use --layout uniform"
+        )
+
+
+def _eval_text(config: PruneConfig, tokenizer: Any) -> Corpus | None:
+    if config.eval_text is None:
+        return None
+    return read_corpus(config.eval_text, tokenizer, text_field=config.text_field, split="test")
+
+
 def _calibration_text(
     config: PruneConfig, model: PreTrainedModel, tokenizer: Any, run: Run
 ) -> Corpus:
@@ -213,11 +245,12 @@ class Ruler:
     windows: int | None
 
 
-def _ruler(config: PruneConfig, corpus: Corpus, tokenizer: Any) -> Ruler | None:
+def _ruler(
+    config: PruneConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
+) -> Ruler | None:
     """--eval-text, or what calibration leaves of its own text; None where it leaves nothing."""
-    if config.eval_text:
-        text = read_corpus(config.eval_text, tokenizer, split="test")
-        return Ruler(text, config.eval_seq_len, config.eval_windows)
+    if eval_text:
+        return Ruler(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
     rest = unused_text(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
     if rest is None:
         return None
@@ -234,24 +267,17 @@ def _measure(
         model,
         ruler.text,
         seq_len=ruler.seq_len,
-        windows=ruler.windows and min(ruler.windows, available),
+        windows=ruler.windows and max(1, min(ruler.windows, available)),
         progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
     ).to_json()
 
 
-def _add_results(folder: Path, summary: dict[str, Any]) -> None:
-    """Results come last, since they are measured on the checkpoint as it reads from disk."""
+def _add_results(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The whole grasp.json. Results come last: they are measured on what reads from disk."""
     with disk_errors(folder):
         stored = json.loads((folder / "grasp.json").read_text())
         stored["results"] = summary["results"]
-        (folder / "grasp.json").write_text(json.dumps(stored, indent=2) + "\n")
+        write_json(folder / "grasp.json", stored)
         (folder / "README.md").write_text(model_card(summary), encoding="utf-8")
         plot_layers(summary, folder / "layers.png")
-
-
-def _out_of_memory(config: PruneConfig, error: Exception) -> GraspError:
-    reason = str(error).strip().split("\n")[0]
-    return GraspError(
-        f"out of memory on {config.device} ({reason}): lower --batch-size "
-        f"(now {config.batch_size}) or --seq-len (now {config.seq_len}), or use --dtype bf16"
-    )
+    return stored

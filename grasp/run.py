@@ -84,7 +84,7 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
     if os.path.lexists(out):
         _remove_published(out)
         raise GraspError(f"{out} exists already: choose another --out or remove it first")
-    folder = _folder(out)
+    folder, asked = _folder(out), json.loads(json.dumps(config))
     missing = [parent for parent in folder.parents if not parent.exists()]
     with disk_errors(folder):
         for part in (folder / "state", folder / "facts"):
@@ -95,7 +95,6 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise GraspError(f"{folder} is in use by another grasp process: wait for it") from None
-        asked = json.loads(json.dumps(config))
         resumed = (folder / "config.json").exists()
         if resumed:
             _same_config(folder, json.loads((folder / "config.json").read_text()), asked)

@@ -93,7 +93,7 @@ def delta(grad: Tensor, raw: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         D=size,
         BLOCK_D=triton.next_power_of_2(size),
     )
-    dz = partial.view(batch, len(z), -1).sum((0, 2))
+    dz = partial.sum((0, 2)).view(len(z), -1).sum(1)
     return row_sums, dz.to(z.dtype)
 
 

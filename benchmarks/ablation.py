@@ -93,7 +93,7 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("batch_size=4", replace(ours, batch_size=4)),
         off(f"epochs={2 * ours.epochs}", replace(ours, epochs=2 * ours.epochs)),
         off("ffn_multiple=32", replace(ours, budget=blocked)),
-        Row("published", "published", paper, ties="position", floors="outside"),
+        Row("published", "ours", paper, ties="position", floors="outside"),
         on("ties=random", ties="random"),
         on("floors=inside", floors="inside"),
         on("gate_site=output", replace(paper, gate_site="output")),
@@ -259,6 +259,7 @@ def run(
 
 
 def write(results: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_suffix(".new")
     beside.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(beside, out)  # a stop at any moment leaves the rows that are done

@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Structured pruning of large language models under an exact budget.",
 )
+INTERRUPTED = 130
 out_console, err_console = Console(), Console(stderr=True)
 
 
@@ -56,19 +57,21 @@ class Dtype(str, Enum):
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 1, never a traceback."""
+    code = None
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # that of typer.Exit, or None
     except GraspError as error:
         _fail(f"error: {error}", 1)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped: the same `grasp prune` command goes on from where it was", 130)
+        code = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
         message = error.format_message()  # none where the help was printed instead
         _fail(f"error: {message}" if message else "", 2)
+    if code == INTERRUPTED:  # newer releases of typer return it
+        _fail("stopped: the same `grasp prune` command goes on from where it was", code)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int) -> None:

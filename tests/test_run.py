@@ -1,0 +1,396 @@
+"""Whole runs: stopped at any moment and resumed, repeated, refused; what they log and leave."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import grasp
+from grasp import cli, pipeline, run
+from grasp.budget import Budget
+from grasp.errors import GraspError
+from grasp.run import open_run
+from grasp.units import UnitSpace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = dict(samples=8, seq_len=32, epochs=2, eval_windows=4, device="cpu")
+AT_ONCE = dict(SMALL, method="random", scale_epochs=0)  # nothing is learned
+
+# Forks of a server that has imported everything: a process for each attempt, without its seconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["grasp.cli", "grasp.pipeline", "matplotlib.backends.backend_agg", "pyarrow.parquet", "pytest"]
+)
+
+
+@pytest.fixture(scope="module")
+def learned(one_thread, tiny, text, tmp_path_factory):
+    """A run that nothing interrupted."""
+    return grasp.prune(tiny, tmp_path_factory.mktemp("run") / "out", calibration=text, **SMALL)
+
+
+def command(model, out, **options):
+    """The command line that is `grasp.prune(model, out, **options)`."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return ["prune", str(model), f"--out={out}", *flags]
+
+
+def start(arguments, stderr=os.devnull, **limits):
+    """`grasp ARGUMENTS` in a process of its own, which keeps its state after every step."""
+    process = processes.Process(target=_main, args=(arguments, str(stderr)), kwargs=limits)
+    process.start()
+    return process
+
+
+def _main(arguments, stderr, *, pause=0.0, file_bytes=None, more_memory=None, dies=None):
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if more_memory is not None:
+        select = pipeline.select
+
+        def select_within(*args):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + more_memory
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            return select(*args)
+
+        pipeline.select = select_within
+    if dies is not None:
+        rename = os.rename
+
+        def deadly(source, target):
+            if dies == "after":
+                rename(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.rename = deadly
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & sets it to ignore
+    torch.set_num_threads(1)
+    log = run.Run.log
+
+    def log_and_wait(self, **record):
+        log(self, **record)
+        time.sleep(pause)
+
+    run.Run.log = log_and_wait
+    run.SAVE_EVERY = 0.0
+    sys.argv = ["grasp", *arguments]
+    cli.main()
+
+
+def records(folder):
+    log = Path(folder, "log.jsonl")
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def lines(folder):
+    try:
+        return Path(folder, "log.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:  # not yet there, or no longer
+        return 0
+
+
+def run_folder(out):
+    return out.with_name(out.name + ".run")
+
+
+def contents(folder):
+    """All that two equal runs have in common: every byte but the times of day."""
+    summary = json.loads((folder / "grasp.json").read_text())
+    del summary["results"]["seconds"]
+    weights = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+    return summary, weights
+
+
+def test_killed_at_random_moments(tiny, text, tmp_path):
+    options = dict(SMALL, calibration="self", eval_text=text, eval_seq_len=32, batch_size=2)
+    options |= dict(accumulate=2, epochs=6)
+    whole = grasp.prune(tiny, tmp_path / "whole", **options)
+    draw, out, killed = random.Random(0), tmp_path / "out", 0
+    while not out.exists():
+        attempt = start(command(tiny, out, **options), pause=0.02)
+        last = lines(run_folder(out)) + draw.randint(2, 16)
+        while attempt.is_alive() and lines(run_folder(out)) < last:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        attempt.kill()
+        attempt.join()
+        killed += attempt.exitcode == -signal.SIGKILL
+        assert attempt.exitcode in (0, -signal.SIGKILL)
+    assert killed >= 3
+    with pytest.raises(GraspError, match="exists already"):
+        grasp.prune(tiny, out, **options)
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+    assert contents(out) == contents(whole.folder)
+
+    log = records(out)
+    resumed = sum(r.get("event") == "resumed" for r in log)
+    assert 0 < resumed <= killed
+    for stage in ("learn", "calibrate"):  # a kill costs one step, not the stage
+        steps = [r["step"] for r in log if r.get("stage") == stage]
+        assert set(steps) == set(range(1, steps[-1] + 1))
+        assert len(steps) <= steps[-1] + resumed
+
+
+def test_stopped_by_ctrl_c(tiny, text, tmp_path, learned):
+    out, stderr = tmp_path / "out", tmp_path / "stderr"
+    arguments = command(tiny, out, calibration=text, **SMALL)
+    attempt = start(arguments, stderr, pause=0.02)
+    while not any(r.get("stage") == "learn" for r in records(run_folder(out))):
+        assert attempt.is_alive()
+        time.sleep(0.01)
+    os.kill(attempt.pid, signal.SIGINT)
+    attempt.join()
+    assert attempt.exitcode == 130
+    said = stderr.read_text().strip().splitlines()
+    assert said[-1] == "stopped: the same `grasp prune` command goes on from where it was"
+    assert "Traceback" not in stderr.read_text()
+    assert not out.exists() and run_folder(out).is_dir()
+
+    again = grasp.prune(tiny, out, calibration=text, **SMALL)
+    assert contents(again.folder) == contents(learned.folder)
+    assert not run_folder(out).exists()
+
+
+@pytest.mark.parametrize("dies", ["before", "after"])
+def test_killed_while_the_result_appears(tiny, text, tmp_path, dies):
+    whole = grasp.prune(tiny, tmp_path / "whole", calibration=text, **AT_ONCE)
+    out = tmp_path / "out"
+    attempt = start(command(tiny, out, calibration=text, **AT_ONCE), dies=dies)
+    attempt.join()
+    assert attempt.exitcode == -signal.SIGKILL
+    assert out.exists() == (dies == "after") and run_folder(out).exists()
+    if dies == "before":
+        grasp.prune(tiny, out, calibration=text, **AT_ONCE)
+    else:
+        with pytest.raises(GraspError, match="exists already"):
+            grasp.prune(tiny, out, calibration=text, **AT_ONCE)
+    assert not run_folder(out).exists()
+    assert contents(out) == contents(whole.folder)
+
+
+def test_the_log(learned):
+    log = records(learned.folder)
+    assert [r["event"] for r in log if "event" in r] == ["started", "finished"]
+    stages = list(dict.fromkeys(r["stage"] for r in log if "stage" in r))
+    assert stages == ["evaluate dense", "fisher", "learn", "calibrate", "evaluate pruned"]
+    for stage, steps in (("learn", 16), ("calibrate", 8)):
+        told = [r for r in log if r.get("stage") == stage]
+        assert [(r["step"], r["steps"]) for r in told] == [(n, steps) for n in range(1, steps + 1)]
+        for r in told:
+            assert math.isfinite(r["loss"]) and r["tokens_per_second"] > 0 and r["eta"] >= 0
+            assert 50e6 < r["peak_memory"] < 100e9  # bytes, whatever the platform counts in
+        assert told[-1]["eta"] == 0
+    learning = [r for r in log if r.get("stage") == "learn"]
+    space, budget = learned.mask.space, learned.summary["budget"]
+    for r in learning:
+        assert 3 * r["ffn"] + space.layers[0].kv_cost * r["kv"] == r["cost"]
+        assert (r["limit"], r["of"]) == (budget["limit"], space.cost)
+    assert learning[0]["cost"] > budget["limit"] >= learning[-1]["cost"]  # annealed
+    assert [r["time"] for r in log] == sorted(r["time"] for r in log)
+
+
+def test_a_line_cut_by_a_crash_does_not_spoil_the_next(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedError), open_run(out, {}) as first:
+        first.remember("fact", lambda: 1)
+        with open(run_folder(out) / "log.jsonl", "a") as log:
+            log.write('{"time": 1, "st')
+        raise InterruptedError
+    with open_run(out, {}) as again:
+        assert [r["event"] for r in again.records()] == ["started", "resumed"]
+    assert [r["event"] for r in records(run_folder(out))] == ["started", "resumed"]
+
+
+def test_a_fact_is_computed_once(tmp_path):
+    for expected in (1, 1):
+        with pytest.raises(InterruptedError), open_run(tmp_path / "out", {}) as opened:
+            assert opened.remember("n", lambda: len(os.listdir(tmp_path))) == expected
+            (tmp_path / "more").touch()
+            raise InterruptedError
+
+
+def test_another_configuration_is_refused_with_the_difference(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    stopped = start(command(tiny, out, calibration=text, **AT_ONCE), dies="before")
+    stopped.join()
+    before = sorted(run_folder(out).rglob("*"))
+    with pytest.raises(GraspError) as refused:
+        grasp.prune(tiny, out, calibration=text, **dict(AT_ONCE, seed=7, keep=0.4, samples=9))
+    message = str(refused.value)
+    assert message.startswith(f"{run_folder(out)} holds an unfinished run of another configuration")
+    assert "(budget.asked: 0.5 there, 0.4 now; samples: 8 there, 9 now; seed: 0 there, 7" in message
+    assert "remove the folder, or choose another --out" in message
+    assert sorted(run_folder(out).rglob("*")) == before
+
+
+def test_a_folder_in_use_is_refused(tiny, tmp_path):
+    out = tmp_path / "out"
+    holding = open_run(out, {})
+    with holding, pytest.raises(GraspError, match=r"out\.run is in use by another grasp process"):
+        grasp.prune(tiny, out)
+    assert run_folder(out).is_dir()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda p: p.symlink_to("nowhere")])
+def test_an_existing_result_is_never_touched(tiny, tmp_path, make):
+    out = tmp_path / "out"
+    make(out)
+    with pytest.raises(GraspError, match="out exists already: choose another --out or remove it"):
+        grasp.prune(tiny, out)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failure_without_anything_to_resume_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "new" / "parent" / "out", {}):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_seed_fixes_everything(tiny, text, tmp_path, learned):
+    same = grasp.prune(tiny, tmp_path / "same", calibration=text, **SMALL)
+    assert contents(same.folder) == contents(learned.folder)
+    other = grasp.prune(tiny, tmp_path / "other", calibration=text, seed=1, **SMALL)
+    assert other.summary["mask_sha256"] != same.summary["mask_sha256"]
+
+
+def test_methods(tiny, text, tmp_path, learned):
+    masks = {"learned": learned.mask.keep}
+    for method in ("random", "magnitude", "fisher"):
+        options = dict(AT_ONCE, method=method, calibration=text, ffn_multiple=8)
+        result = grasp.prune(tiny, tmp_path / method, **options)
+        assert result.summary["recipe"]["method"] == method
+        masks[method] = result.mask.keep
+    assert all(not torch.equal(a, b) for a, b in combinations(masks.values(), 2))
+    # weights know no seed
+    options = dict(AT_ONCE, method="magnitude", calibration=text, ffn_multiple=8, seed=1)
+    again = grasp.prune(tiny, tmp_path / "again", **options)
+    assert torch.equal(again.mask.keep, masks["magnitude"])
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+@pytest.mark.parametrize(
+    "asked", [{"keep": 0.6}, {"params": 90_000}, {"kv_cache": 0.5}], ids=lambda asked: str(*asked)
+)
+def test_no_more_than_asked(tiny, text, tmp_path, asked, layout):
+    options = dict(AT_ONCE, calibration=text, ffn_multiple=4, layout=layout, **asked)
+    summary = grasp.prune(tiny, tmp_path / "out", **options).summary
+    dense, model = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny, tmp_path / "out")
+    )
+    space, before = UnitSpace.of(model), UnitSpace.of(dense)
+    obtained = {
+        "keep": space.prunable_params / before.prunable_params,
+        "params": sum(p.numel() for p in model.parameters()),
+        "kv_cache": space.kv_cache_bytes_per_token() / before.kv_cache_bytes_per_token(),
+    }
+    ((kind, limit),) = asked.items()
+    assert obtained[kind] <= limit
+    assert summary["params"]["total_after"] == obtained["params"]
+    assert summary["params"]["prunable_after"] == space.prunable_params
+    assert summary["widths"]["after"] == [[n.ffn, n.kv_groups] for n in space.layers]
+    budget = Budget.of(**asked, ffn_multiple=4, layout=layout)
+    assert summary["budget"]["obtained"] == budget.cost(space)
+    unspent = budget.limit(before) - budget.cost(space)
+    assert 0 <= unspent < budget.step(before)
+
+    code = (tmp_path / "out" / "modeling_grasp.py").exists()
+    if layout == "uniform":
+        assert len(set(space.layers)) == 1 and not code
+        assert type(model).__module__.startswith("transformers.models.")
+        assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    elif kind != "kv_cache":  # whose channels all stay
+        assert len(set(space.layers)) > 1 and code
+
+
+def test_every_source_of_text(tiny, text, tmp_path):
+    words = text.read_text()
+    (tmp_path / "words.jsonl").write_text(json.dumps({"body": words}))
+    pyarrow.parquet.write_table(pyarrow.table({"body": [words]}), tmp_path / "words.parquet")
+    masks = {}
+    for name in (text, tmp_path / "words.jsonl", tmp_path / "words.parquet", "self"):
+        options = dict(AT_ONCE, method="fisher", text_field="body", ffn_multiple=4)
+        result = grasp.prune(tiny, tmp_path / "out", calibration=name, **options)
+        said = result.summary["calibration"]
+        assert said["name"] == Path(name).name
+        masks[said["name"]] = result.mask.keep
+        assert said["tokens"] == (8 * 32 if name == "self" else len(words))
+        (tmp_path / "out").rename(tmp_path / f"out-{said['name']}")
+    assert torch.equal(masks["words.txt"], masks["words.jsonl"])
+    assert torch.equal(masks["words.txt"], masks["words.parquet"])
+    assert not torch.equal(masks["words.txt"], masks["self"])
+
+
+def test_the_summary_is_grasp_json_and_the_results_are_measured(learned):
+    assert learned.summary == json.loads((learned.folder / "grasp.json").read_text())
+    results = learned.summary["results"]
+    model, tokenizer = grasp.load(learned.folder, device="cpu")
+    assert sum(p.numel() for p in model.parameters()) == learned.summary["params"]["total_after"]
+    assert results["dense"]["windows"] == results["pruned"]["windows"] == 4
+    assert results["dense"]["value"] != results["pruned"]["value"]
+    assert tokenizer.decode(tokenizer("stone").input_ids) == "stone"
+    with safe_open(learned.folder / "model.safetensors", framework="pt") as weights:
+        assert weights.get_slice("model.layers.0.mlp.down_proj.weight").get_shape() == [
+            64,
+            learned.summary["widths"]["after"][0][0],
+        ]
+
+
+def test_text_to_evaluate_on(tiny, text, tmp_path):
+    """Its windows are never longer than the model takes, 256 here."""
+    options = dict(AT_ONCE, samples=180, eval_text=text)  # no text is left over
+    result = grasp.prune(tiny, tmp_path / "out", calibration=text, **options)
+    assert result.summary["results"]["pruned"]["seq_len"] == 256
+    assert result.summary["results"]["pruned"]["data"] == "words.txt"
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "stage"), [(300, "the first file"), (2_000, "a state"), (100_000, "weights")]
+)
+def test_a_full_disk(tiny, text, tmp_path, learned, file_bytes, stage):
+    out, stderr = tmp_path / "out", tmp_path / "stderr"
+    stderr.touch()
+    attempt = start(command(tiny, out, calibration=text, **SMALL), stderr, file_bytes=file_bytes)
+    attempt.join()
+    said = stderr.read_text()
+    print(stage, said)
+    assert attempt.exitcode == 1 and "Traceback" not in said
+    assert f"error: cannot write {run_folder(out)}" in said.splitlines()[-1]
+    assert not out.exists()
+    assert run_folder(out).exists() == (stage != "the first file")
+
+    again = grasp.prune(tiny, out, calibration=text, **SMALL)
+    assert contents(again.folder) == contents(learned.folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_runs_out(tiny, text, tmp_path):
+    out, stderr = tmp_path / "out", tmp_path / "stderr"
+    options = dict(SMALL, seq_len=256, samples=16, batch_size=16, start="equal")
+    attempt = start(command(tiny, out, calibration=text, **options), stderr, more_memory=30_000_000)
+    attempt.join()
+    said = stderr.read_text()
+    assert attempt.exitcode == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: out of memory on cpu (")
+    assert said.endswith(
+        "): lower --batch-size (now 16) or --seq-len (now 256), or use --dtype bf16\n"
+    )
+    assert not out.exists()

@@ -197,7 +197,14 @@ def _longest(model: PreTrainedModel) -> int:
 
 
 def _check_model(config: PruneConfig, model: PreTrainedModel) -> None:
-    """What `PruneConfig` cannot check: options that this model does not allow."""
+    """What `PruneConfig` cannot check: options that this model does not allow, and its weights."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise GraspError(
+                f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
+            )
+    if config.samples < 1:
+        raise GraspError(f"--samples {config.samples} is no sample: ask for at least 1")
     if not 2 <= config.seq_len <= _longest(model):
         raise GraspError(
             f"--seq-len {config.seq_len} is outside what this model takes: 2 to {_longest(model)}"

@@ -1,0 +1,463 @@
+"""The command line: what each verb prints, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_tokenizer
+from rich.console import Console
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+import grasp
+from grasp import cli, evaluate, pipeline
+from grasp.checkpoint import verify as verify_module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = ["--samples=8", "--seq-len=32", "--epochs=1", "--eval-windows=2", "--device=cpu"]
+AT_ONCE = [*SMALL, "--method=random", "--scale-epochs=0"]  # nothing is learned
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """call("plan", MODEL, ...) is (exit code, stdout, stderr) of that command line."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grasp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(call, tmp_path, monkeypatch):
+    """refused(*arguments) is the one line, said by a command that leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*arguments, code=1):
+        before = sorted(tmp_path.rglob("*"))
+        found, out, err = call(*arguments)
+        assert (found, out) == (code, "")
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def pruned(one_thread, tiny, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "pruned[1]"  # brackets mean markup to rich
+    options = dict(samples=8, seq_len=32, method="random", scale_epochs=0, eval_windows=2)
+    grasp.prune(tiny, out, calibration=text, device="cpu", **options)
+    return out
+
+
+def damaged(tiny, folder, value):
+    """The tiny model with `value` for some of its weights."""
+    model = LlamaForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.lm_head.weight[:5] = value
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep=0"], "--keep 0.0 is not a ratio: choose one in (0, 1]"),
+        (["--keep=1.5"], "--keep 1.5 is not a ratio: choose one in (0, 1]"),
+        (["--keep=0.01"], "--keep 0.01 is impossible: one block of every kind in every layer"),
+        (["--params=1k"], "--params 1,000 is impossible for this model: choose between"),
+        (["--params=7B"], "--params 7,000,000,000 is impossible for this model: choose between"),
+        (["--kv-cache=0.1"], "--kv-cache 0.1 is impossible: one block"),
+        (["--keep=0.5", "--params=90k"], "--keep and --params are two budgets: give one of them"),
+        (["--ffn-multiple=7"], "--ffn-multiple 7 does not divide a width of this model, 96"),
+        (["--kv-multiple=3"], "--kv-multiple 3 does not divide a width of this model, 4"),
+        (["--seq-len=1"], "--seq-len 1 is outside what this model takes: 2 to 256"),
+        (["--seq-len=257"], "--seq-len 257 is outside what this model takes: 2 to 256"),
+        (["--samples=0"], "--samples 0 is no sample: ask for at least 1"),
+        (["--samples=0", "--calibration=self"], "--samples 0 is no sample: ask for at least 1"),
+        (["--samples=900"], "too little text: words.txt has "),
+        (["--epochs=0"], "--epochs 0 is too small: choose at least 1"),
+        (["--batch-size=0"], "--batch-size 0 is too small: choose at least 1"),
+        (["--accumulate=0"], "--accumulate 0 is too small: choose at least 1"),
+        (["--scale-epochs=-1"], "--scale-epochs -1 is too small: choose at least 0"),
+        (["--lr=0"], "--lr 0.0 is no learning rate: choose one above 0, such as 0.01"),
+        (["--anneal=2"], "--anneal 2.0 is no part of the run: choose one in [0, 1]"),
+        (["--device=gpu"], "--device gpu is no device: write cpu, cuda, cuda:1 or auto"),
+        (["--calibration=no/such.txt"], "no/such.txt does not exist: expected a text, .jsonl"),
+        (["--eval-text=none.jsonl"], "none.jsonl does not exist: expected a text, .jsonl"),
+        (["--eval-text=none.jsonl", "--calibration=self"], "none.jsonl does not exist: expected"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_of_prune(refused, tiny, text, options, message):
+    options = [f"--calibration={text}", *SMALL, *options]
+    assert message in refused("prune", tiny, "--out=new/out", *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "MODEL"], "Missing option '--out'."),
+        (["prune", "--out=x"], "Missing argument 'MODEL'."),
+        (["prune", "MODEL", "--out=x", "--keep=half"], "Invalid value for '--keep': "),
+        (
+            ["prune", "MODEL", "--out=x", "--method=magic"],
+            "'magic' is not one of 'learned', 'fisher'",
+        ),
+        (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option: --kep"),
+        (["plan", "MODEL", "--params=7X"], "'7X' is no number: write 3500000000, 3.5B or 120M"),
+        (["eval", "MODEL"], "Missing option '--text'."),
+        (["prun", "MODEL"], "No such command 'prun'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage(refused, arguments, message):
+    assert message in refused(*arguments, code=2)
+
+
+@pytest.mark.parametrize("out", [".", "file/out"])
+def test_no_place_for_the_result(refused, tiny, text, tmp_path, out):
+    (tmp_path / "file").touch()
+    message = refused("prune", tiny, f"--out={out}", f"--calibration={text}", *SMALL)
+    expected = {".": ". exists already: choose another --out or remove it first"}
+    assert message.startswith(expected.get(out, "cannot write file/out.run: [Errno 20]"))
+
+
+def test_a_name_too_long(refused, tiny):
+    assert "File name too long" in refused("prune", tiny, "--out=" + 300 * "x")
+
+
+def test_cuda_where_there_is_none(refused, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refused("prune", tiny, "--out=out", "--device=cuda")
+    assert message == f"device cuda asked for, but torch {torch.__version__} sees no GPU"
+
+
+def test_the_devices_of_eval(refused, tiny, text):
+    options = [f"--text={text}", "--device=gpu"]
+    assert "--device gpu is no device" in refused("eval", tiny, *options)
+
+
+# --- models and text ---
+
+
+def write_model(folder, model):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=256)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=256)),
+            "GPT2LMHeadModel is not supported: it has no list of decoder layers",
+        ),
+        (
+            MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS, num_local_experts=2)),
+            "MixtralForCausalLM is not supported: layer 0 needs exactly one module with",
+        ),
+        (
+            GemmaForCausalLM(GemmaConfig(**SIZES, **HEADS)),
+            "gemma has no class with per-layer widths (there are llama, mistral, qwen2, qwen3): "
+            "use --layout uniform",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_unsupported_architectures(refused, text, tmp_path, model, message):
+    write_model(tmp_path / "model", model)
+    options = [f"--calibration={text}", "--ffn-multiple=8", *SMALL]
+    assert message in refused("prune", "model", "--out=out", *options)
+
+
+def test_no_such_model(refused):
+    for verb in (["prune", "nowhere", "--out=out"], ["plan", "nowhere"]):
+        assert refused(*verb).startswith("no such folder or file: nowhere (a model on the hub")
+    assert "nowhere" in refused("eval", "nowhere", "--text=words.txt")
+
+
+def test_weights_that_could_run_code(refused, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    message = refused("prune", "model", "--out=out")
+    assert message.startswith("model has only pickle weights (pytorch_model.bin)")
+    assert "convert them to safetensors" in message
+
+
+def test_an_empty_text(refused, tiny, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    for verb in (["prune", tiny, "--out=out", "--calibration=empty.txt", *SMALL], None):
+        arguments = verb or ["eval", tiny, "--text=empty.txt", "--device=cpu"]
+        assert refused(*arguments).startswith("empty.txt holds no text: expected a text, .jsonl")
+
+
+def test_a_text_too_short_to_evaluate_on(refused, tiny, text, tmp_path):
+    (tmp_path / "short.txt").write_text("one two three")
+    options = [f"--calibration={text}", "--eval-text=short.txt", *AT_ONCE]
+    message = refused("prune", tiny, "--out=out", *options)
+    assert message.startswith("too little text: short.txt has 13 tokens, 0 windows of 256; ")
+
+
+def test_the_wrong_field(refused, tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"body": "words"}\n')
+    message = refused("prune", tiny, "--out=out", "--calibration=rows.jsonl", *SMALL)
+    assert "no text in field 'text' (found: body); name the right one with --text-field" in message
+
+
+def test_what_is_no_checkpoint(refused, tiny):
+    for verb in ("show", "verify"):
+        assert "no" in refused(verb, tiny) and "grasp.json" in refused(verb, tiny)
+
+
+# --- machines ---
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(refused, tiny, text, tmp_path, value):
+    damaged(tiny, tmp_path / "model", value)
+    for calibration in (text, "self"):
+        message = refused("prune", "model", "--out=out", f"--calibration={calibration}", *SMALL)
+        assert message == (
+            "model is damaged: lm_head.weight holds NaN or infinite values: get it anew"
+        )
+    message = refused("eval", "model", f"--text={text}", "--device=cpu")
+    assert message.startswith("the loss is nan after window 1 of ")
+
+
+def test_a_loss_that_overflows_before_learning(refused, tiny, text, tmp_path):
+    damaged(tiny, tmp_path / "model", 1e38)
+    message = refused("prune", "model", "--out=out", f"--calibration={text}", *SMALL)
+    assert message.startswith("the loss is ") and " after window 1 of 2: the weights" in message
+
+
+@pytest.mark.parametrize("options", ["--start=equal", "--start=fisher", "--method=fisher"])
+def test_a_loss_that_overflows_while_learning(call, tiny, text, tmp_path, options):
+    """Where no text is left to measure the dense model on first."""
+    damaged(tiny, tmp_path / "model", 1e38)
+    (tmp_path / "all.txt").write_text(text.read_text()[: 8 * 32])
+    arguments = [f"--out={tmp_path / 'out'}", f"--calibration={tmp_path / 'all.txt'}", *SMALL]
+    code, _, err = call("prune", tmp_path / "model", *arguments, options)
+    said = err.splitlines()[-1]
+    assert code == 1 and "Traceback" not in err and not (tmp_path / "out").exists()
+    assert said.startswith("error: the loss is ") and " at step 1: try a smaller --lr" in said
+
+
+def test_memory_that_runs_out(refused, tiny, text, monkeypatch):
+    def forward(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    reason = "(CUDA out of memory. Tried to allocate 2 GiB.): lower --batch-size (now 1) or "
+    message = refused("prune", tiny, "--out=out", f"--calibration={text}", *SMALL)
+    assert message == (f"out of memory on cpu {reason}--seq-len (now 32), or use --dtype bf16")
+    message = refused("eval", tiny, f"--text={text}", "--device=cpu")
+    assert message == f"out of memory on device cpu {reason}--seq-len"
+
+
+def test_an_error_of_ours_is_not_hidden(call, tiny, text, tmp_path, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a shape does not fit")
+
+    monkeypatch.setattr(pipeline, "fold_mask", broken)
+    options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *AT_ONCE]
+    monkeypatch.setattr(sys, "argv", ["grasp", "prune", str(tiny), *options])
+    with pytest.raises(RuntimeError, match="a shape does not fit"):
+        cli.main()
+
+
+def test_ctrl_c(call, tiny, text, monkeypatch):
+    def stopped(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate_text", stopped)
+    code, out, err = call("eval", tiny, f"--text={text}")
+    assert (code, out) == (130, "")
+    assert err.strip() == "stopped: the same `grasp prune` command goes on from where it was"
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "grasp.cli", "prune", "nowhere", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no such folder or file: nowhere")
+    assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == []
+
+
+# --- what verbs print ---
+
+
+def test_help(call):
+    code, out, err = call()
+    assert (code, err) == (2, "") and "plan" in out
+    code, out, _ = call("--help")
+    assert code == 0 and all(verb in out for verb in ("prune", "plan", "eval", "verify", "show"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("prune", "--calibration"),
+        ("plan", "--tokens-per-second"),
+        ("eval", "--windows"),
+        ("verify", "DIR"),
+        ("show", "DIR"),
+    ],
+)
+def test_help_of_each_verb(call, verb, option):
+    code, out, err = call(verb, "--help")
+    assert (code, err) == (0, "")
+    assert option in out and "--json" in out
+
+
+def test_prune(call, tiny, text, tmp_path):
+    out = tmp_path / "out"
+    code, said, err = call("prune", tiny, f"--out={out}", f"--calibration={text}", *SMALL)
+    assert code == 0
+    dense, after = 129_024, json.loads((out / "grasp.json").read_text())["params"]["prunable_after"]
+    assert f"{dense:,}" in said and f"{after:,}" in said and f"{after / dense:.2%}" in said
+    assert "Perplexity: words.txt, blocks not calibrated on, 2 windows of 32 tokens" in said
+    # where stderr is no terminal, a line for each stage
+    stages = [line.partition(":")[0] for line in err.splitlines()]
+    assert stages == ["evaluate dense", "fisher", "learn", "calibrate", "evaluate pruned"]
+
+
+def test_prune_json(call, tiny, text, tmp_path):
+    options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", "--params=120k", *AT_ONCE]
+    code, said, _ = call("prune", tiny, *options, "--json")
+    summary = json.loads(said)
+    assert code == 0 and summary["recipe"]["budget"]["asked"] == 120_000
+    assert summary["params"]["total_after"] <= 120_000
+    assert [len(layer["ffn"]) for layer in summary["kept"]] == [
+        ffn for ffn, _ in summary["widths"]["after"]
+    ]
+
+
+def test_progress_is_one_line_that_changes(call, tiny, text, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(cli, "err_console", console)
+    options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *SMALL]
+    assert call("prune", tiny, *options)[0] == 0
+    shown = screen.getvalue()
+    for part in ("learn", "loss ", "kept 47.62% of 50.00%", "tokens/s", " left"):
+        assert part in shown, part
+    assert "\x1b[2K" in shown and shown.count("\n") < 12  # the line is rewritten
+
+
+@pytest.mark.parametrize(
+    ("record", "note"),
+    [
+        (
+            dict(step=3, steps=9, loss=2.5, cost=47, limit=50, of=100)
+            | dict(tokens_per_second=812.4, eta=125.0),
+            "loss 2.500  kept 47.00% of 50.00%  812 tokens/s  2:05 left",
+        ),
+        (dict(step=3, steps=9), "3 of 9"),
+    ],
+)
+def test_the_note_beside_a_step(record, note):
+    assert cli._note(record) == note
+
+
+def test_plan(call, tiny):
+    code, text, err = call("plan", tiny, "--keep=0.5", "--seq-len=32")
+    assert (code, err) == (0, "")
+    assert "129,024" in text and "loads in" in text
+    code, said, _ = call("plan", tiny, "--keep=0.5", "--seq-len=32", "--json")
+    planned = json.loads(said)
+    assert code == 0 and planned["prunable"]["before"] == 129_024
+    assert planned["prunable"]["after"]["most"] <= 129_024 // 2
+
+
+def test_plan_and_prune_agree(call, tiny, pruned):
+    planned = json.loads(call("plan", tiny, "--json")[1])
+    summary = json.loads(call("show", pruned, "--json")[1])
+    for name, before, after in (
+        ("prunable", "prunable_before", "prunable_after"),
+        ("params", "total_before", "total_after"),
+    ):
+        least, most = (planned[name]["after"][key] for key in ("least", "most"))
+        assert planned[name]["before"] == summary["params"][before]
+        assert least <= summary["params"][after] <= most
+
+
+def test_show(call, pruned):
+    code, said, err = call("show", pruned)
+    assert (code, err) == (0, "")
+    summary = json.loads((pruned / "grasp.json").read_text())
+    for ffn, kv in summary["widths"]["after"]:
+        assert f"{ffn} / 96" in said and "●" * kv + "○" * (4 - kv) in said
+    assert "pruned[1]" in said.replace("\n", "")
+    assert said.splitlines()[-1].endswith("fp32, checkpoint re-read from disk.")
+    assert json.loads(call("show", pruned, "--json")[1]) == summary
+
+
+def test_eval(call, pruned, text):
+    options = [f"--text={text}", "--seq-len=64", "--windows=3", "--device=cpu"]
+    code, said, _ = call("eval", pruned, *options)
+    assert code == 0 and "on words.txt: sequence length 64, the first 3 of" in said
+    code, as_json, _ = call("eval", pruned, *options, "--json")
+    result = json.loads(as_json)
+    assert code == 0 and f"perplexity {result['value']:.2f} " in said
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_verify_after_prune(call, tiny, text, tmp_path, dtype):
+    """As the stock class: the one way of loading that takes a single process."""
+    options = [f"--calibration={text}", *AT_ONCE, "--layout=uniform", f"--dtype={dtype}"]
+    assert call("prune", tiny, f"--out={tmp_path / 'out'}", *options)[0] == 0
+    code, said, err = call("verify", tmp_path / "out")
+    assert (code, err) == (0, ""), said
+    checks = said.splitlines()
+    assert len(checks) == 7 and all(line.startswith("ok   ") for line in checks)
+    assert "bit-equal to the model in memory" in said
+
+
+def test_verify_after_tampering(call, pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify_module, "_check_loaded", lambda *_: [])  # a process each
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    assert call("verify", copy)[0] == 0
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    code, said, _ = call("verify", copy)
+    assert code == 1 and "FAIL files: not as written: model.safetensors" in said.splitlines()
+    code, said, _ = call("verify", copy, "--json")
+    assert code == 1 and not json.loads(said)["checks"][0]["passed"]
+
+
+def test_readme_of_a_checkpoint_names_no_folder_that_is_gone(pruned):
+    assert ".run" not in Path(pruned, "README.md").read_text()

@@ -59,7 +59,7 @@ def start(arguments, stderr=os.devnull, **limits):
 
 
 def _main(arguments, stderr, *, pause=0.0, file_bytes=None, more_memory=None, dies=None):
-    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -122,28 +122,33 @@ def contents(folder):
 
 def test_killed_at_random_moments(tiny, text, tmp_path):
     options = dict(SMALL, calibration="self", eval_text=text, eval_seq_len=32, batch_size=2)
-    options |= dict(accumulate=2, epochs=6)
+    options |= dict(accumulate=2, epochs=12, start="equal", eval_windows=2)
     whole = grasp.prune(tiny, tmp_path / "whole", **options)
     draw, out, killed = random.Random(0), tmp_path / "out", 0
-    while not out.exists():
-        attempt = start(command(tiny, out, **options), pause=0.02)
-        last = lines(run_folder(out)) + draw.randint(2, 16)
+    while killed < 6 and not out.exists():
+        attempt = start(command(tiny, out, **options), tmp_path / "stderr", pause=0.02)
+        last = lines(run_folder(out)) + draw.randint(2, 9)
         while attempt.is_alive() and lines(run_folder(out)) < last:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.05))
         attempt.kill()
         attempt.join()
         killed += attempt.exitcode == -signal.SIGKILL
-        assert attempt.exitcode in (0, -signal.SIGKILL)
+        said = (tmp_path / "stderr").read_text()
+        assert attempt.exitcode in (0, -signal.SIGKILL), said
     assert killed >= 3
+    if not out.exists():
+        grasp.prune(tiny, out, **options)
     with pytest.raises(GraspError, match="exists already"):
         grasp.prune(tiny, out, **options)
-    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "stderr", "whole"]
     assert contents(out) == contents(whole.folder)
 
     log = records(out)
     resumed = sum(r.get("event") == "resumed" for r in log)
     assert 0 < resumed <= killed
+    first_step = next(n for n, r in enumerate(log) if r.get("stage") == "learn")
+    assert "resumed" in [r.get("event") for r in log[first_step:]]
     for stage in ("learn", "calibrate"):  # a kill costs one step, not the stage
         steps = [r["step"] for r in log if r.get("stage") == stage]
         assert set(steps) == set(range(1, steps[-1] + 1))

@@ -27,10 +27,10 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_gate_pre, d_up [T, F] and dz [F] of `gated_swiglu` on [T, F] inputs."""
     g, a, u, z_wide = _wide(grad), _wide(gate_pre), _wide(up), _wide(z)
-    d_silu_up = g * F.silu(a)
-    dz = (d_silu_up * u).sum(0)
-    d_gate = torch.ops.aten.silu_backward(g * u * z_wide, a)
-    return d_gate.to(gate_pre.dtype), (d_silu_up * z_wide).to(up.dtype), dz.to(z.dtype)
+    d_up = g * F.silu(a)
+    dz = (d_up * u).sum(0)
+    d_gate = torch.ops.aten.silu_backward((g * u).mul_(z_wide), a)
+    return d_gate.to(gate_pre.dtype), d_up.mul_(z_wide).to(up.dtype), dz.to(z.dtype)
 
 
 def swiglu_pack(

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from grasp_kernels._triton.launch import config, launch
 
-ROUNDS = 2
-_DIGIT = 8
+_DIGIT = 8  # bits
 
 
 def budget_topk(
@@ -31,7 +30,7 @@ def budget_topk(
     blocks = triton.cdiv(count, tile.blocks["BLOCK"])
     rank_bits = max(1, (count - 1).bit_length())
     passes = -(-(32 + rank_bits) // _DIGIT)
-    steps = ROUNDS * passes
+    steps = 2 * passes  # two rounds
 
     def integers(*shape: int, zero: bool = False) -> Tensor:
         make = scores.new_zeros if zero else scores.new_empty
@@ -41,7 +40,7 @@ def budget_topk(
     # Per step: 256 bins, then the prefix and the budget that the step starts from. Last row: the
     # cost of the floors, and how many units are left that would fit.
     table = integers(steps + 1, 258, zero=True)
-    bounds = integers(ROUNDS + 1, 2)  # per round: the unit that did not fit, the budget before it
+    bounds = integers(2, 2)  # per round: the unit that did not fit, the budget before it
     per_block = integers(2, max(blocks, 1))  # kept number and cost
     mask, indices = torch.empty_like(floor), integers(count)
     n_kept, cost = integers(zero=blocks == 0), integers(zero=blocks == 0)
@@ -52,22 +51,12 @@ def budget_topk(
     launch(_order, grid, tile, scores, tie_rank, *shared, RANK_BITS=rank_bits, **constants)
     for step in range(1, steps):
         launch(_narrow, grid, tile, *shared, step, **constants)
-    launch(_mark, grid, tile, *shared, mask, per_block, ROUNDS=ROUNDS, **constants)
-    launch(_fill, (min(blocks, 1),), tile, *shared, mask, per_block, ROUNDS=ROUNDS, STEPS=steps)
+    launch(_mark, grid, tile, *shared, mask, per_block, **constants)
+    launch(_fill, (min(blocks, 1),), tile, *shared, mask, per_block, STEPS=steps)
     spread = config("projection_write", scores.device)
-    launch(
-        _write,
-        grid,
-        spread,
-        mask,
-        per_block,
-        indices,
-        n_kept,
-        cost,
-        count,
-        BLOCK=tile.blocks["BLOCK"],
-    )
-    return mask, indices, n_kept, cost
+    outputs = (indices, n_kept, cost)
+    launch(_write, grid, spread, mask, per_block, *outputs, count, BLOCK=tile.blocks["BLOCK"])
+    return mask, *outputs
 
 
 # ---- kernels --------------------------------------------------------------------------------
@@ -172,13 +161,13 @@ def _narrow(
 @triton.jit
 def _mark(
     order, costs, floor, budget, table, bounds, count, mask, per_block,
-    ROUNDS: tl.constexpr, PASSES: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    PASSES: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = table + (STEPS - 1) * 258
     last, left = _descend(row, tl.load(row + 256), tl.load(row + 257))
     if tl.program_id(0) == 0:
-        tl.store(bounds + 2 * (ROUNDS - 1), last)
-        tl.store(bounds + 2 * (ROUNDS - 1) + 1, left)
+        tl.store(bounds + 2, last)
+        tl.store(bounds + 3, left)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     unit = tl.load(order + i, inside, other=-1)
@@ -199,11 +188,11 @@ def _mark(
 @triton.jit
 def _fill(
     order, costs, floor, budget, table, bounds, count, mask, per_block,
-    ROUNDS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     more = tl.load(table + STEPS * 258 + 1) > 0
-    last = tl.load(bounds + 2 * (ROUNDS - 1))
-    left = tl.load(bounds + 2 * (ROUNDS - 1) + 1)
+    last = tl.load(bounds + 2)
+    left = tl.load(bounds + 3)
     while more:
         best = tl.full([], -1, tl.int64)
         for start in range(0, count, BLOCK):

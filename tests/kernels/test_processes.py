@@ -1,0 +1,53 @@
+"""What needs a process of its own: Triton's interpreter, and its compiler without a GPU.
+
+Triton reads TRITON_INTERPRET when it is imported. The processes run side by side, one a core.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import INTERPRETED, KERNELS_RUN
+
+ROOT = Path(__file__).parents[2]
+PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+COMMANDS = {
+    f"compile for sm_{chip}": ["-m", "benchmarks.compile_gate", "--chip", chip]
+    for chip in ("80", "90")
+}
+if not KERNELS_RUN:
+    COMMANDS |= {
+        f"interpret {path}": [*PYTEST, f"tests/kernels/{path}"]
+        for path in (
+            "on_device/test_attention.py",
+            "on_device/test_projection.py",
+            "on_device/test_swiglu.py",
+            "test_behaviour.py",
+        )
+    }
+if INTERPRETED:
+    COMMANDS = {}
+
+
+def run(name: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    if name.startswith("interpret"):
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, *COMMANDS[name]]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    pytest.importorskip("triton")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, name) for name in COMMANDS}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_process(name, processes):
+    done = processes[name].result()
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

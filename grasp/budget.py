@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from grasp.errors import GraspError
 from grasp.units import FFN_COST, LayerUnits, UnitSpace
@@ -42,6 +42,10 @@ class Budget:
     ffn_multiple: int = 32
     kv_multiple: int = 1
     layout: Layout = "per-layer"
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(Layout):
+            raise GraspError(f"--layout {self.layout!r}: choose {', '.join(get_args(Layout))}")
 
     @classmethod
     def of(
@@ -92,6 +96,9 @@ class Budget:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
         self._check_widths(space)
         total, floor = self.cost(space), self.floor(space)
+        if not math.isfinite(self.asked):
+            option = "--" + self.kind.replace("_", "-")
+            raise GraspError(f"{option} {self.asked} is no amount: write a number")
         # str first: 0.7 means seven tenths, not the nearest binary fraction
         asked = Fraction(str(self.asked))
         if self.kind == "params":

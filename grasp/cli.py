@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grasp.budget import Layout
+from grasp.config import Dtype, GateSite, Method, PruneConfig, Start
 from grasp.errors import GraspError
 
 app = typer.Typer(
@@ -25,34 +26,6 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 out_console, err_console = Console(), Console(stderr=True)
-
-
-class Layout(str, Enum):
-    per_layer = "per-layer"
-    uniform = "uniform"
-
-
-class Method(str, Enum):
-    learned = "learned"
-    fisher = "fisher"
-    magnitude = "magnitude"
-    random = "random"
-
-
-class Start(str, Enum):
-    fisher = "fisher"
-    equal = "equal"
-
-
-class GateSite(str, Enum):
-    output = "output"
-    kv = "kv"
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 def main() -> None:
@@ -70,7 +43,8 @@ def main() -> None:
         message = error.format_message()  # none where the help was printed instead
         _fail(f"error: {message}" if message else "", 2)
     if code == INTERRUPTED:  # newer releases of typer return it
-        _fail("stopped: the same `grasp prune` command goes on from where it was", code)
+        resumable = sys.argv[1:2] == ["prune"]
+        _fail("stopped" + ": the same command goes on from where it was" * resumable, code)
     sys.exit(code)
 
 
@@ -123,41 +97,47 @@ def prune_command(
     kv_cache: KvCache = None,
     ffn_multiple: FfnMultiple = 32,
     kv_multiple: KvMultiple = 1,
-    layout: LayoutOption = Layout.per_layer,
-    method: Annotated[Method, typer.Option(help="How units are chosen.")] = Method.learned,
+    layout: LayoutOption = "per-layer",
+    method: Annotated[Method, typer.Option(help="How units are chosen.")] = PruneConfig.method,
     calibration: Annotated[
         str,
         typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
-    ] = "builtin",
-    text_field: TextField = "text",
-    samples: Samples = 512,
-    seq_len: SeqLen = 512,
-    epochs: Epochs = 4,
-    batch_size: BatchSize = 1,
-    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 1e-2,
-    start: Annotated[Start, typer.Option(help="What scores start from.")] = Start.fisher,
+    ] = PruneConfig.calibration,
+    text_field: TextField = PruneConfig.text_field,
+    samples: Samples = PruneConfig.samples,
+    seq_len: SeqLen = PruneConfig.seq_len,
+    epochs: Epochs = PruneConfig.epochs,
+    batch_size: BatchSize = PruneConfig.batch_size,
+    accumulate: Annotated[
+        int, typer.Option(help="Forward passes per step.")
+    ] = PruneConfig.accumulate,
+    lr: Annotated[float, typer.Option(help="Learning rate of gates and scales.")] = PruneConfig.lr,
+    start: Annotated[Start, typer.Option(help="What scores start from.")] = PruneConfig.start,
     anneal: Annotated[
         float, typer.Option(help="Part of the steps over which the budget shrinks.")
-    ] = 0.5,
-    gate_site: Annotated[GateSite, typer.Option(help="Where attention gates sit.")] = (
-        GateSite.output
-    ),
-    scale_epochs: Annotated[int, typer.Option(help="Passes while scales learn.")] = 1,
+    ] = PruneConfig.anneal,
+    gate_site: Annotated[
+        GateSite, typer.Option(help="Where attention gates sit.")
+    ] = PruneConfig.gate_site,
+    scale_epochs: Annotated[
+        int, typer.Option(help="Passes while scales learn.")
+    ] = PruneConfig.scale_epochs,
     as_published: Annotated[bool, typer.Option(help="The paper's own setting.")] = False,
     eval_text: Annotated[
         str | None, typer.Option(help="Text to report on [calibration text that was not used].")
     ] = None,
-    eval_seq_len: Annotated[int, typer.Option(help="Tokens per window of --eval-text.")] = 2048,
+    eval_seq_len: Annotated[
+        int, typer.Option(help="Tokens per window of --eval-text.")
+    ] = PruneConfig.eval_seq_len,
     eval_windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = PruneConfig.dtype,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Fixes everything that is drawn.")] = 0,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Select, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
-    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
+    options = dict(locals())
     del options["as_json"]
     from grasp.pipeline import prune
     from grasp.report import measured_on, size_rows
@@ -182,19 +162,19 @@ def plan_command(
     kv_cache: KvCache = None,
     ffn_multiple: FfnMultiple = 32,
     kv_multiple: KvMultiple = 1,
-    layout: LayoutOption = Layout.per_layer,
-    samples: Samples = 512,
-    seq_len: SeqLen = 512,
-    epochs: Epochs = 4,
-    batch_size: BatchSize = 1,
+    layout: LayoutOption = "per-layer",
+    samples: Samples = PruneConfig.samples,
+    seq_len: SeqLen = PruneConfig.seq_len,
+    epochs: Epochs = PruneConfig.epochs,
+    batch_size: BatchSize = PruneConfig.batch_size,
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Speed of your machine, for a time estimate.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = Dtype.bf16,
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = "bf16",
     as_json: Json = False,
 ) -> None:
     """What pruning will give and take, from config.json alone."""
-    options = {k: v.value if isinstance(v, Enum) else v for k, v in locals().items()}
+    options = dict(locals())
     del options["as_json"], options["model"]
     from grasp.planning import plan
 
@@ -209,7 +189,7 @@ def plan_command(
 def eval_command(
     model: Model,
     text: Annotated[str, typer.Option(help="Text, JSON-lines or Parquet file, or hub data set.")],
-    text_field: TextField = "text",
+    text_field: TextField = PruneConfig.text_field,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens per window [2048, or the model's limit].")
     ] = None,

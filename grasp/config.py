@@ -1,19 +1,22 @@
-"""What a run was asked to do: everything that decides its result, and nothing else."""
+"""What a run was asked to do: everything a user can choose that decides its result."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from grasp.budget import Budget
 from grasp.errors import GraspError
 
 Method = Literal["learned", "fisher", "magnitude", "random"]
+Start = Literal["fisher", "equal"]
+GateSite = Literal["output", "kv"]
+Dtype = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """The options of `grasp prune`. Two runs with equal values end in the same checkpoint."""
+    """The options of `grasp prune`, with their defaults. Raises GraspError on impossible values."""
 
     model: str
     budget: Budget
@@ -26,50 +29,55 @@ class PruneConfig:
     batch_size: int = 1
     accumulate: int = 1
     lr: float = 1e-2
-    start: Literal["fisher", "equal"] = "fisher"
+    start: Start = "fisher"
     anneal: float = 0.5
-    gate_site: Literal["output", "kv"] = "output"
+    gate_site: GateSite = "output"
     scale_epochs: int = 1
     eval_text: str | None = None
     eval_seq_len: int = 2048
     eval_windows: int | None = None
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("--epochs", self.epochs, 1),
-            ("--batch-size", self.batch_size, 1),
-            ("--accumulate", self.accumulate, 1),
-            ("--scale-epochs", self.scale_epochs, 0),
+        for name, hint in get_type_hints(type(self)).items():
+            choices, value = get_args(hint), getattr(self, name)
+            if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+                raise GraspError(f"{_option(name)} {value!r}: choose {', '.join(choices)}")
+        for name, least in (
+            ("samples", 1),
+            ("seq_len", 2),
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("scale_epochs", 0),
+            ("eval_seq_len", 2),
+            ("eval_windows", 1),
         ):
-            if value < least:
-                raise GraspError(f"{name} {value} is too small: choose at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise GraspError(f"{_option(name)} {value} is too small: choose at least {least}")
         if not self.lr > 0:
-            raise GraspError(
-                f"--lr {self.lr} is no learning rate: choose one above 0, such as 0.01"
-            )
+            raise GraspError(f"--lr {self.lr} is no learning rate: choose one above 0, as 0.01")
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
 
     def as_published(self) -> PruneConfig:
-        """The paper's own setting: gates on K and V, equal scores, full pressure from step one."""
-        budget = replace(self.budget, ffn_multiple=1, kv_multiple=1, layout="per-layer")
+        """With the paper's choices where our defaults are others; ties and floors stay ours."""
         return replace(
             self,
-            budget=budget,
+            budget=replace(self.budget, ffn_multiple=1),
             method="learned",
             start="equal",
             anneal=0.0,
             gate_site="kv",
-            batch_size=1,
-            accumulate=1,
-            lr=1e-2,
-            epochs=4,
-            scale_epochs=1,
         )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -16,7 +16,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from grasp.errors import GraspError
 
 ROW_SEPARATOR = "\n\n"
+HELD_OUT_BLOCKS = 64
 FILE_SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".parquet")
 SOURCES = "a text, .jsonl, .json or .parquet file, or a hub data set as name[:config[:split]]"
 
@@ -46,8 +47,9 @@ class Corpus:
     split: str | None = None  # of a hub data set
 
     @classmethod
-    def written_by_model(cls, ids: Tensor) -> Corpus:
-        return cls("self", ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+    def of_ids(cls, name: str, ids: Tensor) -> Corpus:
+        """A corpus that has no text of its own, only token ids."""
+        return cls(name, ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
 
     @property
     def tokens(self) -> int:
@@ -113,7 +115,7 @@ def sample_corpus(
         written.append(_sample(model, start, rows, seq_len, generator))
         if progress:
             progress(first + rows, samples)
-    return Corpus.written_by_model(torch.cat(written).flatten())
+    return Corpus.of_ids("self", torch.cat(written).flatten())
 
 
 @torch.no_grad()
@@ -134,7 +136,8 @@ def token_blocks(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Te
     """`samples` non-overlapping blocks of a corpus, chosen by seed: int64 [samples, seq_len].
 
     The corpus is cut from its beginning into blocks of `seq_len` tokens (a shorter rest is left
-    out) and blocks are drawn without replacement. Raises GraspError if there are too few.
+    out) and blocks are drawn without replacement, never those of `held_out_text`. Raises
+    GraspError if there are too few.
     """
     if seq_len < 2:
         raise GraspError(f"--seq-len {seq_len} leaves nothing to predict: ask for at least 2")
@@ -151,21 +154,29 @@ def token_blocks(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Te
             f"too little text: {corpus.name} has {corpus.tokens:,} tokens, {available:,} blocks of "
             f"{seq_len}; --samples {samples} needs {samples * seq_len:,} tokens: {fix} or more text"
         )
-    return _shuffled_blocks(corpus, seq_len, seed)[:samples]
+    blocks, held_out = _held_out(corpus, seq_len, samples)
+    rest = blocks[len(held_out) :]
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
+    return rest[order[:samples]]
 
 
-def unused_text(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Corpus | None:
-    """The blocks that `token_blocks` leaves out, to evaluate on; None where it takes them all."""
-    ids = _shuffled_blocks(corpus, seq_len, seed)[samples:].flatten()
-    if not len(ids):
+def held_out_text(corpus: Corpus, *, seq_len: int, samples: int) -> Corpus | None:
+    """Up to 64 blocks that `token_blocks` never draws, the same for every seed, to evaluate on.
+
+    None where the samples need the whole corpus.
+    """
+    _, held_out = _held_out(corpus, seq_len, samples)
+    if not len(held_out):
         return None
-    return replace(corpus, name=f"{corpus.name}, blocks not calibrated on", ids=ids)
+    return Corpus.of_ids(f"{corpus.name}, held-out blocks", held_out.flatten())
 
 
-def _shuffled_blocks(corpus: Corpus, seq_len: int, seed: int) -> Tensor:
+def _held_out(corpus: Corpus, seq_len: int, samples: int) -> tuple[Tensor, Tensor]:
+    """All blocks of the corpus in one fixed order, and the first of them, set aside."""
     available = corpus.tokens // seq_len
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return corpus.ids[: available * seq_len].view(available, seq_len)[order]
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(0))
+    blocks = corpus.ids[: available * seq_len].view(available, seq_len)[order]
+    return blocks, blocks[: max(0, min(HELD_OUT_BLOCKS, available - samples))]
 
 
 def read_text(spec: str, *, text_field: str = "text", split: str = "train") -> str:
@@ -196,7 +207,10 @@ def builtin_text() -> str:
     `pydoc_data.topics` and the top-level modules of the standard library, 1.4 MB under the PSF
     licence. It differs between versions of Python; a recipe records its sha256.
     """
-    from pydoc_data.topics import topics
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise GraspError("this Python has no pydoc_data: give --calibration") from None
 
     docstrings = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from grasp.config import GateSite
 from grasp.units import UnitSpace, decoder_layers
 from grasp_kernels import gated_swiglu_ffn
 
-GateSite = Literal["output", "kv"]
 ATTENTION = "grasp_gated"
 
 
@@ -31,13 +31,12 @@ class Gates:
     def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite):
         self._modules = decoder_layers(model)
         self._sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
-        self._dtype = model.dtype
         self._site = site
         self.set(torch.ones(space.size, device=model.device))
 
     def set(self, values: Tensor) -> None:
         """Values of all gates, [units] in the order of UnitSpace: 0/1 masks or any scales."""
-        pieces = iter(values.to(self._dtype).split(self._sizes))
+        pieces = iter(values.split(self._sizes))
         for modules in self._modules:
             modules.mlp.grasp_gate = next(pieces)
             modules.attention.grasp_gate = (next(pieces), self._site)
@@ -53,6 +52,8 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     before = model.config._attn_implementation
     modules = decoder_layers(model)
     gates = Gates(model, space, site)
+    # a library's hook may have put a forward on the instance before us
+    forwards = [{k: v for k, v in vars(m.mlp).items() if k == "forward"} for m in modules]
     try:
         model.set_attn_implementation(ATTENTION)
         for m in modules:
@@ -60,8 +61,9 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
         yield gates
     finally:
         model.set_attn_implementation(before)
-        for m in modules:
+        for m, forward in zip(modules, forwards, strict=True):
             m.mlp.__dict__.pop("forward", None)
+            m.mlp.__dict__.update(forward)
             del m.mlp.grasp_gate, m.attention.grasp_gate
 
 
@@ -78,7 +80,7 @@ def _ffn_forward(mlp: Any) -> Any:
             most = None if x.device.type == "cpu" else len(gate)
             return gated_swiglu_ffn(x, gate, up, down, mlp.grasp_gate, max_kept=most)
         hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-        return mlp.down_proj(hidden * mlp.grasp_gate)
+        return mlp.down_proj((hidden * mlp.grasp_gate).to(hidden.dtype))
 
     return forward
 
@@ -94,10 +96,10 @@ def _attention_forward(
     gate, site = module.grasp_gate
     if site == "kv":
         per_group = gate[:, None, None]
-        key, value = key * per_group, value * per_group
+        key, value = ((t * per_group).to(t.dtype) for t in (key, value))
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if site == "output":  # out: [B, S, H, D]
-        out = out * gate.repeat_interleave(out.shape[2] // len(gate))[:, None]
+        out = (out * gate.repeat_interleave(out.shape[2] // len(gate))[:, None]).to(out.dtype)
     return out, None
 
 

@@ -87,16 +87,16 @@ def load(
 def load_model(
     spec: str | os.PathLike[str],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be pruned or evaluated.
 
-    The model is in eval mode, in `dtype` on `device` (see `pick_device`), uses SDPA attention and
-    needs no gradients. From GGUF it is dequantised and carries the plain config of its family. Only
-    safetensors are read, and a checkpoint's own code runs only with `trust_remote_code`. Raises
-    GraspError.
+    The model is in eval mode, in `dtype` (None: as stored) on `device` (see `pick_device`), uses
+    SDPA attention and needs no gradients. From GGUF it is dequantised (to fp32 where `dtype` is
+    None) and carries the plain config of its family. Only safetensors are read, and a checkpoint's
+    own code runs only with `trust_remote_code`. Raises GraspError.
     """
     source = resolve(spec)
     device = pick_device(device)
@@ -105,6 +105,8 @@ def load_model(
     if source.kind == "hub":
         _check_hub(source.location)
 
+    import torch
+
     import grasp.checkpoint.modeling_grasp  # noqa: F401  registers the classes of pruned models
 
     model: Any  # from_pretrained and .to lose their types in decorators
@@ -112,7 +114,7 @@ def load_model(
         with _quiet():
             if source.kind == "gguf":
                 with _parsed_once():
-                    model, tokenizer = _load_gguf(Path(source.location), dtype)
+                    model, tokenizer = _load_gguf(Path(source.location), dtype or torch.float32)
             else:
                 model, tokenizer = _load_safetensors(source.location, dtype, trust_remote_code)
     except GraspError:
@@ -143,17 +145,20 @@ def pick_device(device: str) -> str:
     """A torch device by name; "auto" is a GPU where there is one. Raises GraspError."""
     import torch
 
+    gpus = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if gpus else "cpu"
     try:
-        kind = torch.device(device).type
+        asked = torch.device(device)
     except RuntimeError:
+        asked = torch.device("meta")
+    if asked.type not in ("cpu", "cuda"):
+        raise GraspError(f"--device {device} is no device: write cpu, cuda, cuda:1 or auto")
+    if asked.type == "cuda" and (asked.index or 0) >= gpus:
         raise GraspError(
-            f"--device {device} is no device: write cpu, cuda, cuda:1 or auto"
-        ) from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise GraspError(f"device {device} asked for, but torch {torch.__version__} sees no GPU")
-    return device
+            f"device {device} asked for, but torch {torch.__version__} sees {gpus or 'no'} GPU"
+        )
+    return "cpu" if asked.type == "cpu" else device
 
 
 def _check_folder(folder: Path) -> None:
@@ -206,14 +211,14 @@ def _check_hub(name: str) -> None:
 
 
 def _load_safetensors(
-    location: str, dtype: torch.dtype, trust_remote_code: bool
+    location: str, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     auto: Any = AutoModelForCausalLM
     model, loading = auto.from_pretrained(
         location,
-        dtype=dtype,
+        dtype=dtype or "auto",
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=trust_remote_code,

@@ -9,20 +9,21 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp.budget import Budget, Layout
 from grasp.calibrate import learn_scales
-from grasp.checkpoint.hf import save_checkpoint, write_json
+from grasp.checkpoint.hf import environment, save_checkpoint, write_json
 from grasp.checkpoint.modeling_grasp import FAMILIES
 from grasp.config import PruneConfig
-from grasp.data import Corpus, read_corpus, sample_corpus, token_blocks, unused_text
+from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
 from grasp.fold import fold_mask, fold_scales
@@ -33,8 +34,6 @@ from grasp.run import Run, Show, disk_errors, memory_errors, open_run
 from grasp.select import select
 from grasp.training import TrainSettings
 from grasp.units import UnitSpace
-
-HELD_OUT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,13 @@ def prune(
 
 
 def _prune(config: PruneConfig, run: Run) -> PruneResult:
-    # fp32 first: the dense model is evaluated in it
     model, tokenizer = load_model(
         config.model,
-        dtype=torch.float32,
+        dtype=None,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
+    stored_dtype = model.dtype
     # whatever can be refused is refused before the long work
     space = UnitSpace.of(model)
     _check_model(config, model)
@@ -107,6 +106,9 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     corpus = _calibration_text(config, model, tokenizer, run)
     blocks = token_blocks(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
     ruler = _ruler(config, eval_text, corpus, _longest(model))
+    if ruler is None:
+        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
+    run.same_inputs(_inputs(model, corpus, ruler))
     dense = run.remember("dense", partial(_measure, ruler, model, "dense", run))
 
     cast(model, getattr(torch, TORCH_NAMES[config.dtype]))
@@ -114,10 +116,11 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     fold_mask(model, mask)
     if config.scale_epochs:
         settings = TrainSettings(
-            config.scale_epochs, config.batch_size, config.accumulate, seed=config.seed
+            config.scale_epochs, config.batch_size, config.accumulate, config.lr, config.seed
         )
         fold_scales(model, learn_scales(model, blocks, settings, run.stage("calibrate")))
 
+    cast(model, stored_dtype)
     summary = _summary(config, corpus, projection, mask)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
     run.checkpoint.mkdir()
@@ -128,10 +131,13 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
         run.log(event="note", text=saved.note)
     del model  # one model in memory at a time
 
-    reread, _ = load_model(run.checkpoint, dtype=torch.float32, device=config.device)
+    pruned = None
+    if ruler:
+        reread, _ = load_model(run.checkpoint, dtype=torch.float32, device=config.device)
+        pruned = _measure(ruler, reread, "pruned", run)
     summary["results"] = {
         "dense": dense,
-        "pruned": _measure(ruler, reread, "pruned", run),
+        "pruned": pruned,
         "seconds": round(time.time() - run.records()[0]["time"], 1),
         **asdict(saved),
     }
@@ -203,11 +209,9 @@ def _check_model(config: PruneConfig, model: PreTrainedModel) -> None:
             raise GraspError(
                 f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
             )
-    if config.samples < 1:
-        raise GraspError(f"--samples {config.samples} is no sample: ask for at least 1")
-    if not 2 <= config.seq_len <= _longest(model):
+    if config.seq_len > _longest(model):
         raise GraspError(
-            f"--seq-len {config.seq_len} is outside what this model takes: 2 to {_longest(model)}"
+            f"--seq-len {config.seq_len} is more than this model takes: at most {_longest(model)}"
         )
     family = model.config.model_type.removeprefix("grasp_")
     if config.budget.layout == "per-layer" and family not in FAMILIES:
@@ -215,6 +219,8 @@ def _check_model(config: PruneConfig, model: PreTrainedModel) -> None:
             f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
             "use --layout uniform"
         )
+    if family not in CONFIG_MAPPING:
+        raise GraspError(f"{family} is not in this transformers: its result could not be saved")
 
 
 def _eval_text(config: PruneConfig, tokenizer: Any) -> Corpus | None:
@@ -240,7 +246,7 @@ def _calibration_text(
         )
         run.stage("self").save(lambda: {"ids": corpus.ids}, final=True)
         return corpus
-    return Corpus.written_by_model(done["ids"])
+    return Corpus.of_ids("self", done["ids"])
 
 
 @dataclass(frozen=True)
@@ -255,26 +261,38 @@ class Ruler:
 def _ruler(
     config: PruneConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
 ) -> Ruler | None:
-    """--eval-text, or what calibration leaves of its own text; None where it leaves nothing."""
+    """--eval-text, or what is held out of the calibration text; None where nothing is."""
     if eval_text:
         return Ruler(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
-    rest = unused_text(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
-    if rest is None:
-        return None
-    return Ruler(rest, config.seq_len, config.eval_windows or HELD_OUT_WINDOWS)
+    rest = held_out_text(corpus, seq_len=config.seq_len, samples=config.samples)
+    return None if rest is None else Ruler(rest, config.seq_len, config.eval_windows)
+
+
+def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict[str, Any]:
+    """What decides the result besides the options: texts, weights, software, threads."""
+    weights = sha256()
+    for parameter in model.parameters():
+        weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
+    return {
+        "calibration text": corpus.sha256,
+        "evaluation text": ruler and ruler.text.sha256,
+        "weights": weights.hexdigest(),
+        "grasp": version("grasp"),
+        **environment(model.device),
+    }
 
 
 def _measure(
     ruler: Ruler | None, model: PreTrainedModel, which: str, run: Run
 ) -> dict[str, Any] | None:
+    """Perplexity in fp32, whatever the model is stored and trained in."""
     if ruler is None:
         return None
-    available = ruler.text.tokens // ruler.seq_len
     return perplexity(
-        model,
+        cast(model, torch.float32),
         ruler.text,
         seq_len=ruler.seq_len,
-        windows=ruler.windows and max(1, min(ruler.windows, available)),
+        windows=ruler.windows,
         progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
     ).to_json()
 

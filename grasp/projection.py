@@ -70,11 +70,12 @@ class Projection:
         middle: list[list[int]] = []
         costs: list[int] = []
         first: list[bool] = []
-        kind: list[int] = []
+        blocks_of_kind: list[int] = []
         block_of = torch.empty(space.size, dtype=torch.int64)
         heads = segments[: len(segments) // together]
         for number, head in enumerate(heads):
             shared = segments[number :: len(heads)]
+            blocks_of_kind.append((head.units.stop - head.units.start) // head.multiple)
             for start in range(0, head.units.stop - head.units.start, head.multiple):
                 for s in shared:
                     at = s.units.start + start
@@ -82,17 +83,13 @@ class Projection:
                 middle.append([s.units.start + start + head.multiple // 2 for s in shared])
                 costs.append(head.multiple * head.unit_cost * together)
                 first.append(start == 0)
-                kind.append(number)
         self._block_of = block_of.to(device)
         self._middle = torch.tensor(middle, device=device)
         self._costs = torch.tensor(costs, device=device)
         self._floor = torch.tensor(first, device=device)
-        # random between segments, in order within one
-        lowest = tie_rank[torch.tensor(middle)].amin(1).tolist()
-        waiting: dict[int, list[int]] = {}
-        for k, rank in sorted(zip(kind, lowest, strict=True), reverse=True):
-            waiting.setdefault(k, []).append(rank)
-        block_tie = torch.tensor([waiting[k].pop() for k in kind])
+        # ties: random between kinds, in order within one, whose blocks lie side by side
+        lowest = tie_rank[torch.tensor(middle)].amin(1)
+        block_tie = torch.cat([part.sort().values for part in lowest.split(blocks_of_kind)])
         self._block_tie = block_tie.argsort().argsort().to(device)  # as ranks 0, 1, 2, ...
 
     def __call__(self, scores: Tensor, limit: int | Tensor | None = None) -> Tensor:
@@ -110,6 +107,13 @@ class Projection:
         mask = torch.empty_like(scores, dtype=torch.bool)
         mask[order] = blocks.mask[self._block_of]
         return mask
+
+    def ranked(self, importance: Tensor) -> Tensor:
+        """Scores in [-1, 1], evenly spaced in the order of `importance`, ties by their rank."""
+        best_first = self._by_tie[importance[self._by_tie].argsort(descending=True, stable=True)]
+        scores = torch.empty_like(importance)
+        scores[best_first] = torch.linspace(1, -1, len(scores), device=scores.device)
+        return scores
 
     def mask(self, scores: Tensor) -> Mask:
         return Mask(self.space, self(scores).cpu())

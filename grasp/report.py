@@ -82,8 +82,7 @@ groups were removed under a hard budget, nothing was fine-tuned. The weights are
 ## Use
 
 ```python
-import grasp  # registers the classes; without grasp installed, pass trust_remote_code=True
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{_import_line(recipe)}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
@@ -104,6 +103,12 @@ Calibrated on {summary["calibration"]["name"]} ({summary["calibration"]["tokens"
 
 {settings}
 """
+
+
+def _import_line(recipe: dict[str, Any]) -> str:
+    if recipe["budget"]["layout"] == "uniform":
+        return ""
+    return "import grasp  # or pass trust_remote_code=True to both calls below\n"
 
 
 def plot_layers(summary: Summary, path: Path) -> None:

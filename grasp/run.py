@@ -30,6 +30,7 @@ from grasp.errors import GraspError
 from grasp.training import Journal
 
 SAVE_EVERY = 20.0  # seconds
+OWN_FILES = {"checkpoint", "config.json", "facts", "inputs.json", "lock", "log.jsonl", "state"}
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -52,6 +53,14 @@ class Run:
         _write(path, json.dumps(value).encode())
         return json.loads(json.dumps(value))
 
+    def same_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse to go on from a state that other texts, weights or software have made."""
+        path = self.folder / "inputs.json"
+        if path.exists():
+            _same(self.folder, json.loads(path.read_text()), inputs)
+        else:
+            _write(path, json.dumps(inputs, indent=2).encode())
+
     def log(self, **record: Any) -> None:
         """One JSON line to disk, and to whoever shows progress."""
         with disk_errors(self.folder), open(self.folder / "log.jsonl", "a") as log:
@@ -72,6 +81,8 @@ class Run:
         """Put the finished checkpoint in its place and remove the run's folder."""
         with disk_errors(self.out):
             shutil.copyfile(self.folder / "log.jsonl", self.checkpoint / "log.jsonl")
+            for path in self.checkpoint.rglob("*.*"):
+                _sync(path)
             os.rename(self.checkpoint, self.out)
         shutil.rmtree(self.folder)
 
@@ -86,6 +97,8 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
         raise GraspError(f"{out} exists already: choose another --out or remove it first")
     folder, asked = _folder(out), json.loads(json.dumps(config))
     missing = [parent for parent in folder.parents if not parent.exists()]
+    if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
+        raise GraspError(f"{folder} holds files that are not grasp's: choose another --out")
     with disk_errors(folder):
         for part in (folder / "state", folder / "facts"):
             part.mkdir(parents=True, exist_ok=True)
@@ -93,11 +106,11 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise GraspError(f"{folder} is in use by another grasp process: wait for it") from None
         resumed = (folder / "config.json").exists()
         if resumed:
-            _same_config(folder, json.loads((folder / "config.json").read_text()), asked)
+            _same(folder, json.loads((folder / "config.json").read_text()), asked)
         try:
             if not resumed:
                 _write(folder / "config.json", json.dumps(asked, indent=2).encode())
@@ -229,7 +242,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _same_config(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     before, now = _flat(before), _flat(now)
     changed = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
@@ -239,7 +252,7 @@ def _same_config(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     if changed:
         raise GraspError(
             f"{folder} holds an unfinished run of another configuration ({'; '.join(changed)}): "
-            "repeat its options to resume it, remove the folder, or choose another --out"
+            "restore that to resume it, remove the folder, or choose another --out"
         )
 
 

@@ -69,6 +69,7 @@ def train_gates(
     start = _restore(theta, optimizer, journal.load())
     read_every = 1 if theta.device.type == "cpu" else READ_EVERY
     losses: list[Tensor] = []
+    tokens = 0  # since the last read
     for step in range(start, steps):
         chosen = order[step * per_step : (step + 1) * per_step]
         values = gate_values(theta, step / steps)
@@ -83,11 +84,12 @@ def train_gates(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
+        tokens += chosen.numel() * blocks.shape[1]
         if len(losses) == read_every or step + 1 == steps:
-            mean = _finite_mean(losses, step, settings)
-            tokens = len(losses) * per_step * blocks.shape[1]
+            mean = finite_mean(losses, step + 1)
             journal.progress(step + 1, steps, mean, tokens, **info())
             losses.clear()
+            tokens = 0
             done = step + 1
             journal.save(partial(_state, theta, optimizer, done), final=done == steps)
     return theta.detach()
@@ -103,13 +105,14 @@ def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
-def _finite_mean(losses: list[Tensor], step: int, settings: TrainSettings) -> float:
-    values: list[float] = torch.stack(losses).tolist()  # the only host sync of the loop
+def finite_mean(losses: list[Tensor], step: int) -> float:
+    """Mean of the losses up to `step`, read back from the device. Raises GraspError."""
+    values: list[float] = torch.stack(losses).tolist()
     for back, value in enumerate(reversed(values)):
         if not math.isfinite(value):
             raise GraspError(
-                f"the loss is {value} at step {step - back + 1}: try a smaller --lr (now "
-                f"{settings.lr:g}) or --dtype fp32, and check that the dense model's loss is finite"
+                f"the loss is {value} at step {step - back}: try a smaller --lr or --dtype fp32, "
+                "and check that the dense model's own loss is finite"
             )
     return sum(values) / len(values)
 

@@ -13,7 +13,7 @@ channels first, then its KV groups.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grasp.errors import GraspError
@@ -100,17 +100,10 @@ class UnitSpace:
     def resized(self, widths: Sequence[tuple[int, int]]) -> UnitSpace:
         """The space of the same model with (FFN channels, KV groups) left in each layer."""
         layers = tuple(
-            LayerUnits(
-                ffn,
-                groups,
-                layer.group_size,
-                layer.head_dim,
-                layer.channel_bias,
-                layer.group_bias,
-            )
+            replace(layer, ffn=ffn, kv_groups=groups)
             for layer, (ffn, groups) in zip(self.layers, widths, strict=True)
         )
-        return UnitSpace(self.hidden_size, layers, self.fixed_params)
+        return replace(self, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -137,10 +130,11 @@ def decoder_layers(model: Any) -> list[LayerModules]:
 
 
 def _only_child(layer: Any, names: tuple[str, ...], kind: str, index: int) -> Any:
+    # direct children only: the experts of a mixture lie deeper
     matches = [
         m
-        for m in layer.modules()
-        if all(hasattr(getattr(m, name, None), "weight") for name in names)
+        for m in layer.children()
+        if all(getattr(getattr(m, name, None), "weight", None) is not None for name in names)
     ]
     if len(matches) == 1:
         return matches[0]
@@ -153,7 +147,7 @@ def _only_child(layer: Any, names: tuple[str, ...], kind: str, index: int) -> An
 
 def _layer_units(modules: LayerModules) -> LayerUnits:
     attention, mlp = modules.attention, modules.mlp
-    head_dim = attention.head_dim
+    head_dim = _head_dim(attention)
     kv_groups = attention.k_proj.weight.shape[0] // head_dim
     group_size = attention.q_proj.weight.shape[0] // head_dim // kv_groups
     channel_bias = sum(m.bias is not None for m in (mlp.gate_proj, mlp.up_proj))
@@ -164,3 +158,24 @@ def _layer_units(modules: LayerModules) -> LayerUnits:
     )
     ffn = mlp.gate_proj.weight.shape[0]
     return LayerUnits(ffn, kv_groups, group_size, head_dim, channel_bias, group_bias)
+
+
+def _head_dim(attention: Any) -> int:
+    """The head size of an attention that folds by whole heads. Raises GraspError."""
+    kind, head_dim = type(attention).__name__, getattr(attention, "head_dim", None)
+    if not isinstance(head_dim, int):
+        raise GraspError(f"{kind} is not supported: it does not say its head_dim")
+    queries, values = attention.q_proj.weight.shape[0], attention.v_proj.weight.shape[0]
+    keys = attention.k_proj.weight.shape[0]
+    if attention.o_proj.weight.shape[1] != queries or keys != values or queries % keys:
+        raise GraspError(
+            f"{kind} is not supported: {queries} query, {keys} key and {values} value rows with "
+            f"{attention.o_proj.weight.shape[1]} output columns are no grouped heads"
+        )
+    for name, parameter in attention.named_parameters():
+        if name.split(".")[0] not in ATTENTION_NAMES and parameter.numel() != head_dim:
+            raise GraspError(
+                f"{kind} is not supported: {name} has {parameter.numel()} values, one head has "
+                f"{head_dim}, so heads cannot be removed one by one"
+            )
+    return head_dim

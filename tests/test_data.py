@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from grasp.data import (
     Corpus,
+    held_out_text,
     read_corpus,
     read_text,
     sample_corpus,
     token_blocks,
-    unused_text,
     wikitext_rows,
 )
 from grasp.errors import GraspError
@@ -205,14 +205,15 @@ def test_blocks_are_chosen_by_the_seed_and_are_not_the_first_ones():
     assert first.max() > 200
 
 
-def test_unused_text_is_what_the_blocks_leave():
-    options = {"seq_len": 10, "samples": 7, "seed": 3}
-    corpus = corpus_of(105)
-    rest = unused_text(corpus, **options)
-    used = token_blocks(corpus, **options).flatten()
-    assert sorted([*used.tolist(), *rest.ids.tolist()]) == list(range(100))
-    assert rest.name == "notes.txt, blocks not calibrated on"
-    assert unused_text(corpus, seq_len=10, samples=10, seed=3) is None
+def test_held_out_text_is_the_same_for_every_seed_and_never_drawn():
+    corpus = corpus_of(1005)
+    held_out = held_out_text(corpus, seq_len=10, samples=30)
+    assert held_out.tokens == 640 and held_out.name == "notes.txt, held-out blocks"
+    for seed in range(3):
+        drawn = token_blocks(corpus, seq_len=10, samples=30, seed=seed).flatten()
+        assert not set(drawn.tolist()) & set(held_out.ids.tolist())
+    assert held_out_text(corpus, seq_len=10, samples=90).tokens == 100
+    assert held_out_text(corpus, seq_len=10, samples=100) is None
 
 
 def test_too_little_text_says_how_much_is_needed():

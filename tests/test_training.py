@@ -15,10 +15,10 @@ from grasp.errors import GraspError
 from grasp.gating import gated
 from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
-from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores, ranked
+from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores
 from grasp.select.magnitude import magnitude_scores
 from grasp.training import Journal, TrainSettings, next_token_loss, train_gates
-from grasp.units import UnitSpace
+from grasp.units import LayerUnits, UnitSpace
 
 BLOCKS = torch.randint(3, 250, (12, 16), generator=torch.Generator().manual_seed(3))
 
@@ -148,9 +148,18 @@ def test_fisher_is_the_squared_gradient_per_cost():
     assert torch.allclose(fisher[kv], want[kv] * 3 / space.layers[0].kv_cost)
 
 
-def test_ranked_keeps_order_and_spacing():
-    scores = ranked(torch.tensor([5.0, 1e-9, 7.0, 0.0, 1e9]))
-    assert scores.tolist() == [0.0, -0.5, 0.5, -1.0, 1.0]
+def test_ranked_keeps_order_and_spacing_and_breaks_ties_by_rank():
+    space = UnitSpace(8, (LayerUnits(4, 1, 1, 4),), 0)
+    rank = torch.tensor([0, 4, 1, 2, 3])
+    project = Projection(space, Budget("keep", 1.0, 1), tie_rank=rank)
+    assert project.ranked(torch.tensor([5.0, 1e-9, 7.0, 0.0, 1e9])).tolist() == [
+        0,
+        -0.5,
+        0.5,
+        -1,
+        1,
+    ]
+    assert project.ranked(torch.zeros(5)).tolist() == [1, -1, 0.5, 0, -0.5]
 
 
 def test_magnitude_by_definition():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
@@ -110,6 +111,12 @@ def _as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel
     target.load_state_dict(model.state_dict(), assign=True)
     target.tie_weights()
     target.generation_config = model.generation_config
+    if target.generation_config is not None:
+        # older models set a temperature without sampling, which transformers refuses to save
+        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+        values = [getattr(target.generation_config, name, None) for name in sampling]
+        if not target.generation_config.do_sample and any(v is not None for v in values):
+            target.generation_config.do_sample = True
     return target, note
 
 
@@ -197,6 +204,7 @@ def environment(device: torch.device) -> dict[str, str]:
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "threads": str(torch.get_num_threads()),

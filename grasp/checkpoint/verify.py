@@ -176,8 +176,8 @@ def _check_logits(name: str, folder: Path, found: dict[str, Any]) -> Check:
         then = probe.metadata()
     now = environment(torch.device(found["device"]))
     difference, limit = found["difference"], TOLERANCE[found["dtype"]]
-    place = f"{then['processor']}, torch {then['torch']}"
-    if all(now[key] == then[key] for key in ("torch", "device", "processor")):
+    place = f"{then['processor']}, torch {then['torch']}, transformers {then['transformers']}"
+    if all(now[key] == then[key] for key in ("torch", "transformers", "device", "processor")):
         if found["bit_equal"]:
             return Check(name, True, f"bit-equal to the model in memory ({found['dtype']})")
         return Check(name, False, f"differ by {difference:.1e} from those computed on this {place}")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from grasp.config import PruneConfig
 from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
-from grasp.select.learned import LearnSettings, learn_scores, ranked
+from grasp.select.learned import LearnSettings, learn_scores
 from grasp.select.magnitude import magnitude_scores
 from grasp.training import Journal, TrainSettings
 
@@ -31,12 +31,14 @@ def select(
     """
     space = projection.space
     if config.method == "random":
-        return torch.rand(space.size, generator=torch.Generator().manual_seed(config.seed))
+        drawn = torch.rand(space.size, generator=torch.Generator().manual_seed(config.seed))
+        return drawn.to(model.device)
     if config.method == "magnitude":
         return magnitude_scores(model, space)
     start = torch.zeros(space.size, device=model.device)
     if config.method == "fisher" or config.start == "fisher":
-        start = ranked(fisher_scores(model, space, blocks[:FISHER_SAMPLES], stage("fisher")))
+        fisher = fisher_scores(model, space, blocks[:FISHER_SAMPLES], stage("fisher"))
+        start = projection.ranked(fisher)
     if config.method == "fisher":
         return start
     train = TrainSettings(

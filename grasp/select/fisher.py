@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.gating import gated
-from grasp.training import Journal, next_token_loss
+from grasp.training import Journal, finite_mean, next_token_loss
 from grasp.units import FFN_COST, UnitSpace
 
 
@@ -28,9 +28,10 @@ def fisher_scores(
         for step, block in enumerate(blocks):
             gates.set(z)
             loss = next_token_loss(model, block[None].to(z.device))
+            value = finite_mean([loss.detach()], step + 1)
             (grad,) = torch.autograd.grad(loss, z)
             fisher += grad**2
-            journal.progress(step + 1, len(blocks), loss.item(), block.numel())
+            journal.progress(step + 1, len(blocks), value, block.numel())
     for index, _, kv in space.segments():
         fisher[kv] *= FFN_COST / space.layers[index].kv_cost
     journal.save(lambda: {"fisher": fisher}, final=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gating import GateSite, gated
+from grasp.config import GateSite
+from grasp.gating import gated
 from grasp.projection import Projection
 from grasp.training import Journal, TrainSettings, train_gates
 
@@ -43,10 +44,10 @@ def learn_scores(
 ) -> Tensor:
     """Learned scores, fp32 [units], from `start` on; blocks int64 [samples, seq_len]."""
     space, whole = projection.space, projection.budget.cost(projection.space)
-    mask = torch.ones(space.size, dtype=torch.bool, device=start.device)
+    mask, limit = torch.ones(space.size, dtype=torch.bool, device=start.device), whole
 
     def straight_through(scores: Tensor, progress: float) -> Tensor:
-        nonlocal mask
+        nonlocal mask, limit
         limit = annealed(projection.limit, whole, progress, settings.anneal)
         mask = projection(scores, limit)
         p = torch.sigmoid(scores / TAU)
@@ -61,7 +62,7 @@ def learn_scores(
             blocks,
             settings.train,
             journal,
-            info=lambda: kept_by_kind(projection, mask),
+            info=lambda: kept_by_kind(projection, mask, limit),
         )
 
 
@@ -72,23 +73,15 @@ def annealed(limit: int, whole: int, progress: float, anneal: float) -> int:
     return limit + int((whole - limit) * (1 - progress / anneal) ** 3)
 
 
-def kept_by_kind(projection: Projection, mask: Tensor) -> dict[str, Any]:
-    """Kept FFN channels and KV groups, and their cost beside the budget's limit."""
+def kept_by_kind(projection: Projection, mask: Tensor, limit: int) -> dict[str, Any]:
+    """Kept FFN channels and KV groups, and their cost beside the limit in force and the whole."""
+    mask = mask.cpu()
     counts = [int(mask[s.units].sum()) for s in projection.budget.segments(projection.space)]
     costs = [s.unit_cost for s in projection.budget.segments(projection.space)]
     return {
         "ffn": sum(counts[::2]),
         "kv": sum(counts[1::2]),
         "cost": sum(n * c for n, c in zip(counts, costs, strict=True)),
-        "limit": projection.limit,
+        "limit": limit,
         "of": projection.budget.cost(projection.space),
     }
-
-
-def ranked(importance: Tensor) -> Tensor:
-    """Scores in [-1, 1], evenly spaced in the order of `importance`."""
-    scores = torch.empty_like(importance)
-    scores[importance.argsort(stable=True)] = torch.linspace(
-        -1, 1, len(importance), device=importance.device
-    )
-    return scores

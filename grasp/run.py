@@ -97,9 +97,9 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
         raise GraspError(f"{out} exists already: choose another --out or remove it first")
     folder, asked = _folder(out), json.loads(json.dumps(config))
     missing = [parent for parent in folder.parents if not parent.exists()]
-    if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
-        raise GraspError(f"{folder} holds files that are not grasp's: choose another --out")
     with disk_errors(folder):
+        if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
+            raise GraspError(f"{folder} holds files that are not grasp's: choose another --out")
         for part in (folder / "state", folder / "facts"):
             part.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)

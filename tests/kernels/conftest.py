@@ -1,16 +1,12 @@
 """Kernels run where there is a GPU, or in Triton's interpreter on CPU tensors.
 
 `on_device/` is collected in a process that can run kernels. Without a GPU that is one started with
-TRITON_INTERPRET=1, which `test_interpreter.py` does.
+TRITON_INTERPRET=1, which `test_processes.py` does.
 """
-
-import os
 
 import pytest
 import torch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
+from oracle import INTERPRETED, KERNELS_RUN
 
 collect_ignore = [] if KERNELS_RUN else ["on_device"]
 

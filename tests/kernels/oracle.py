@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 MASKS = ("zeros", "ones", "one", "random", "scales")
-# bf16 arithmetic is wrong in the interpreter, so there fp16 stands for half precision.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
+# bf16 arithmetic is wrong in the interpreter, so there fp16 stands for half precision.
 DTYPES = (
     (torch.float32, torch.float16)
     if INTERPRETED

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import INTERPRETED, KERNELS_RUN
+from oracle import INTERPRETED, KERNELS_RUN
 
 ROOT = Path(__file__).parents[2]
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]

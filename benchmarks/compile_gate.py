@@ -140,8 +140,8 @@ def _swiglu(dtype: torch.dtype, tokens: int, width: int) -> None:
     z, order = _meta(width), _meta(width, dtype=torch.int64)
     swiglu.gated_swiglu(a, u, z)
     swiglu.swiglu_backward(g, a, u, z)
-    _, *saved = swiglu.swiglu_pack(a, u, z, order, width // 2)
-    swiglu.swiglu_pack_backward(g, *saved, z, order)
+    _, gate_pre, up, dropped = swiglu.swiglu_pack(a, u, z, order, width // 2)
+    swiglu.swiglu_pack_backward(g, gate_pre, up, dropped, z, order)
 
 
 def _attention(dtype: torch.dtype, size: int, causal: bool, masked: bool) -> None:

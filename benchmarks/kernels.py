@@ -409,7 +409,7 @@ def main() -> int:
             import triton
 
             versions["triton"] = triton.__version__
-        report = {"device": name, "dtype": str(dtype), **versions, "roof": roof}
+        report: dict[str, Any] = {"device": name, "dtype": str(dtype), **versions, "roof": roof}
         report |= {"tests_green": green, "results": rows}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
         plot(rows, options.out.with_suffix(".png"), name)

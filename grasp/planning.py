@@ -77,6 +77,7 @@ class Plan:
     weight_bytes: Size
     kv_bytes_per_token: Size
     memory: Memory
+    evaluation_memory: int  # bytes of the dense model in fp32, which its perplexity is computed in
     learning_tokens: int  # forward and backward, the epoch of scales included
     learning_seconds: float | None
     runtimes: tuple[Runtime, ...]
@@ -107,7 +108,11 @@ class Plan:
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
             ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
-            ("memory", f"about {memory.total / 1e9:,.1f} GB while gates learn (estimate)"),
+            (
+                "memory",
+                f"about {memory.total / 1e9:,.1f} GB while gates learn (estimate), "
+                f"{self.evaluation_memory / 1e9:,.1f} GB for fp32 weights while evaluating",
+            ),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
         lines = [f"{name:<12}{text}" for name, text in facts]
@@ -183,6 +188,7 @@ def plan(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
         memory=learning_memory(header, seq_len * batch_size, width),
+        evaluation_memory=4 * space.total_params,
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
         runtimes=tuple(_runtimes(header, budget)),

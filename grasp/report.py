@@ -72,8 +72,9 @@ tags: [grasp, pruned]
 ---
 # {Path(summary["model"]).name}, pruned to {budget["obtained"] / budget["of"]:.2%}
 
-Made by [grasp](https://arxiv.org/abs/2604.19398) {summary["grasp_version"]}: FFN channels and KV
-groups were removed under a hard budget, nothing was fine-tuned. The weights are dense.
+Made by grasp {summary["grasp_version"]} with [GRASPrune](https://arxiv.org/abs/2604.19398): FFN
+channels and KV groups were removed under a hard budget, nothing was fine-tuned. The weights are
+dense.
 
 {table}
 

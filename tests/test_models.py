@@ -182,6 +182,27 @@ def test_mixture_of_experts_is_refused_by_structure():
         UnitSpace.of(model)
 
 
+def test_shared_expert_is_not_taken_for_the_ffn():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=64, num_hidden_layers=1)
+    experts = dict(moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts, **heads))
+    with pytest.raises(GraspError, match="gate_proj, up_proj, down_proj, found 0"):
+        UnitSpace.of(model)
+
+
+def test_a_norm_over_all_heads_is_refused():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=64, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    model = Olmo2ForCausalLM(Olmo2Config(**sizes, **heads))
+    with pytest.raises(GraspError, match=r"q_norm.weight has 16 values, one head has 8"):
+        UnitSpace.of(model)
+
+
 def test_gpt2_is_refused_by_structure():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -26,10 +26,7 @@ def text(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """More only get into each other's way on matrices this small."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -29,7 +29,6 @@ import grasp
 from grasp import cli, evaluate, pipeline
 from grasp.checkpoint import verify as verify_module
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--samples=8", "--seq-len=32", "--epochs=1", "--eval-windows=2", "--device=cpu"]
 AT_ONCE = [*SMALL, "--method=random", "--scale-epochs=0"]  # nothing is learned
 
@@ -66,7 +65,7 @@ def refused(call, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pruned(one_thread, tiny, text, tmp_path_factory):
+def pruned(tiny, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "pruned[1]"  # brackets mean markup to rich
     options = dict(samples=8, seq_len=32, method="random", scale_epochs=0, eval_windows=2)
     grasp.prune(tiny, out, calibration=text, device="cpu", **options)

@@ -28,7 +28,6 @@ from grasp.errors import GraspError
 from grasp.run import open_run
 from grasp.units import UnitSpace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(samples=8, seq_len=32, epochs=2, eval_windows=4, device="cpu")
 AT_ONCE = dict(SMALL, method="random", scale_epochs=0)  # nothing is learned
 
@@ -40,7 +39,7 @@ processes.set_forkserver_preload(
 
 
 @pytest.fixture(scope="module")
-def learned(one_thread, tiny, text, tmp_path_factory):
+def learned(tiny, text, tmp_path_factory):
     """A run that nothing interrupted."""
     return grasp.prune(tiny, tmp_path_factory.mktemp("run") / "out", calibration=text, **SMALL)
 

@@ -26,7 +26,7 @@ def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
 def swiglu_backward(
     grad: Tensor, gate_pre: Tensor, up: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_gate, d_up = torch.empty_like(gate_pre), torch.empty_like(up)
+    d_gate, d_up = (x.new_empty(x.shape) for x in (gate_pre, up))  # row-major, whatever the inputs
     return d_gate, d_up, _backward_into(grad, gate_pre, up, z, d_gate, d_up)
 
 

@@ -22,6 +22,18 @@ def test_halves_of_a_merged_projection(device):
     assert_accurate(gated_swiglu, reference.gated_swiglu, [gate_pre, up, z], NAMES, z)
 
 
+@pytest.mark.parametrize("transposed", ["gate_pre", "up", "both"])
+def test_column_major_inputs(transposed, device):
+    gate_pre, up = (torch.randn(2, 203, 70, device=device)[i] for i in range(2))
+    gate_pre, up = gate_pre.t(), up.t()
+    if transposed == "gate_pre":
+        up = up.contiguous()
+    if transposed == "up":
+        gate_pre = gate_pre.contiguous()
+    z = mask("random", 203, device)
+    assert_accurate(gated_swiglu, reference.gated_swiglu, [gate_pre, up, z], NAMES, z)
+
+
 @pytest.mark.parametrize("max_kept", [None, 190])  # 190 of 203 computes all channels
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_kernels import budget_topk, gated_attention, gated_swiglu, gated_swiglu_ffn
@@ -222,8 +223,13 @@ def _graphed(function, inputs) -> Callable[..., Any]:
     function(*inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function(*inputs)
-    return lambda *_: graph.replay()
+        out = function(*inputs)
+
+    def replay(*_):
+        graph.replay()
+        return out
+
+    return replay
 
 
 # ---- timing ---------------------------------------------------------------------------------
@@ -234,6 +240,9 @@ def passes(setup: Setup, contender: str) -> dict[str, Callable[[], Any]]:
     run, inputs = setup.contenders[contender], setup.inputs
     if setup.op == "projection":
         return {"forward": lambda: run(*inputs)}
+    functorch.donated_buffer = False  # compiled backward passes run more than once on one graph
+    # Copies of its own: Liger's backward pass writes its gradients over its inputs.
+    inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
     out = run(*inputs)
     grad = torch.randn_like(out)
 

@@ -14,7 +14,8 @@ def supports(q: Tensor, key_mask: Tensor | None) -> bool:
     """Everything on CPU; on CUDA what flash attention takes."""
     if not q.is_cuda:
         return True
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and key_mask is None
+    size_fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.dtype in (torch.float16, torch.bfloat16) and size_fits and key_mask is None
 
 
 def forward(
@@ -32,6 +33,7 @@ def forward(
     if q.numel() == 0:
         raw, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=_wide(q).dtype)
     elif q.is_cuda:
+        q = q if q.stride(-1) == 1 else q.contiguous()
         raw, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     else:
         raw, lse = aten._scaled_dot_product_flash_attention_for_cpu(

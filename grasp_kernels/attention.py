@@ -48,7 +48,9 @@ def gated_attention(
         max_kept: an upper bound on the number of non-zero z. It spares the "sdpa" backend one host
             sync per backward pass on CUDA; beyond the bound gradients would be lost (unchecked).
         backend: "triton" is our flash attention, which skips dropped groups on the device. "sdpa"
-            runs PyTorch's flash attention forward, and its backward on kept groups only. "auto"
+            runs PyTorch's flash attention forward, and its backward on kept groups only; on CUDA
+            that backward adds dq atomically, so two runs differ in the last bits unless
+            torch.use_deterministic_algorithms(True) is set. "auto"
             takes "sdpa" on CPU, and on CUDA for half precision, S >= 1024, no key_mask and a known
             max_kept (so that nothing syncs), or for D > 128; otherwise "triton".
 
@@ -110,7 +112,7 @@ def _choose_triton(backend: str, q: Tensor, key_mask: Tensor | None, max_kept: i
             can_triton or can_sdpa,
             f"no backend takes {q.dtype} with head size {size} on {q.device}"
             f"{' and a key_mask' if key_mask is not None else ''}: "
-            "head sizes to 128 run in fp16, bf16 and fp32; larger ones in fp16, bf16 and no mask",
+            "head sizes to 128 run in fp16, bf16 and fp32; to 256 in fp16, bf16 and no mask",
         )
         long = q.dtype != torch.float32 and length >= _SDPA_FROM and max_kept is not None
         return can_triton and not (long and can_sdpa)
@@ -121,8 +123,8 @@ def _choose_triton(backend: str, q: Tensor, key_mask: Tensor | None, max_kept: i
     )
     expect(
         backend != "sdpa" or can_sdpa,
-        f'backend "sdpa" takes fp16 or bf16 on CUDA, head size a multiple of 8 and no key_mask, '
-        f'got {q.dtype}, {size}: use "auto"',
+        f'backend "sdpa" takes fp16 or bf16 on CUDA, head size a multiple of 8 up to 256 and '
+        f'no key_mask, got {q.dtype}, {size}: use "auto"',
     )
     return backend == "triton"
 

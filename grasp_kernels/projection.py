@@ -90,6 +90,8 @@ def _topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if scores.device.type == "cpu":
         _check_values(costs, budget, floor, tie_rank)
+    if scores.dtype == torch.float64:  # which no kernel takes
+        scores = scores.float()
     if runs_triton(scores):
         return kernels("projection").budget_topk(scores, costs, budget, floor, tie_rank)
     costs, budget = costs.long(), budget.long()

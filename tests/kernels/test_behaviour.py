@@ -143,6 +143,15 @@ def test_opcheck(device):
     triton = INTERPRETED or device == "cuda"
     for key_mask in (None, torch.rand(2, 9, device=device) < 0.7):
         check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, triton))
+    with torch.no_grad():
+        grad = torch.randn(5, 24, device=device)
+        check(swiglu._swiglu_backward, (grad, leaf(5, 24), leaf(5, 24), z))
+        x, grad = leaf(5, 8), torch.randn(5, 8, device=device)
+        _, *saved = swiglu._ffn(x, *weights, z, 16)
+        check(swiglu._ffn_backward, (grad, *saved, *weights, z))
+        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, triton)
+        tensors = (torch.randn_like(q), q, k, v, gate, *saved, None)
+        check(attention._attention_backward, (*tensors, True, 0.3, None, triton))
     scores, costs = torch.randn(30, device=device), torch.randint(1, 9, (30,), device=device)
     budget, floor = (
         torch.tensor(60, device=device),

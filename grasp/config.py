@@ -59,6 +59,8 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise GraspError(f"{_option(name)} {value} is too small: choose at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise GraspError(f"--seed {self.seed} is outside 0 to {2**32 - 1}")
         if not self.lr > 0:
             raise GraspError(f"--lr {self.lr} is no learning rate: choose one above 0, as 0.01")
         if not 0 <= self.anneal <= 1:

@@ -106,6 +106,7 @@ def damaged(tiny, folder, value):
         (["--batch-size=0"], "--batch-size 0 is too small: choose at least 1"),
         (["--accumulate=0"], "--accumulate 0 is too small: choose at least 1"),
         (["--scale-epochs=-1"], "--scale-epochs -1 is too small: choose at least 0"),
+        (["--seed=-1"], "--seed -1 is outside 0 to 4294967295"),
         (["--lr=0"], "--lr 0.0 is no learning rate: choose one above 0, as 0.01"),
         (["--anneal=2"], "--anneal 2.0 is no part of the run: choose one in [0, 1]"),
         (["--device=gpu"], "--device gpu is no device: write cpu, cuda, cuda:1 or auto"),

@@ -28,7 +28,8 @@ from triton.runtime.jit import JITFunction
 
 from grasp_kernels._triton import attention, launch, projection, swiglu
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may use
+# Bytes a block may use; what compiles for sm_80 runs on sm_86, sm_89 and sm_120 too, which have less.
+SHARED_LIMIT = {80: 101_376, 90: 232_448}
 _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -100,10 +101,6 @@ def record(chip: int, only: str = "") -> list[Kernel]:
             if only in case:
                 call()
     return list(found.values())
-
-
-# 8 bytes, on Triton 3.7.1; of the tiles tried none is without a spill in every fp32 case
-KNOWN_SPILL = (80, "attention fp32 D=96 2047 key mask", "_backward_kv")
 
 
 def compile_kernel(kernel: Kernel, chip: int) -> Usage:
@@ -240,9 +237,8 @@ def main() -> int:
     print(text)
     if options.out:
         options.out.write_text(text)
-    unfit = {(u.chip, u.kernel.case, u.kernel.function.__name__) for u in usages if not u.fits}
-    bad = unfit - {KNOWN_SPILL}
-    print(f"{len(usages)} kernels, {len(unfit)} spill or exceed shared memory, {len(bad)} unknown")
+    bad = sum(not usage.fits for usage in usages)
+    print(f"{len(usages)} kernels, {bad} spill or exceed shared memory")
     return 1 if bad else 0
 
 

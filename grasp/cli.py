@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -188,30 +189,66 @@ def plan_command(
 @app.command("eval")
 def eval_command(
     model: Model,
-    text: Annotated[str, typer.Option(help="Text, JSON-lines or Parquet file, or hub data set.")],
+    text: Annotated[
+        str | None, typer.Option(help="Text, JSON-lines or Parquet file, or hub data set.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, as piqa,arc_easy.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, as the dense one.")
+    ] = None,
+    tasks_data: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Documents as TASK.SPLIT.jsonl [from the hub]."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First documents of each task only.")] = None,
     text_field: TextField = PruneConfig.text_field,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens per window [2048, or the model's limit].")
     ] = None,
     windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
     bos: Annotated[bool, typer.Option(help="Put a BOS before each window.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Windows or answers per forward pass.")] = 1,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity in fp32, in windows without overlap."""
-    options = dict(locals())
-    del options["as_json"]
+    """Perplexity in fp32, in windows without overlap, and zero-shot accuracy."""
+    if not text and not tasks:
+        raise typer.BadParameter("give --text, --tasks or both")
+    if not tasks and (limit is not None or tasks_data is not None):
+        raise typer.BadParameter("--limit and --tasks-data are for --tasks, which is not given")
     from grasp.evaluate import evaluate_text
     from grasp.run import memory_errors
+    from grasp.zero_shot import evaluate_tasks
 
+    models = [model] if against is None else [model, against]
     fix = f"lower --batch-size (now {batch_size}) or --seq-len"
     with _progress() as show, memory_errors(f"device {device}", fix):
-        result = evaluate_text(
-            **options, progress=lambda n, of: show({"stage": "evaluate", "step": n, "steps": of})
+        common: dict[str, Any] = dict(
+            batch_size=batch_size,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=lambda n, of: show({"stage": "evaluate", "step": n, "steps": of}),
         )
-    print(json.dumps(result.to_json(), indent=2) if as_json else result)
+        on_text: dict[str, Any] = dict(
+            text_field=text_field, seq_len=seq_len, windows=windows, bos=bos
+        )
+        texts = [evaluate_text(name, text, **on_text, **common) for name in models if text]
+        on_tasks: dict[str, Any] = dict(against=against, data=tasks_data, limit=limit)
+        scores = evaluate_tasks(model, tasks, **on_tasks, **common) if tasks else None
+    if as_json:
+        print(json.dumps(_eval_json(models, texts, scores), indent=2))
+        return
+    for name, result in zip(models, texts, strict=False):
+        _line(f"{name}: {result}" if against else str(result))
+    if scores:
+        table = Table("task", "metric", *map(escape, models))
+        for row in scores.rows():
+            table.add_row(*row)
+        out_console.print(table)
+        _line(scores.measured_on())
 
 
 @app.command("verify")
@@ -255,6 +292,17 @@ def show_command(
     for what, dense, pruned, ratio in size_rows(summary):
         _line(f"{what}: {dense} -> {pruned} ({ratio})")
     _line(measured_on(summary))
+
+
+def _eval_json(models: list[str], texts: list[Any], scores: Any) -> dict[str, Any]:
+    """The perplexity alone where nothing else was asked for, or all results by their names."""
+    if len(texts) == 1 and not scores:
+        return texts[0].to_json()
+    perplexities = [
+        {"model": name, **result.to_json()} for name, result in zip(models, texts, strict=False)
+    ]
+    report = {"perplexity": perplexities} if texts else {}
+    return report | ({"zero_shot": scores.to_json()} if scores else {})
 
 
 def _line(text: str | Text) -> None:

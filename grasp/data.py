@@ -234,9 +234,9 @@ def _file_rows(path: Path, text_field: str) -> Iterable[str]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(path, text_field)
-    text = _decode(path)
     if suffix in (".jsonl", ".json"):
-        return _json_rows(path, text, text_field)
+        return _json_rows(path, text_field)
+    text = _decode(path)
     # a WikiText file begins with a heading, " = Robert Boulter = "
     return wikitext_rows(text) if re.match(r"\s* = .+ = \n", text) else [text]
 
@@ -258,14 +258,22 @@ def _decode(path: Path) -> str:
     return text
 
 
-def _json_rows(path: Path, text: str, text_field: str) -> Iterator[str]:
-    """Records of a JSON array, or one record a line."""
+def json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where it stands ("line 3") and the value of each record: one a line, or a JSON array's.
+
+    Raises GraspError: no such file, not UTF-8, not JSON.
+    """
+    text = _decode(path)
     if text.lstrip().startswith("["):
-        records = ((f"record {n}", r) for n, r in enumerate(_parse(path, "array", text), 1))
-    else:
-        lines = ((f"line {n}", line) for n, line in enumerate(text.split("\n"), 1))
-        records = ((where, _parse(path, where, line)) for where, line in lines if line.strip())
-    for where, record in records:
+        yield from ((f"record {n}", r) for n, r in enumerate(_parse(path, "array", text), 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", _parse(path, f"line {number}", line)
+
+
+def _json_rows(path: Path, text_field: str) -> Iterator[str]:
+    for where, record in json_records(path):
         value = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(value, str):
             have = ", ".join(record) if isinstance(record, dict) else type(record).__name__

@@ -133,7 +133,8 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
         ),
         (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option: --kep"),
         (["plan", "MODEL", "--params=7X"], "'7X' is no number: write 3500000000, 3.5B or 120M"),
-        (["eval", "MODEL"], "Missing option '--text'."),
+        (["eval", "MODEL"], "Invalid value: give --text, --tasks or both"),
+        (["eval", "MODEL", "--text=x", "--limit=9"], "--limit and --tasks-data are for --tasks"),
         (["prun", "MODEL"], "No such command 'prun'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -431,6 +432,32 @@ def test_eval(call, pruned, text):
     code, as_json, _ = call("eval", pruned, *options, "--json")
     result = json.loads(as_json)
     assert code == 0 and f"perplexity {result['value']:.2f} " in said
+
+
+def test_eval_on_tasks_and_text_against_the_dense_model(call, tiny, pruned, text, tmp_path):
+    record = {"goal": "Open a jar.", "sol1": "Turn its lid.", "sol2": "Shake it.", "label": 0}
+    (tmp_path / "piqa.validation.jsonl").write_text(3 * f"{json.dumps(record)}\n")
+    on_tasks = ["--tasks=piqa", f"--tasks-data={tmp_path}", "--limit=2", "--device=cpu"]
+    on_text = [f"--text={text}", "--windows=1"]
+    code, said, err = call("eval", pruned, f"--against={tiny}", *on_tasks, *on_text)
+    assert code == 0 and err.splitlines() == 2 * ["evaluate: 1 of 1"] + 2 * ["evaluate: 4 of 4"]
+    first, second, *table, how = said.splitlines()
+    assert first.startswith(f"{pruned}: perplexity ") and second.startswith(f"{tiny}: perplexity ")
+    assert "the first 2 of 3 documents, 0-shot; on cpu in float32, no BOS." in how
+    code, as_json, _ = call("eval", pruned, f"--against={tiny}", *on_tasks, *on_text, "--json")
+    found = json.loads(as_json)
+    models = [str(pruned), str(tiny)]
+    assert [result["model"] for result in found["perplexity"]] == models
+    assert [scores["model"] for scores in found["zero_shot"]["models"]] == models
+    for scores in found["zero_shot"]["models"]:
+        for metric, score in scores["scores"]["piqa"].items():
+            row = f"{score['value']:.4f} ± {score['stderr']:.4f}"
+            assert any(metric in line and row in line for line in table)
+
+
+def test_a_task_that_is_not_there(refused, tiny):
+    options = ["--tasks=piqa", "--tasks-data=nowhere", "--device=cpu"]
+    assert refused("eval", tiny, *options).startswith("--tasks-data nowhere has no piqa.validation")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -20,6 +20,7 @@ _HOMES = {
     "GraspError": "grasp.errors",
     "evaluate_tasks": "grasp.zero_shot",
     "evaluate_text": "grasp.evaluate",
+    "export": "grasp.checkpoint.gguf",
     "load": "grasp.models",
     "plan": "grasp.planning",
     "prune": "grasp.pipeline",

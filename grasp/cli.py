@@ -294,6 +294,35 @@ def show_command(
     _line(measured_on(summary))
 
 
+@app.command("export")
+def export_command(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint made by grasp, or any MODEL.")
+    ],
+    out: Annotated[Path, typer.Option(help="File of the result; must not exist.")],
+    to: Annotated[str, typer.Option(help="gguf: for llama.cpp and what is built on it.")] = "gguf",
+    type: Annotated[str, typer.Option(help="Of the matrices: f32, f16, bf16 or q8_0.")] = "f16",
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in the format of another runtime."""
+    from dataclasses import asdict
+
+    from grasp.checkpoint.gguf import export
+
+    with _progress() as show:
+        result = export(
+            model,
+            out,
+            to=to,
+            type=type,
+            progress=lambda n, of: show({"stage": "export", "step": n, "steps": of}),
+        )
+    if as_json:
+        print(json.dumps(asdict(result), indent=2, default=str))
+    else:
+        _line(str(result))
+
+
 def _eval_json(models: list[str], texts: list[Any], scores: Any) -> dict[str, Any]:
     """The perplexity alone where nothing else was asked for, or all results by their names."""
     if len(texts) == 1 and not scores:

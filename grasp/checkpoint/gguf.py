@@ -1,0 +1,284 @@
+"""`grasp export --to gguf`: a model as one GGUF file, for llama.cpp and what is built on it.
+
+Layers with widths of their own are written as `deci`, the one architecture of llama.cpp that takes
+query heads, KV heads and FFN channels layer by layer. Equal widths need nothing special: they are
+written as the family's own architecture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Ggml
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.checkpoint.gguf_vocabulary import add_vocabulary
+from grasp.errors import GraspError
+from grasp.models import load_model
+from grasp.run import disk_errors
+from grasp.units import UnitSpace
+
+TYPES = {"f32": Ggml.F32, "f16": Ggml.F16, "bf16": Ggml.BF16, "q8_0": Ggml.Q8_0}
+FILE_TYPES = gguf.LlamaFileType.__members__  # MOSTLY_Q4_K_M and the like
+
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# Each of these rotates a head's values in neighbouring pairs (transformers: first half with second
+# half, so the rows of q and k change places) and reads rope factors and every bias.
+LLAMA_LIKE = ("llama", "deci")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what a reader should know about it (None: nothing)."""
+
+    file: Path
+    architecture: str
+    type: str
+    bytes: int
+    note: str | None
+
+    def __str__(self) -> str:
+        line = f"{self.file}: architecture {self.architecture}, {self.type}, {self.bytes:,} bytes"
+        return f"{line}\n{self.note}" if self.note else line
+
+
+def export(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str = "gguf",
+    type: str = "f16",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Exported:
+    """Write a checkpoint (or any model that `grasp.load` takes) in the format of another runtime.
+
+    `to` is "gguf". `type` is that of the matrices: f32, f16, bf16 or q8_0; norms and biases stay
+    fp32. `out` is complete or absent. Raises GraspError: `out` exists, or llama.cpp has no
+    architecture, rope or tokenizer that computes what the model does.
+    """
+    out = Path(out)
+    if to != "gguf":
+        raise GraspError(f"--to {to} is unknown: write gguf")
+    _check_type(type, out)
+    if os.path.lexists(out):
+        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+    if out.suffix != ".gguf":
+        raise GraspError(f"--out {out} does not end in .gguf, by which tools know such a file")
+    if not out.parent.is_dir():
+        raise GraspError(f"--out {out} is in no folder that exists: make {out.parent} first")
+
+    live, tokenizer = load_model(model, dtype=None)
+    beside = out.with_name(out.name + ".new")
+    try:
+        with disk_errors(out):
+            architecture, note = _write(live, tokenizer, beside, type, progress)
+            os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return Exported(out, architecture, type, out.stat().st_size, note)
+
+
+def _check_type(type: str, out: Path) -> None:
+    if type in TYPES:
+        return
+    if f"MOSTLY_{type.upper()}" in FILE_TYPES:
+        f16, packed = f"{out.stem}-f16.gguf", f"{out.stem}-{type}.gguf"
+        raise GraspError(
+            f"--type {type} is packed by llama.cpp's own tool: export with --type f16 --out {f16}, "
+            f"then run `llama-quantize {f16} {packed} {type.upper()}`"
+        )
+    raise GraspError(f"--type {type} is unknown: write {', '.join(TYPES)}")
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    file: Path,
+    type: str,
+    progress: Callable[[int, int], None],
+) -> tuple[str, str | None]:
+    """The whole file; the architecture that was taken and a note. One matrix at a time is held."""
+    space = UnitSpace.of(model)
+    architecture = _architecture(model, space)
+    writer = gguf.GGUFWriter(file, architecture)
+    notes = [_add_config(writer, model, space)]
+    writer.add_file_type(FILE_TYPES["ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    notes.append(add_vocabulary(writer, tokenizer, model.config))
+
+    tensors = [
+        (name, tensor, _tensor_type(tensor, TYPES[type]))
+        for name, tensor in _tensors(model, space, architecture)
+    ]
+    for name, tensor, kind in tensors:
+        size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind)))
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, kind)
+    odd = sum(kind != TYPES[type] and tensor.dim() > 1 for _, tensor, kind in tensors)
+    if odd:
+        notes.append(f"{odd} matrices stay f16: their rows are no multiple of 32, as {type} needs")
+
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, (name, tensor, kind) in enumerate(tensors, start=1):
+            writer.write_tensor_data(_packed(name, tensor, kind))
+            progress(done, len(tensors))
+        for opened in writer.fout or ():
+            opened.flush()
+            os.fsync(opened.fileno())
+    finally:
+        writer.close()
+    return architecture, "; ".join(filter(None, notes)) or None
+
+
+def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
+    """The architecture of llama.cpp that computes what this model does. Raises GraspError."""
+    config: Any = model.config
+    family = config.model_type.removeprefix("grasp_")
+    if family not in FAMILIES:
+        raise GraspError(
+            f"{family} cannot be exported to GGUF by grasp: it writes {', '.join(FAMILIES)}"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise GraspError(
+            f"hidden_act {config.hidden_act} cannot be exported: llama.cpp computes {family} "
+            "with silu, whatever the file says"
+        )
+    rope, rotary = _rope(model), _rotary(model)
+    if rope["rope_type"] not in STATIC_ROPE:
+        raise GraspError(
+            f"rope_type {rope['rope_type']} cannot be exported: llama.cpp computes one of "
+            f"{', '.join(STATIC_ROPE)} for {family}"
+        )
+    if 2 * len(rotary.inv_freq) != space.layers[0].head_dim:
+        raise GraspError(
+            f"{2 * len(rotary.inv_freq)} of {space.layers[0].head_dim} values of a head are "
+            "rotated: llama.cpp rotates all of them"
+        )
+
+    uniform = all(layer == space.layers[0] for layer in space.layers)
+    scaled = rope["rope_type"] != "default"  # qwen2 and qwen3 read no rope factors
+    own = FAMILIES[family]
+    if uniform and (own in LLAMA_LIKE or not scaled):
+        return own
+    if own == "qwen3":
+        why = f"rope_type {rope['rope_type']}" if uniform else "widths that differ by layer"
+        fix = "" if uniform else ": prune with --layout uniform"
+        raise GraspError(
+            f"qwen3 with {why} cannot be exported: that takes llama.cpp's architecture deci, "
+            f"which has no norms on q and k{fix}"
+        )
+    return "deci"
+
+
+def _rotary(model: PreTrainedModel) -> Any:
+    return model.get_decoder().rotary_emb
+
+
+def _rope(model: PreTrainedModel) -> dict[str, Any]:
+    config: Any = model.config
+    return {"rope_type": "default", **config.rope_parameters}
+
+
+def _add_config(writer: gguf.GGUFWriter, model: PreTrainedModel, space: UnitSpace) -> str | None:
+    """Sizes and constants; returns a note where the file promises less than the model."""
+    config: Any = model.config
+    rows = [
+        (layer.kv_groups * layer.group_size, layer.kv_groups, layer.ffn) for layer in space.layers
+    ]
+    heads, kv_heads, ffn = map(list, zip(*rows, strict=True))
+    if writer.arch == "deci":
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(kv_heads)
+        writer.add_feed_forward_length(ffn)
+    else:
+        writer.add_head_count(heads[0])
+        writer.add_head_count_kv(kv_heads[0])
+        writer.add_feed_forward_length(ffn[0])
+    head_dim = space.layers[0].head_dim
+    writer.add_block_count(len(space.layers))
+    writer.add_embedding_length(space.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(_rope(model)["rope_theta"])
+    attention_scaling = _rotary(model).attention_scaling
+    if attention_scaling != 1.0:
+        writer.add_rope_scaling_attn_factors(attention_scaling)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(config.name_or_path).name or writer.arch)
+
+    window = getattr(config, "sliding_window", None)
+    longest = config.max_position_embeddings
+    if window and window < longest:
+        writer.add_context_length(window)
+        return (
+            f"context length {window} instead of {longest}: llama.cpp attends to all tokens here, "
+            f"the model to the last {window}"
+        )
+    writer.add_context_length(longest)
+    return None
+
+
+def _tensors(
+    model: PreTrainedModel, space: UnitSpace, architecture: str
+) -> Iterator[tuple[str, Tensor]]:
+    """(name in GGUF, tensor) in the order of the file."""
+    rope, inv_freq = _rope(model), _rotary(model).inv_freq
+    if rope["rope_type"] != "default":
+        exponents = torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq)
+        unscaled = rope["rope_theta"] ** -exponents
+        yield "rope_freqs.weight", (unscaled / inv_freq.double()).float()
+
+    kinds = {kind: number for number, kind in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], len(space.layers))
+    for name, parameter in model.named_parameters():  # tied tensors once
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None or (name.endswith("bias") and not _reads_bias(architecture, name)):
+            raise GraspError(f"{name} has no place in llama.cpp's architecture {architecture}")
+        tensor = parameter.data
+        if architecture in LLAMA_LIKE and (".q_proj." in name or ".k_proj." in name):
+            tensor = _neighbours(tensor, space.layers[0].head_dim)
+        yield target, tensor
+
+
+def _reads_bias(architecture: str, name: str) -> bool:
+    attention = any(part in name for part in (".q_proj.", ".k_proj.", ".v_proj."))
+    return architecture in LLAMA_LIKE or (architecture == "qwen2" and attention)
+
+
+def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows of each head so that the two values of a rotated pair are neighbours.
+
+    [heads * head_dim, ...] -> the same shape; row i of a head's first half comes before row i of
+    its second half.
+    """
+    pairs = tensor.unflatten(0, (-1, 2, head_dim // 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def _tensor_type(tensor: Tensor, asked: Ggml) -> Ggml:
+    """What a tensor is stored as: vectors in fp32, and f16 where rows do not fill whole blocks."""
+    if tensor.dim() == 1:
+        return Ggml.F32
+    block, _ = gguf.GGML_QUANT_SIZES[asked]
+    return asked if tensor.shape[-1] % block == 0 else Ggml.F16
+
+
+def _packed(name: str, tensor: Tensor, kind: Ggml) -> np.ndarray:
+    values = tensor.float().cpu().numpy()
+    if kind == Ggml.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+        raise GraspError(f"{name} has values that f16 cannot hold: use --type bf16 or f32")
+    return gguf.quantize(values, kind)

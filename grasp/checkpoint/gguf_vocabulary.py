@@ -1,0 +1,188 @@
+"""A Hugging Face tokenizer as the vocabulary of a GGUF file.
+
+llama.cpp has two tokenizers for the models at hand: `gpt2`, byte-level BPE that needs the name of
+the rule by which text is split before merging, and `llama`, SentencePiece's BPE with byte fallback.
+Both are recognised by what the tokenizer does, not by the model it came with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import gguf
+from gguf import TokenType
+
+from grasp.errors import GraspError
+
+Spec = dict[str, Any]  # the content of tokenizer.json, or a part of it
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
+_LLAMA3 = rf"{_CONTRACTIONS}|\p{{N}}{{1,3}}|{_SYMBOLS}[\r\n]*|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|\p{{N}}|{_SYMBOLS}[\r\n]*|{_REST}"
+_WORD, _UPPER, _LOWER = (
+    r"[^\r\n\p{L}\p{N}]?",
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+)
+_TEKKEN = rf"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SYMBOLS}[\r\n/]*|{_REST}"
+
+# (how text is split, whole words before merges) -> llama.cpp's name for it
+SPLITS = {
+    (("words",), False): "gpt-2",
+    (("digits", "words"), False): "smollm",
+    ((_LLAMA3, "bytes"), True): "llama-bpe",
+    ((_LLAMA3, "bytes"), False): "smaug-bpe",
+    ((_QWEN2, "bytes"), False): "qwen2",
+    ((_TEKKEN, "bytes"), True): "tekken",
+}
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> str | None:
+    """Tokens, merges or scores, special tokens and chat template; returns a note where llama.cpp
+    reads some text otherwise. Raises GraspError if it has no tokenizer that does the same."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise GraspError(f"{type(tokenizer).__name__} has no tokenizer.json to export")
+    spec: Spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = spec["model"]["type"]
+    if kind != "BPE":
+        raise GraspError(f"a tokenizer of type {kind} cannot be exported: grasp writes BPE")
+    add_tokens = _add_sentencepiece if spec["model"]["byte_fallback"] else _add_byte_level
+    note = add_tokens(writer, spec, config.vocab_size)
+
+    for name, add in (
+        ("bos_token_id", writer.add_bos_token_id),
+        ("eos_token_id", writer.add_eos_token_id),
+        ("unk_token_id", writer.add_unk_token_id),
+        ("pad_token_id", writer.add_pad_token_id),
+    ):
+        token = getattr(tokenizer, name)
+        token = getattr(config, name, None) if token is None else token
+        if isinstance(token, int) and token < config.vocab_size:
+            add(token)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
+    return note
+
+
+def _add_byte_level(writer: gguf.GGUFWriter, spec: Spec, size: int) -> str | None:
+    merges = _merges(spec)
+    if not merges:
+        raise GraspError("a tokenizer without merges cannot be exported: llama.cpp needs some")
+    tokens, types = _tokens(spec, size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_split(spec))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    return None
+
+
+def _add_sentencepiece(writer: gguf.GGUFWriter, spec: Spec, size: int) -> str | None:
+    """Scores stand in for merges: what merges first in tokenizer.json scores highest."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(_merges(spec)):
+        ranks.setdefault("".join(pair), rank)
+    tokens, types = _tokens(spec, size)
+    for token, text in enumerate(tokens):
+        if types[token] == TokenType.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            types[token] = TokenType.BYTE
+        elif text == spec["model"]["unk_token"]:
+            types[token] = TokenType.UNKNOWN
+        elif types[token] == TokenType.USER_DEFINED:
+            tokens[token] = text.replace("▁", " ")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in tokens])
+    writer.add_token_types(types)
+    prefix, always = _space_prefix(spec)
+    writer.add_add_space_prefix(prefix)
+    if prefix and not always:
+        return "llama.cpp puts a space before text that begins with one, this tokenizer does not"
+    return None
+
+
+def _tokens(spec: Spec, size: int) -> tuple[list[str], list[TokenType]]:
+    """One text and type per row of the embedding; rows without a token get a name of their own."""
+    tokens = [f"[PAD{token}]" for token in range(size)]
+    types = [TokenType.UNUSED] * size
+    for text, token in spec["model"]["vocab"].items():
+        if token < size:
+            tokens[token], types[token] = text, TokenType.NORMAL
+    for added in spec["added_tokens"]:
+        if added["id"] < size:  # some tokenizers bring a padding token that no model has
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    return tokens, types
+
+
+def _merges(spec: Spec) -> list[list[str]]:
+    """Pairs, in the order of their rank; older files write a pair as one string."""
+    return [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
+
+
+def _steps(part: Spec | None, parts: str) -> list[Spec]:
+    """What a normalizer or pre-tokenizer does, in order, whether it is one thing or a sequence."""
+    if part is None:
+        return []
+    return part[parts] if part["type"] == "Sequence" else [part]
+
+
+def _split(spec: Spec) -> str:
+    """llama.cpp's name for how this byte-level tokenizer splits text. Raises GraspError."""
+    normalizers = [step["type"] for step in _steps(spec["normalizer"], "normalizers")]
+    steps = [_rule(step) for step in _steps(spec["pre_tokenizer"], "pretokenizers")]
+    ignore_merges = bool(spec["model"].get("ignore_merges"))
+    known = SPLITS.get((tuple(steps), ignore_merges))
+    if known is None or set(normalizers) - {"NFC"}:  # llama.cpp leaves composing to the writer
+        raise GraspError(
+            f"this tokenizer splits text by {' then '.join([*normalizers, *steps]) or 'no rule'}, "
+            f"and grasp can only name to llama.cpp the rules of {', '.join(SPLITS.values())}"
+        )
+    return known
+
+
+def _rule(step: Spec) -> str:
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return "words" if step["use_regex"] else "bytes"
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "digits"
+    pattern = step.get("pattern", {}).get("Regex")
+    if step["type"] == "Split" and pattern and step["behavior"] == "Isolated":
+        return pattern
+    return step["type"]
+
+
+def _space_prefix(spec: Spec) -> tuple[bool, bool]:
+    """Whether this SentencePiece tokenizer puts a space before the text, and even where one is
+    there. Raises GraspError."""
+    prefix, always = False, True
+    steps = _steps(spec["normalizer"], "normalizers")
+    for step in steps + _steps(spec["pre_tokenizer"], "pretokenizers"):
+        match step:
+            case {"type": "Prepend", "prepend": "▁"}:
+                prefix = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+                pass
+            case {
+                "type": "Metaspace",
+                "replacement": "▁",
+                "split": False,
+                "prepend_scheme": scheme,
+            }:
+                prefix, always = scheme != "never", False
+            case _:
+                raise GraspError(
+                    f"this SentencePiece tokenizer has a step {step['type']} that llama.cpp lacks"
+                )
+    return prefix, always

@@ -90,6 +90,9 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("gate_site=kv", replace(ours, gate_site="kv")),
         off("start=equal", replace(ours, start="equal")),
         off("anneal=0", replace(ours, anneal=0.0)),
+        off("schedule=cosine", replace(ours, schedule="cosine")),
+        off("lr=0.02", replace(ours, lr=0.02)),
+        off("schedule=cosine lr=0.02", replace(ours, schedule="cosine", lr=0.02)),
         off("batch_size=4", replace(ours, batch_size=4)),
         off(f"epochs={2 * ours.epochs}", replace(ours, epochs=2 * ours.epochs)),
         off("ffn_multiple=32", replace(ours, budget=blocked)),
@@ -115,7 +118,7 @@ def run_row(
     seconds = time.monotonic() - began
     fold_mask(model, mask)
     alone = score(model)
-    settings = TrainSettings(config.scale_epochs, config.batch_size, config.accumulate, seed=seed)
+    settings = TrainSettings.of(config, config.scale_epochs)
     if row.published_code:
         published.learn_scales(model, blocks, settings)
     else:

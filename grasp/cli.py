@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grasp.budget import Layout
-from grasp.config import Dtype, GateSite, Method, PruneConfig, Start
+from grasp.config import Dtype, GateSite, Method, PruneConfig, Schedule, Start
 from grasp.errors import GraspError
 
 app = typer.Typer(
@@ -113,6 +113,9 @@ def prune_command(
         int, typer.Option(help="Forward passes per step.")
     ] = PruneConfig.accumulate,
     lr: Annotated[float, typer.Option(help="Learning rate of gates and scales.")] = PruneConfig.lr,
+    schedule: Annotated[
+        Schedule, typer.Option(help="Of the learning rate.")
+    ] = PruneConfig.schedule,
     start: Annotated[Start, typer.Option(help="What scores start from.")] = PruneConfig.start,
     anneal: Annotated[
         float, typer.Option(help="Part of the steps over which the budget shrinks.")

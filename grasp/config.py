@@ -11,6 +11,7 @@ from grasp.errors import GraspError
 Method = Literal["learned", "fisher", "magnitude", "random"]
 Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
+Schedule = Literal["cosine", "constant"]
 Dtype = Literal["auto", "fp32", "bf16"]
 
 
@@ -29,6 +30,7 @@ class PruneConfig:
     batch_size: int = 1
     accumulate: int = 1
     lr: float = 1e-2
+    schedule: Schedule = "constant"
     start: Start = "fisher"
     anneal: float = 0.5
     gate_site: GateSite = "output"

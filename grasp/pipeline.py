@@ -115,9 +115,7 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     mask = projection.mask(select(model, projection, blocks, config, run.stage))
     fold_mask(model, mask)
     if config.scale_epochs:
-        settings = TrainSettings(
-            config.scale_epochs, config.batch_size, config.accumulate, config.lr, config.seed
-        )
+        settings = TrainSettings.of(config, config.scale_epochs)
         fold_scales(model, learn_scales(model, blocks, settings, run.stage("calibrate")))
 
     cast(model, stored_dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError
 from grasp.gating import Gates
 
@@ -24,7 +25,14 @@ class TrainSettings:
     batch_size: int = 1
     accumulate: int = 1
     lr: float = 1e-2
+    schedule: Schedule = "constant"
     seed: int = 0
+
+    @classmethod
+    def of(cls, config: PruneConfig, epochs: int) -> TrainSettings:
+        return cls(
+            epochs, config.batch_size, config.accumulate, config.lr, config.schedule, config.seed
+        )
 
 
 class Journal:
@@ -55,9 +63,10 @@ def train_gates(
 
     `gate_values(theta, progress)` gives the gates, progress running over [0, 1). `blocks` is int64
     [samples, seq_len]; each epoch visits all of them in an order of its own, fixed by the seed.
-    AdamW with betas (0.9, 0.99), no decay, constant rate (GRASPrune, section 4.1). `info` adds to
-    the log. Raises GraspError when the loss is not finite. Same state, same order, same result:
-    a run that resumes from its journal ends where an uninterrupted one does, bit for bit.
+    AdamW with betas (0.9, 0.99), no weight decay (GRASPrune, section 4.1); its rate falls to 0
+    along a half cosine, or stays constant as published. `info` adds to the log. Raises GraspError
+    when the loss is not finite. Same state, same order, same result: a run that resumes from its
+    journal ends where an uninterrupted one does, bit for bit.
     """
     theta = theta.detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW([theta], lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -81,6 +90,7 @@ def train_gates(
             part_loss.backward()
             loss += part_loss.detach()
         values.backward(z.grad)
+        optimizer.param_groups[0]["lr"] = _rate(settings, step / steps)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
@@ -98,6 +108,12 @@ def train_gates(
 def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len]."""
     return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def _rate(settings: TrainSettings, progress: float) -> float:
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:

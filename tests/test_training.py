@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def learn(journal, *, seed=0, epochs=2, batch_size=1, accumulate=1, anneal=0.5, 
     model = tiny_model("llama")
     space = UnitSpace.of(model)
     projection = Projection(space, Budget("keep", 0.5, 8), seed=seed)
-    settings = LearnSettings(TrainSettings(epochs, batch_size, accumulate, lr, seed), anneal)
+    settings = LearnSettings(TrainSettings(epochs, batch_size, accumulate, lr, seed=seed), anneal)
     start = torch.zeros(space.size)
     return projection, learn_scores(model, projection, start, BLOCKS, settings, journal)
 
@@ -61,6 +62,25 @@ def test_budget_holds_at_every_step_and_anneals():
     assert min(unspent) >= 0 and max(unspent) < projection.budget.step(projection.space)
     assert annealed(projection.limit, whole, 0.0, 0.5) == whole
     assert annealed(projection.limit, whole, 0.0, 0.0) == projection.limit
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.017), ("constant", 1.0)])
+def test_rate_of_the_last_step(schedule, last):
+    """AdamW's first steps are as long as its rate; cos(pi 11 / 12) is what is left at the end."""
+    model = tiny_model("llama")
+    seen = []
+
+    def values(theta, progress):
+        seen.append(theta.detach().clone())
+        return theta
+
+    with gated(model, UnitSpace.of(model)) as gates:
+        theta = torch.ones(UnitSpace.of(model).size)
+        settings = TrainSettings(1, lr=1e-4, schedule=schedule)
+        seen.append(train_gates(model, gates, theta, values, BLOCKS[:12], settings, Journal()))
+    steps = [(b - a).abs().max().item() for a, b in pairwise(seen)]
+    assert len(steps) == 12 and steps[0] == pytest.approx(1e-4, rel=0.01)
+    assert 0.5 * last < steps[-1] / 1e-4 < 2 * last
 
 
 def test_straight_through_gradient():

@@ -41,8 +41,7 @@ def select(
         start = projection.ranked(fisher)
     if config.method == "fisher":
         return start
-    train = TrainSettings(
-        config.epochs, config.batch_size, config.accumulate, config.lr, config.seed
+    settings = LearnSettings(
+        TrainSettings.of(config, config.epochs), config.anneal, config.gate_site
     )
-    settings = LearnSettings(train, config.anneal, config.gate_site)
     return learn_scores(model, projection, start, blocks, settings, stage("learn"))

@@ -165,11 +165,18 @@ def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> di
         )
     records = []
     for where, record in json_records(path):
-        lacking = [field for field in fields if not isinstance(record, dict) or field not in record]
+        values = record if isinstance(record, dict) else {}
+        lacking = [field for field in fields if values.get(field) is None]
         if lacking:
             raise GraspError(
-                f"{path}, {where}: no field '{lacking[0]}'; expected a record with the fields "
+                f"{path}, {where}: no '{lacking[0]}'; expected a record with the fields "
                 f"{', '.join(fields)}"
+            )
+        if (
+            values.get("label") == -1
+        ):  # how data sets keep the answers of a test split to themselves
+            raise GraspError(
+                f"{path}, {where}: label -1 gives no answer; use a split that has them"
             )
         records.append({field: record[field] for field in fields})
     if not records:

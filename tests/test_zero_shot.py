@@ -258,9 +258,13 @@ GOOD = json.dumps(PIQA[0])
     [
         (None, "has no piqa.validation.jsonl: put it there, a JSON record a line with the fields "),
         ("\n", "is empty: expected records with the fields goal, sol1, sol2, label"),
-        (f"{GOOD}\n[1]\n", r"piqa.validation.jsonl, line 2: no field 'goal'; expected a record"),
-        (f'{GOOD}\n\n{{"goal": ""}}\n', r"line 3: no field 'sol1'; expected a record with the"),
+        (f"{GOOD}\n[1]\n", r"piqa.validation.jsonl, line 2: no 'goal'; expected a record"),
+        (f'{GOOD}\n\n{{"goal": null}}\n', r"line 3: no 'goal'; expected a record with the"),
         (f"{GOOD}\n{{\n", "line 2: not JSON"),
+        (
+            GOOD.replace(": 1", ": -1"),
+            "line 1: label -1 gives no answer; use a split that has them",
+        ),
         (
             f"{GOOD}\n{GOOD.replace(': 1', ': []')}",
             "task piqa does not load: .*: check the documents",

@@ -20,7 +20,7 @@ _HOMES = {
     "GraspError": "grasp.errors",
     "evaluate_tasks": "grasp.zero_shot",
     "evaluate_text": "grasp.evaluate",
-    "export": "grasp.checkpoint.gguf",
+    "export": "grasp.checkpoint.export",
     "load": "grasp.models",
     "plan": "grasp.planning",
     "prune": "grasp.pipeline",

@@ -302,15 +302,19 @@ def export_command(
     model: Annotated[
         str, typer.Argument(metavar="DIR", help="A checkpoint made by grasp, or any MODEL.")
     ],
-    out: Annotated[Path, typer.Option(help="File of the result; must not exist.")],
-    to: Annotated[str, typer.Option(help="gguf: for llama.cpp and what is built on it.")] = "gguf",
-    type: Annotated[str, typer.Option(help="Of the matrices: f32, f16, bf16 or q8_0.")] = "f16",
+    out: Annotated[Path, typer.Option(help="File or folder of the result; must not exist.")],
+    to: Annotated[
+        str, typer.Option(help="gguf (for llama.cpp) or hf-uniform (stock class, zero-padded).")
+    ] = "gguf",
+    type: Annotated[
+        str | None, typer.Option(help="Of GGUF matrices: f32, f16, bf16 or q8_0 [f16].")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in the format of another runtime."""
     from dataclasses import asdict
 
-    from grasp.checkpoint.gguf import export
+    from grasp.checkpoint.export import export
 
     with _progress() as show:
         result = export(

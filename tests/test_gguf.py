@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
 import pytest
@@ -31,7 +32,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 
 import grasp
 from grasp import cli
-from grasp.checkpoint.gguf import _neighbours, export
+from grasp.checkpoint.export import export
+from grasp.checkpoint.gguf import _neighbours
 from grasp.checkpoint.hf import save_checkpoint
 from grasp.errors import GraspError
 from grasp.models import load_model
@@ -40,6 +42,8 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXT = [
     "The house moves under every stone; she SHE'S it's 12 123 2024 12345 and\n\n  then\tagain.\r\n",
     "    def light(x, y): return x+1 == 20 * (y - 100)  # naïve café, 東京 東京\n",
+    "Every river carries its light under bridges, THEY'LL say, past 1999 towns and 500 fields.\n",
+    "Nobody had written another letter since the winter; we'd waited, you've heard what happens...",
 ] * 4
 HARD = (
     "It's  12345 o'clock\n\n\tTHEY'LL pay 3.50…  naïve 東京 😀 x=100\r\n  end ",
@@ -51,7 +55,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-VOCAB = 320
+VOCAB = 448
 
 
 def byte_level(*steps, vocab=VOCAB - 8, ignore_merges=False, normalizer=None, words=True):
@@ -82,6 +86,12 @@ def sentencepiece(*, metaspace, vocab=VOCAB - 8):
     for text in spec["model"]["vocab"]:
         table.setdefault(text, len(table))
     spec["model"]["vocab"] = table
+    spec["model"]["merges"] = [  # as SentencePiece: whatever joins to a token, by the token's rank
+        [text[:i], text[i:]]
+        for text in table
+        for i in range(1, len(text))
+        if text not in [*SPECIAL, *byte_tokens] and {text[:i], text[i:]} <= table.keys()
+    ]
     whole = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
     whole.add_special_tokens(
         dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
@@ -175,10 +185,10 @@ def test_per_layer_widths(family, tied, tmp_path):
     model = save(tmp_path / "model", family, UNEVEN, tied=tied)
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
     assert (done.architecture, done.note) == ("deci", None)
-    assert done.bytes == (tmp_path / "model.gguf").stat().st_size
-    names = {tensor.name for tensor in GGUFReader(done.file).tensors}
+    assert (done.path, done.bytes) == (file := tmp_path / "model.gguf", file.stat().st_size)
+    names = {tensor.name for tensor in GGUFReader(done.path).tensors}
     assert ("output.weight" in names) is not tied
-    check_same(done.file, model)
+    check_same(done.path, model)
 
 
 @pytest.mark.parametrize(
@@ -189,14 +199,14 @@ def test_uniform_widths_are_the_familys_own(family, architecture, tmp_path):
     model = save(tmp_path / "model", family, EVEN)
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
     assert done.architecture == architecture
-    check_same(done.file, model)
+    check_same(done.path, model)
 
 
 @pytest.mark.parametrize("widths", [UNEVEN, EVEN], ids=["deci", "llama"])
 def test_every_bias_of_llama(widths, tmp_path):
     model = save(tmp_path / "model", "llama", widths, attention_bias=True, mlp_bias=True)
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
-    check_same(done.file, model)
+    check_same(done.path, model)
 
 
 ROPES = {
@@ -217,14 +227,14 @@ def test_rope_scaling(rope, family, widths, tmp_path):
     model = save(tmp_path / "model", family, widths, rope_parameters={**scaling, **ROPES[rope]})
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
     assert done.architecture == ("deci" if family == "qwen2" or widths is UNEVEN else "llama")
-    check_same(done.file, model, prompt=torch.arange(200) % 300 + 5)
+    check_same(done.path, model, prompt=torch.arange(200) % 300 + 5)
 
 
 def test_sliding_window_becomes_the_context_length(tmp_path):
     save(tmp_path / "model", "mistral", UNEVEN, sliding_window=24)
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
     assert done.note is not None and done.note.startswith("context length 24 instead of 256")
-    assert field(done.file, "deci.context_length") == 24
+    assert field(done.path, "deci.context_length") == 24
 
 
 @pytest.mark.parametrize(
@@ -234,14 +244,14 @@ def test_types(type, tolerance, tmp_path):
     widths = [(32, 1), (64, 4), (96, 3)]
     model = save(tmp_path / "model", "qwen2", widths)
     done = export(tmp_path / "model", tmp_path / "model.gguf", type=type)
-    assert (done.type, done.note) == (type, None)
-    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(done.file).tensors}
+    assert done.note is None
+    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(done.path).tensors}
     vectors = {n for n in kinds if n.endswith(("norm.weight", "bias"))}
     assert {kinds[name] for name in vectors} == {Ggml.F32}
     assert {kinds[name] for name in kinds.keys() - vectors} == {Ggml[type.upper()]}
     ids = list(range(3, 40))
     expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    with llama_cpp(done.file) as post:
+    with llama_cpp(done.path) as post:
         found = [log_probabilities(post, ids[:end]) for end in range(2, 38, 5)]
     errors = [
         (row - expected[end - 1]).abs().max().item()
@@ -254,10 +264,10 @@ def test_types(type, tolerance, tmp_path):
 def test_rows_that_fill_no_blocks_stay_f16(tmp_path):
     save(tmp_path / "model", "llama", UNEVEN)  # 7 and 50 channels, 96 are three blocks
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="q8_0")
-    odd = [t.name for t in GGUFReader(done.file).tensors if t.tensor_type == Ggml.F16]
+    odd = [t.name for t in GGUFReader(done.path).tensors if t.tensor_type == Ggml.F16]
     assert odd == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
     assert done.note == "2 matrices stay f16: their rows are no multiple of 32, as q8_0 needs"
-    with llama_cpp(done.file) as post:
+    with llama_cpp(done.path) as post:
         assert len(greedy(post, [3, 4, 5], 4)) == 4
 
 
@@ -307,7 +317,7 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
     save(tmp_path / "model", "llama", UNEVEN, tokenizer)
     done = export(tmp_path / "model", tmp_path / "model.gguf")
     key = "model" if name in ("llama", "mistral") else "pre"
-    assert field(done.file, f"tokenizer.ggml.{key}") == name.replace("mistral", "llama")
+    assert field(done.path, f"tokenizer.ggml.{key}") == name.replace("mistral", "llama")
 
     _, loaded = load_model(tmp_path / "model", dtype=None)
     texts = [*TEXT[:2], *HARD, "a<tool>b <tool> c", "</s>"]
@@ -315,7 +325,7 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
         assert "space before text that begins with one" in done.note
         texts = [text for text in texts if "> " not in text and not text.startswith(" ")]
     assert len(texts) >= 4
-    with llama_cpp(done.file) as post:
+    with llama_cpp(done.path) as post:
         for text in texts:
             found = post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
             assert found == loaded(text).input_ids, text
@@ -333,7 +343,7 @@ def test_bos_and_chat_template(tmp_path):
     done = export(tmp_path / "model", tmp_path / "model.gguf")
     _, loaded = load_model(tmp_path / "model", dtype=None)
     messages = [{"role": "user", "content": "every stone"}]
-    with llama_cpp(done.file) as post:
+    with llama_cpp(done.path) as post:
         found = post("/tokenize", content="the house", add_special=True)["tokens"]
         assert found == loaded("the house").input_ids and found[0] == 1
         prompt = post("/apply-template", messages=messages)["prompt"]  # without its BOS
@@ -345,10 +355,10 @@ def test_bos_and_chat_template(tmp_path):
 def test_rows_of_the_embedding_without_a_token(tmp_path):
     save(tmp_path / "model", "qwen2", UNEVEN, byte_level(vocab=300))
     done = export(tmp_path / "model", tmp_path / "model.gguf")
-    tokens = field(done.file, "tokenizer.ggml.tokens")
+    tokens = field(done.path, "tokenizer.ggml.tokens")
     assert len(tokens) == VOCAB and tokens[-1] == f"[PAD{VOCAB - 1}]"
-    assert field(done.file, "tokenizer.ggml.token_type")[-1] == TokenType.UNUSED
-    with llama_cpp(done.file) as post:
+    assert field(done.path, "tokenizer.ggml.token_type")[-1] == TokenType.UNUSED
+    with llama_cpp(done.path) as post:
         assert len(greedy(post, [3, 4, 5], 4)) == 4
 
 
@@ -419,6 +429,14 @@ def test_values_beyond_f16(tmp_path):
     export(tmp_path / "model", tmp_path / "model.gguf", type="bf16")
 
 
+def test_no_room(tmp_path, monkeypatch):
+    save(tmp_path / "model", "llama", UNEVEN)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(GraspError, match=r"has 1,000 bytes free and the file needs [\d,]{7}: free"):
+        export(tmp_path / "model", tmp_path / "model.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.fixture
 def grasp_export(capsys, monkeypatch):
     """grasp_export(*arguments) is (exit code, stdout, stderr)."""
@@ -438,16 +456,15 @@ def test_command_line(grasp_export, tmp_path):
     out = tmp_path / "model.gguf"
     code, said, err = grasp_export(tmp_path / "model", "--to=gguf", f"--out={out}", "--type=bf16")
     assert (code, err) == (0, "export: 30 of 30\n")
-    assert said == f"{out}: architecture deci, bf16, {out.stat().st_size:,} bytes\n"
+    assert said == f"{out}: deci, {out.stat().st_size:,} bytes\n"
     assert {"export"} <= set(grasp.__all__) and grasp.export is export
 
     again = tmp_path / "again.gguf"
     code, said, _ = grasp_export(tmp_path / "model", f"--out={again}", "--type=bf16", "--json")
     assert code == 0 and again.read_bytes() == out.read_bytes()
     assert json.loads(said) == {
-        "file": str(again),
+        "path": str(again),
         "architecture": "deci",
-        "type": "bf16",
         "bytes": out.stat().st_size,
         "note": None,
     }
@@ -456,9 +473,14 @@ def test_command_line(grasp_export, tmp_path):
 @pytest.mark.parametrize(
     ("out", "options", "said"),
     [
-        ("a.gguf", ["--type=q4_k_m"], r"export with --type f16 --out a-f16\.gguf.*llama-quantize"),
+        (
+            "a.gguf",
+            ["--type=q4_k_m"],
+            r"--out a-f16\.gguf.*`llama-quantize a-f16\.gguf a\.gguf Q4_K_M`",
+        ),
         ("a.gguf", ["--type=int3"], "--type int3 is unknown: write f32, f16, bf16, q8_0"),
-        ("a.gguf", ["--to=onnx"], "--to onnx is unknown: write gguf"),
+        ("a.gguf", ["--to=onnx"], "--to onnx is unknown: write gguf or hf-uniform"),
+        ("a", ["--to=hf-uniform", "--type=f16"], "--type f16 is for --to gguf"),
         ("here.gguf", [], r"here\.gguf exists already: choose another --out or remove it first"),
         ("a.bin", [], r"a\.bin does not end in \.gguf"),
         ("no/a.gguf", [], "make no first"),
@@ -494,12 +516,12 @@ def test_smollm2_at_half_its_size(tmp_path):
         ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=count,
         max_new_tokens=count,
     )[0, ids.shape[1] :].tolist()  # fmt: skip
-    with llama_cpp(done.file) as post:
+    with llama_cpp(done.path) as post:
         assert post("/tokenize", content=text, add_special=True)["tokens"] == ids[0].tolist()
         assert greedy(post, ids[0].tolist(), count) == expected
         messages = [{"role": "user", "content": "Hello"}]
         prompt = post("/apply-template", messages=messages)["prompt"]
     options = dict(tokenize=False, add_generation_prompt=True)
     assert prompt == tokenizer.apply_chat_template(messages, **options)
-    for path in (done.file, tmp_path / "half" / "model.safetensors"):  # half a gigabyte
+    for path in (done.path, tmp_path / "half" / "model.safetensors"):  # half a gigabyte
         path.unlink()

@@ -1,4 +1,4 @@
-"""`grasp export --to gguf`: a model as one GGUF file, for llama.cpp and what is built on it.
+"""A model as one GGUF file, for llama.cpp and what is built on it.
 
 Layers with widths of their own are written as `deci`, the one architecture of llama.cpp that takes
 query heads, KV heads and FFN channels layer by layer. Equal widths need nothing special: they are
@@ -8,8 +8,8 @@ written as the family's own architecture.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.gguf_vocabulary import add_vocabulary
 from grasp.errors import GraspError
-from grasp.models import load_model
-from grasp.run import disk_errors
 from grasp.units import UnitSpace
 
 TYPES = {"f32": Ggml.F32, "f16": Ggml.F16, "bf16": Ggml.BF16, "q8_0": Ggml.Q8_0}
@@ -36,77 +34,33 @@ LLAMA_LIKE = ("llama", "deci")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written, and what a reader should know about it (None: nothing)."""
-
-    file: Path
-    architecture: str
-    type: str
-    bytes: int
-    note: str | None
-
-    def __str__(self) -> str:
-        line = f"{self.file}: architecture {self.architecture}, {self.type}, {self.bytes:,} bytes"
-        return f"{line}\n{self.note}" if self.note else line
-
-
-def export(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    to: str = "gguf",
-    type: str = "f16",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Exported:
-    """Write a checkpoint (or any model that `grasp.load` takes) in the format of another runtime.
-
-    `to` is "gguf". `type` is that of the matrices: f32, f16, bf16 or q8_0; norms and biases stay
-    fp32. `out` is complete or absent. Raises GraspError: `out` exists, or llama.cpp has no
-    architecture, rope or tokenizer that computes what the model does.
-    """
-    out = Path(out)
-    if to != "gguf":
-        raise GraspError(f"--to {to} is unknown: write gguf")
-    _check_type(type, out)
-    if os.path.lexists(out):
-        raise GraspError(f"{out} exists already: choose another --out or remove it first")
-    if out.suffix != ".gguf":
-        raise GraspError(f"--out {out} does not end in .gguf, by which tools know such a file")
-    if not out.parent.is_dir():
-        raise GraspError(f"--out {out} is in no folder that exists: make {out.parent} first")
-
-    live, tokenizer = load_model(model, dtype=None)
-    beside = out.with_name(out.name + ".new")
-    try:
-        with disk_errors(out):
-            architecture, note = _write(live, tokenizer, beside, type, progress)
-            os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
-    return Exported(out, architecture, type, out.stat().st_size, note)
-
-
-def _check_type(type: str, out: Path) -> None:
+def check_type(type: str, out: Path) -> None:
+    """Raises GraspError for a type that grasp does not write, with the way to have it."""
     if type in TYPES:
         return
     if f"MOSTLY_{type.upper()}" in FILE_TYPES:
-        f16, packed = f"{out.stem}-f16.gguf", f"{out.stem}-{type}.gguf"
+        f16 = out.with_name(f"{out.stem}-f16.gguf")
         raise GraspError(
             f"--type {type} is packed by llama.cpp's own tool: export with --type f16 --out {f16}, "
-            f"then run `llama-quantize {f16} {packed} {type.upper()}`"
+            f"then run `llama-quantize {f16} {out} {type.upper()}`"
         )
     raise GraspError(f"--type {type} is unknown: write {', '.join(TYPES)}")
 
 
-def _write(
+def write_gguf(
     model: PreTrainedModel,
     tokenizer: Any,
     file: Path,
+    *,
     type: str,
     progress: Callable[[int, int], None],
 ) -> tuple[str, str | None]:
-    """The whole file; the architecture that was taken and a note. One matrix at a time is held."""
+    """Write the whole file; returns the architecture that was taken and a note.
+
+    `type` is that of the matrices; norms and biases stay fp32. One matrix at a time is converted.
+    Raises GraspError if llama.cpp has no architecture, rope or tokenizer that computes what the
+    model does.
+    """
     space = UnitSpace.of(model)
     architecture = _architecture(model, space)
     writer = gguf.GGUFWriter(file, architecture)
@@ -115,24 +69,31 @@ def _write(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes.append(add_vocabulary(writer, tokenizer, model.config))
 
-    tensors = [
-        (name, tensor, _tensor_type(tensor, TYPES[type]))
-        for name, tensor in _tensors(model, space, architecture)
-    ]
-    for name, tensor, kind in tensors:
+    kinds, needed, odd = [], 0, 0
+    for name, tensor in _tensors(model, space, architecture):
+        kind = _tensor_type(tensor, TYPES[type])
         size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind)))
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, kind)
-    odd = sum(kind != TYPES[type] and tensor.dim() > 1 for _, tensor, kind in tensors)
+        kinds.append(kind)
+        needed += size
+        odd += tensor.dim() > 1 and kind != TYPES[type]
     if odd:
         notes.append(f"{odd} matrices stay f16: their rows are no multiple of 32, as {type} needs")
+    free = shutil.disk_usage(file.parent).free
+    if needed > free:  # numpy's own error names no reason
+        raise GraspError(
+            f"{file.parent} has {free:,} bytes free and the file needs {needed:,}: free some "
+            "space, or choose another --out or --type"
+        )
 
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, (name, tensor, kind) in enumerate(tensors, start=1):
+        tensors = zip(_tensors(model, space, architecture), kinds, strict=True)
+        for done, ((name, tensor), kind) in enumerate(tensors, start=1):
             writer.write_tensor_data(_packed(name, tensor, kind))
-            progress(done, len(tensors))
+            progress(done, len(kinds))
         for opened in writer.fout or ():
             opened.flush()
             os.fsync(opened.fileno())

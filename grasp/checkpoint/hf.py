@@ -83,11 +83,11 @@ def save_checkpoint(
     if saved_kept != [(layer.ffn, layer.kv_groups) for layer in space.layers]:
         raise ValueError("the kept indices do not describe this model's widths")
 
-    target, note = _as_saved(model, space)
+    target, note = as_saved(model, space)
     weights = dict(target.named_parameters())  # tied tensors once
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
-        _save_pretrained(target, tokenizer, folder, max_shard_size)
+        write_pretrained(target, tokenizer, folder, max_shard_size)
         probe = _probe(model, seed=int(grasp_json.get("seed", 0)))
         (folder / PROBE).parent.mkdir()
         save_file(probe, folder / PROBE, metadata=environment(model.device))
@@ -103,7 +103,7 @@ def save_checkpoint(
     return Saved(type(target).__name__, weight_bytes, note)
 
 
-def _as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
+def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
     """The model as the class that will load it, sharing the weights; and why, if not its own."""
     config, note = _config(model.config, space)
     with torch.device("meta"):
@@ -176,7 +176,7 @@ def _mistral_config(values: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
     return config, f"{rule}, which LlamaConfig demands: saved as the equivalent Mistral class"
 
 
-def _save_pretrained(
+def write_pretrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str
 ) -> None:
     bars = transformers_logging.is_progress_bar_enabled()

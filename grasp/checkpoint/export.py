@@ -1,0 +1,83 @@
+"""`grasp export`: a checkpoint in the format of another runtime."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from grasp.errors import GraspError
+from grasp.models import load_model
+from grasp.run import disk_errors
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what a reader should know about it (None: nothing)."""
+
+    path: Path
+    architecture: str
+    bytes: int
+    note: str | None
+
+    def __str__(self) -> str:
+        line = f"{self.path}: {self.architecture}, {self.bytes:,} bytes"
+        return f"{line}\n{self.note}" if self.note else line
+
+
+def export(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str = "gguf",
+    type: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Exported:
+    """Write a checkpoint (or any model that `grasp.load` takes) for another runtime.
+
+    `to` "gguf": one file for llama.cpp, whose matrices are of `type` f32, f16 (None), bf16 or q8_0.
+    `to` "hf-uniform": a folder with the stock class and config, every layer padded with zeros to
+    the widest; it computes the same. `out` is complete or absent. Raises GraspError: `out` exists,
+    or the other runtime has nothing that computes what the model does.
+    """
+    from grasp.checkpoint.gguf import check_type, write_gguf
+    from grasp.checkpoint.uniform import write_uniform
+
+    out = Path(out)
+    if to not in ("gguf", "hf-uniform"):
+        raise GraspError(f"--to {to} is unknown: write gguf or hf-uniform")
+    if to == "gguf":
+        check_type(type or "f16", out)
+        if out.suffix != ".gguf":
+            raise GraspError(f"--out {out} does not end in .gguf, by which tools know such a file")
+    elif type is not None:
+        raise GraspError(f"--type {type} is for --to gguf: a folder keeps the type it has")
+    if os.path.lexists(out):
+        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+    if not out.parent.is_dir():
+        raise GraspError(f"--out {out} is in no folder that exists: make {out.parent} first")
+
+    live, tokenizer = load_model(model, dtype=None)
+    beside = out.with_name(out.name + ".new")
+    _remove(beside)  # of an export that was killed
+    try:
+        with disk_errors(out):
+            if to == "gguf":
+                architecture, note = write_gguf(
+                    live, tokenizer, beside, type=type or "f16", progress=progress
+                )
+            else:
+                architecture, note = write_uniform(live, tokenizer, beside)
+            os.rename(beside, out)
+    finally:
+        _remove(beside)
+    files = out.rglob("*") if out.is_dir() else [out]
+    return Exported(out, architecture, sum(file.stat().st_size for file in files), note)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

@@ -284,10 +284,12 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         ),
         Runtime(
             "llama.cpp",
-            False,
+            ours and not header.qk_norm,
             "deci, its per-layer architecture, has no norms on q and k; use --layout uniform"
             if header.qk_norm
-            else "its deci architecture could, but grasp writes no GGUF yet; use --layout uniform",
+            else "grasp export --to gguf writes its per-layer architecture, deci"
+            if ours
+            else no_class,
         ),
         Runtime("transformers, stock class", False, "one width for all layers; --layout uniform"),
         Runtime(

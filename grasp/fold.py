@@ -23,8 +23,8 @@ def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
             _keep_rows(projection, ffn)
         _keep_columns(modules.mlp.down_proj, ffn)
 
-        heads = _expand(kv, units.group_size)
-        q_rows, kv_rows = _expand(heads, units.head_dim), _expand(kv, units.head_dim)
+        heads = expand(kv, units.group_size)
+        q_rows, kv_rows = expand(heads, units.head_dim), expand(kv, units.head_dim)
         attention = modules.attention
         _keep_rows(attention.q_proj, q_rows)
         _keep_rows(attention.k_proj, kv_rows)
@@ -43,7 +43,7 @@ def fold_scales(model: PreTrainedModel, scales: Tensor) -> None:
         _scale_columns(modules.attention.o_proj, per_head_dim)
 
 
-def _expand(index: Tensor, width: int) -> Tensor:
+def expand(index: Tensor, width: int) -> Tensor:
     """Indices of blocks of `width` rows to indices of the rows."""
     return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -29,7 +28,9 @@ from grasp.evaluate import perplexity
 from grasp.fold import fold_mask, fold_scales
 from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, pick_device
 from grasp.projection import Mask, Projection
-from grasp.report import model_card, plot_layers
+from grasp.refit import refit
+from grasp.report import layer_figure, model_card
+from grasp.report_page import report_page
 from grasp.run import Run, Show, disk_errors, memory_errors, open_run
 from grasp.select import select
 from grasp.training import TrainSettings
@@ -59,7 +60,7 @@ def prune(
     show: Show = lambda record: None,
     **options: Any,
 ) -> PruneResult:
-    """Select, calibrate, fold, save, evaluate. The folder `out` is complete or absent.
+    """Select, refit, calibrate, fold, save, evaluate. The folder `out` is complete or absent.
 
     `keep` (default 0.5), `params` or `kv_cache` is the budget (see `Budget`); `options` are the
     other fields of `PruneConfig`; `as_published` sets those that the paper sets. Interrupted at any
@@ -113,6 +114,8 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
 
     cast(model, getattr(torch, TORCH_NAMES[config.dtype]))
     mask = projection.mask(select(model, projection, blocks, config, run.stage))
+    if config.refit:
+        refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
     fold_mask(model, mask)
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
@@ -136,10 +139,10 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     summary["results"] = {
         "dense": dense,
         "pruned": pruned,
-        "seconds": round(time.time() - run.records()[0]["time"], 1),
+        "seconds": run.seconds(),
         **asdict(saved),
     }
-    stored = _add_results(run.checkpoint, summary)
+    stored = _add_results(run.checkpoint, summary, run.records())
     run.log(event="finished", folder=str(run.out), **summary["results"])
     run.publish()
     return PruneResult(run.out, mask, stored)
@@ -295,12 +298,15 @@ def _measure(
     ).to_json()
 
 
-def _add_results(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def _add_results(
+    folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The whole grasp.json. Results come last: they are measured on what reads from disk."""
     with disk_errors(folder):
         stored = json.loads((folder / "grasp.json").read_text())
         stored["results"] = summary["results"]
         write_json(folder / "grasp.json", stored)
         (folder / "README.md").write_text(model_card(summary), encoding="utf-8")
-        plot_layers(summary, folder / "layers.png")
+        layer_figure(summary).savefig(folder / "layers.png", dpi=120)
+        (folder / "report.html").write_text(report_page(summary, records), encoding="utf-8")
     return stored

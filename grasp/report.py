@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grasp.errors import GraspError
+
+if TYPE_CHECKING:  # slow to import, and `grasp show` needs none
+    from matplotlib.figure import Figure
 
 Summary = dict[str, Any]  # the content of a checkpoint's grasp.json
 
@@ -112,8 +115,8 @@ def _import_line(recipe: dict[str, Any]) -> str:
     return "import grasp  # or pass trust_remote_code=True to both calls below\n"
 
 
-def plot_layers(summary: Summary, path: Path) -> None:
-    """Bars of the kept FFN channels and KV groups of every layer, as a PNG."""
+def layer_figure(summary: Summary) -> Figure:
+    """Bars of the kept FFN channels and KV groups of every layer."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -134,7 +137,7 @@ def plot_layers(summary: Summary, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("layer")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _markdown(head: tuple[str, ...], rows: list[Any]) -> str:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ class Run:
             except json.JSONDecodeError:
                 continue
         return records
+
+    def seconds(self) -> float:
+        """How long the run has worked; the time that it lay stopped does not count."""
+        records = self.records()
+        worked = [
+            b["time"] - a["time"] for a, b in pairwise(records) if b.get("event") != "resumed"
+        ]
+        return round(sum(worked) + time.time() - records[-1]["time"], 1)
 
     def publish(self) -> None:
         """Put the finished checkpoint in its place and remove the run's folder."""

@@ -226,6 +226,18 @@ def test_a_line_cut_by_a_crash_does_not_spoil_the_next(tmp_path):
     assert [r["event"] for r in records(run_folder(out))] == ["started", "resumed"]
 
 
+def test_the_time_a_run_lay_stopped_does_not_count(tmp_path):
+    stopped = run_folder(tmp_path / "out")
+    with pytest.raises(InterruptedError), open_run(tmp_path / "out", {}) as first:
+        first.remember("fact", lambda: 1)
+        raise InterruptedError
+    began = time.time() - 3600
+    log = [{"time": began, "event": "started"}, {"time": began + 60, "stage": "learn"}]
+    (stopped / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    with open_run(tmp_path / "out", {}) as again:
+        assert 60 <= again.seconds() < 90
+
+
 def test_a_fact_is_computed_once(tmp_path):
     for expected in (1, 1):
         with pytest.raises(InterruptedError), open_run(tmp_path / "out", {}) as opened:
@@ -312,6 +324,18 @@ def test_methods(tiny, text, tmp_path, learned):
     assert torch.equal(again.mask.keep, masks["magnitude"])
 
 
+def test_refit_end_to_end(tiny, text, tmp_path):
+    options = dict(AT_ONCE, method="magnitude", calibration=text)
+    plain, ours = (
+        grasp.prune(tiny, tmp_path / str(refit), refit=refit, **options) for refit in (False, True)
+    )
+    assert torch.equal(plain.mask.keep, ours.mask.keep)
+    before, after = (r.summary["results"]["pruned"]["value"] for r in (plain, ours))
+    assert before != after
+    steps = [r["step"] for r in records(ours.folder) if r.get("stage") == "refit"]
+    assert steps == [1, 2, 3]
+
+
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 @pytest.mark.parametrize(
     "asked", [{"keep": 0.6}, {"params": 90_000}, {"kv_cache": 0.5}], ids=lambda asked: str(*asked)
@@ -373,6 +397,7 @@ def test_the_summary_is_grasp_json_and_the_results_are_measured(learned):
     assert results["dense"]["windows"] == results["pruned"]["windows"] == 4
     assert results["dense"]["value"] != results["pruned"]["value"]
     assert tokenizer.decode(tokenizer("stone").input_ids) == "stone"
+    assert "pruned to 47.62%" in (learned.folder / "report.html").read_text()
     with safe_open(learned.folder / "model.safetensors", framework="pt") as weights:
         assert weights.get_slice("model.layers.0.mlp.down_proj.weight").get_shape() == [
             64,

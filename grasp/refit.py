@@ -1,0 +1,121 @@
+"""Refit: least squares on what is kept, layer by layer, before the dropped columns are cut away.
+
+With H the input of `down_proj` (or `o_proj`) on calibration text, S its kept columns and W the
+weight, the target is the dense module on the pruned prefix's own input, W H. The ridge solution
+W_S = W G[:, S] (G[S, S] + D)^-1 needs H only through its Gram matrix G = H H^T; D is `RIDGE` times
+the diagonal of G, so that channels of any magnitude are damped alike. Layers go in depth order:
+each sees what the refitted ones before it give. Closed form, no backprop, no parameters added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.errors import GraspError
+from grasp.fold import expand
+from grasp.projection import Mask
+from grasp.units import decoder_layers
+
+RIDGE = 1e-2
+
+
+@torch.no_grad()
+def refit(
+    model: PreTrainedModel,
+    mask: Mask,
+    blocks: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Refit o_proj and down_proj of `model` in place to the kept units; dropped columns become 0.
+
+    blocks: int64 [samples, seq_len]. In memory at one time: the hidden states of all samples at one
+    depth, and one Gram matrix (fp32). Raises GraspError where activations are not finite.
+    """
+    layers = model.get_decoder().layers
+    options = _layer_options(model, blocks[:1])
+    hidden = torch.cat([x for x in _inputs(layers[0], _forward(model), blocks.split(1))])
+    parts = zip(
+        layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
+    )
+    for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
+
+        def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
+            return layer(x, **kwargs)
+
+        heads = expand(kv, units.group_size * units.head_dim)
+        for linear, kept in ((modules.attention.o_proj, heads), (modules.mlp.down_proj, ffn)):
+            gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
+            for x in _inputs(linear, run, hidden.split(1)):
+                x = x.flatten(0, -2).float()
+                gram.addmm_(x.T, x)
+            solve(linear, kept.to(gram.device), gram)
+        for x in hidden.split(1):
+            x.copy_(run(x))
+        progress(index + 1, len(layers))
+
+
+def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> None:
+    """The ridge solution on columns `kept` (int64) of `linear.weight` [out, in], in place.
+
+    gram: [in, in]. Solved in fp64; a factorisation that fails is tried again with ten times the
+    ridge. Raises GraspError where the Gram matrix is not finite.
+    """
+    if not gram.isfinite().all():
+        raise GraspError("activations are not finite: use --dtype fp32, or leave --refit out")
+    gram = gram.double()
+    known, among = gram[kept], gram[kept][:, kept]
+    # a channel that is never active gets a weight of 0
+    power = among.diagonal().clamp(min=gram.diagonal().mean() * 1e-9 + torch.finfo().tiny)
+    ridge = RIDGE
+    factor, failed = torch.linalg.cholesky_ex(among + torch.diag(ridge * power))
+    while failed:
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(among + torch.diag(ridge * power))
+    solution = torch.cholesky_solve(known @ linear.weight.double().T, factor).T
+    linear.weight.zero_()
+    linear.weight[:, kept] = solution.to(linear.weight.dtype)
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+def _inputs(
+    module: nn.Module, run: Callable[[Tensor], Any], items: Iterable[Tensor]
+) -> Iterator[Tensor]:
+    """What enters `module` when `run` gets each of `items`; the rest of the pass is left out."""
+    seen: list[Tensor] = []
+
+    def stop(_: Any, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    with module.register_forward_pre_hook(stop):
+        for item in items:
+            with suppress(_Stop):
+                run(item)
+            yield seen.pop()
+
+
+def _forward(model: PreTrainedModel) -> Callable[[Tensor], Any]:
+    return lambda ids: model(input_ids=ids.to(model.device), use_cache=False)
+
+
+def _layer_options(model: PreTrainedModel, block: Tensor) -> list[dict[str, Any]]:
+    """The keyword arguments that each decoder layer gets: masks, positions, rotations."""
+    options: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        for layer in model.get_decoder().layers:
+            stack.enter_context(
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: options.append(kwargs), with_kwargs=True
+                )
+            )
+        _forward(model)(block)
+    return options

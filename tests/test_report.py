@@ -1,0 +1,111 @@
+"""The page beside a checkpoint, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from grasp.report_page import report_page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SUMMARY = {
+    "format": 1,
+    "grasp_version": "0.1.0",
+    "model": "org/<b>tiny",
+    "recipe": {
+        "method": "learned",
+        "samples": 8,
+        "seq_len": 16,
+        "budget": {"kind": "keep", "asked": 0.5, "layout": "per-layer"},
+    },
+    "versions": {"torch": "2.13.0"},
+    "calibration": {"name": "words.txt", "tokens": 4321},
+    "budget": {"obtained": 50, "of": 100},
+    "params": {
+        "prunable_before": 1000,
+        "prunable_after": 500,
+        "total_before": 1200,
+        "total_after": 700,
+    },
+    "kv_cache_bytes_per_token": {"before": 64, "after": 48},
+    "widths": {"before": [[96, 4], [96, 4]], "after": [[40, 2], [56, 4]]},
+    "results": {},
+}
+RECORDS = [
+    {"event": "started"},
+    *[
+        {"stage": "learn", "step": s, "steps": 9, "loss": 5 - s / 3}
+        | {"cost": 100 - 5 * s, "limit": 101 - 5 * s, "of": 100}
+        for s in range(1, 10)
+    ],
+    *[{"stage": "calibrate", "step": s, "steps": 4, "loss": 3.0} for s in range(1, 5)],
+]
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and visible text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_and_stands_alone():
+    page = Reader(report_page(SUMMARY, RECORDS))
+    for part in ("pruned to 50.00%", "1,000", "500", "4,321 tokens", "trust_remote_code", "0.5"):
+        assert part in page.text, part
+    assert page.tags.count("svg") == 2 and "script" not in page.tags
+    assert all(link.startswith("#") for link in page.links)
+    assert "<b>tiny" in page.text  # as written: no name becomes markup
+    assert report_page(SUMMARY, RECORDS) == report_page(SUMMARY, RECORDS)
+
+
+def test_what_was_not_learned_or_measured_is_not_drawn():
+    page = Reader(report_page(SUMMARY, RECORDS[:1]))
+    assert page.tags.count("svg") == 1 and "perplexity" not in page.text
+    measured = copy.deepcopy(SUMMARY)
+    result = dict(value=20.0, data="words.txt", split="test", windows=3, seq_len=16, bos=False)
+    measured["results"] = {"dense": {**result, "value": 10.0}, "pruned": result}
+    text = Reader(report_page(measured, RECORDS)).text
+    assert "2.00 x" in text and "words.txt, split test, 3 windows of 16 tokens" in text
+    measured["recipe"]["budget"]["layout"] = "uniform"
+    assert "trust_remote_code" not in Reader(report_page(measured, RECORDS)).text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_draws_it(tmp_path):
+    (tmp_path / "report.html").write_text(report_page(SUMMARY, RECORDS), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    options += ["--disable-background-networking", "--disable-sync", "--disable-quic"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,1400"]
+    shot = tmp_path / "report.png"
+    subprocess.run(
+        [CHROMIUM, *options, f"--screenshot={shot}", (tmp_path / "report.html").as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    from matplotlib.image import imread
+
+    pixels = (imread(shot)[..., :3] * 255).round().astype(int)
+    assert pixels.shape[:2] == (1400, 900)
+    for colour in (0x2F6F9F, 0xE4E7EC, 0xC7822B):  # kept, dense, the budget's curve
+        rgb = [colour >> 16, colour >> 8 & 255, colour & 255]
+        assert (abs(pixels - rgb).max(-1) <= 2).sum() > 50, hex(colour)
+
+
+def test_labels_are_text():
+    assert re.search(r"<text[^>]*>FFN channels</text>", report_page(SUMMARY, RECORDS))

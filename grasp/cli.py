@@ -123,6 +123,9 @@ def prune_command(
     gate_site: Annotated[
         GateSite, typer.Option(help="Where attention gates sit.")
     ] = PruneConfig.gate_site,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Least squares on what is kept, before scales.")
+    ] = PruneConfig.refit,
     scale_epochs: Annotated[
         int, typer.Option(help="Passes while scales learn.")
     ] = PruneConfig.scale_epochs,

@@ -1,4 +1,4 @@
-"""Learned gates against Fisher, magnitude and random at one budget, text and amount of scaling.
+"""Learned gates against every other `--method` at one budget, text and amount of scaling.
 
     python -m benchmarks.selectors --text FILE --eval-text FILE [--seeds 0,1,2]
     python -m benchmarks.selectors --table --out JSON

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,31 @@ from transformers import PreTrainedModel
 from grasp.config import PruneConfig
 from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
+from grasp.select.flap import flap_scores
 from grasp.select.learned import LearnSettings, learn_scores
 from grasp.select.magnitude import magnitude_scores
+from grasp.select.output_approximation import output_approximation_scores
+from grasp.select.taylor import taylor_scores
+from grasp.select.wanda_sp import wanda_sp_scores
 from grasp.training import Journal, TrainSettings
+from grasp.units import UnitSpace
 
-FISHER_SAMPLES = 32
+
+class Criterion(NamedTuple):
+    """Importance of all units in one go: fp32 [units] from (model, units, blocks, journal)."""
+
+    scores: Callable[[PreTrainedModel, UnitSpace, Tensor, Journal], Tensor]
+    samples: int | None = None  # blocks that it looks at; None: all
+
+
+CRITERIA = {
+    "fisher": Criterion(fisher_scores, 32),
+    "taylor": Criterion(taylor_scores, 10),  # as published: the mean of more gradients nears 0
+    "output-approximation": Criterion(output_approximation_scores),
+    "flap": Criterion(flap_scores),
+    "wanda-sp": Criterion(wanda_sp_scores),
+    "magnitude": Criterion(lambda model, space, *_: magnitude_scores(model, space), 0),
+}
 
 
 def select(
@@ -30,17 +51,18 @@ def select(
     `stage(name)` gives the journal of a stage, so that each can be resumed.
     """
     space = projection.space
+
+    def ranked(name: str) -> Tensor:
+        scores, samples = CRITERIA[name]
+        return projection.ranked(scores(model, space, blocks[:samples], stage(name)))
+
     if config.method == "random":
         drawn = torch.rand(space.size, generator=torch.Generator().manual_seed(config.seed))
         return drawn.to(model.device)
-    if config.method == "magnitude":
-        return magnitude_scores(model, space)
-    start = torch.zeros(space.size, device=model.device)
-    if config.method == "fisher" or config.start == "fisher":
-        fisher = fisher_scores(model, space, blocks[:FISHER_SAMPLES], stage("fisher"))
-        start = projection.ranked(fisher)
-    if config.method == "fisher":
-        return start
+    if config.method in CRITERIA:
+        return ranked(config.method)
+    equal = torch.zeros(space.size, device=model.device)
+    start = ranked("fisher") if config.start == "fisher" else equal
     settings = LearnSettings(
         TrainSettings.of(config, config.epochs), config.anneal, config.gate_site
     )

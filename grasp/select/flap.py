@@ -1,0 +1,31 @@
+"""FLAP: Var(X_j) ||W_:j||^2, how much of a column's output a constant could not replace.
+
+Source: FLAP (arXiv 2312.11983), the metric WIFV and the search over all layers and modules (AL-AM):
+the columns of each down_proj and o_proj are standardised to mean 0 and deviation 1, a head scores
+the mean of its columns, and one threshold holds for all. Heads become KV groups. Left out: the
+biases that make up for dropped means, and the square that only its code, not the paper, takes of
+o_proj's columns first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.select.activations import column_moments
+from grasp.training import Journal
+from grasp.units import UnitSpace
+
+
+@torch.no_grad()
+def flap_scores(
+    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
+    scores = []
+    for weight, x, units in column_moments(model, space, blocks, journal):
+        columns = x.var * weight.square().sum(0)
+        spread = columns.std().clamp(min=torch.finfo(columns.dtype).tiny)
+        scores.append(((columns - columns.mean()) / spread).view(units, -1).mean(1))
+    return torch.cat(scores)

@@ -1,0 +1,40 @@
+"""Greedy Output Approximation: the second moment of what a unit adds to its module's output.
+
+Source: Li, Dong, Lei (arXiv 2407.19126), the second-moment metric of a depth-2 module: for
+attention ||O_:j||^2 E[x_j^2], x the input of o_proj, summed over a head; for a gated FFN with
+D = down_proj [||D_:j||^2 E[u_j^2]] [||D_:j||^2 E[g_j^2] / 2], u and g the outputs of up_proj and
+gate_proj. Every module is cut at the same ratio, kept here as ranks within each; heads become KV
+groups. Left out: head similarity, recovery before each cut, and the whole blocks at both ends.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.select.activations import Tap, channel_moments, uniform_ratio
+from grasp.training import Journal
+from grasp.units import UnitSpace, decoder_layers
+
+
+@torch.no_grad()
+def output_approximation_scores(
+    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
+    taps: list[Tap] = []
+    for modules in decoder_layers(model):
+        taps += [(modules.mlp.up_proj, "output"), (modules.mlp.gate_proj, "output")]
+        taps += [(modules.attention.o_proj, "input")]
+    moments = iter(channel_moments(model, taps, blocks, journal))
+    scores = []
+    for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
+        down, out = (
+            linear.weight.float().square().sum(0)
+            for linear in (modules.mlp.down_proj, modules.attention.o_proj)
+        )
+        up, gate, heads = (next(moments).second for _ in range(3))
+        scores += [down * up * down * gate / 2]
+        scores += [(out * heads).view(layer.kv_groups, -1).sum(1)]
+    return uniform_ratio(scores)

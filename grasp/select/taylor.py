@@ -1,0 +1,51 @@
+"""LLM-Pruner's Taylor: sum of |g w| over a unit's weights, g the gradient of the mean loss.
+
+Source: LLM-Pruner (arXiv 2305.11627), grouped importance, element-wise and of first order. Divided
+by the unit's cost, so that groups and channels of all layers compete per parameter; as published,
+each layer is cut at one ratio and the blocks at both ends stay whole.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.select.weights import prunable_weights, unit_means
+from grasp.training import Journal, finite_mean, next_token_loss
+from grasp.units import UnitSpace
+
+
+def taylor_scores(
+    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """fp32 [units] on the model's device; blocks: int64 [samples, seq_len], one backward each.
+
+    In memory at one time: one more copy of the prunable weights, in fp32.
+    """
+    done = journal.load()
+    if done is not None:
+        return done["taylor"].to(model.device)
+    weights = prunable_weights(model)
+    gradients = {w: torch.zeros_like(w, dtype=torch.float32) for w in weights}
+
+    def collect(weight: Any) -> None:
+        gradients[weight] += weight.grad
+        weight.grad = None
+
+    with ExitStack() as stack:
+        for weight in weights:
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_()
+            stack.enter_context(weight.register_post_accumulate_grad_hook(collect))
+        for step, block in enumerate(blocks):
+            loss = next_token_loss(model, block[None].to(model.device))
+            value = finite_mean([loss.detach()], step + 1)
+            (loss / len(blocks)).backward(inputs=weights)
+            journal.progress(step + 1, len(blocks), value, block.numel())
+    scores = unit_means(model, space, lambda w: (w * gradients[w]).abs())
+    journal.save(lambda: {"taylor": scores}, final=True)
+    return scores

@@ -1,0 +1,30 @@
+"""Wanda-sp: mean over rows of |W_ij| ||X_j||, the weights that a unit's activations meet.
+
+Source: Wanda (arXiv 2306.11695) on whole columns, as FLAP (arXiv 2312.11983) compares with it: on
+down_proj by channel and on o_proj summed over a head, at the same ratio in every layer and module.
+That ratio is kept, as ranks within each module; heads become KV groups, and X is the dense model's
+(the published code takes each layer's from the pruned ones before it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.select.activations import column_moments, uniform_ratio
+from grasp.training import Journal
+from grasp.units import UnitSpace
+
+
+@torch.no_grad()
+def wanda_sp_scores(
+    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
+    return uniform_ratio(
+        [
+            (weight.abs().mean(0) * x.second.sqrt()).view(units, -1).sum(1)
+            for weight, x, units in column_moments(model, space, blocks, journal)
+        ]
+    )

@@ -1,0 +1,235 @@
+"""One-shot criteria: each against its formula computed the plain way, resumed, and end to end."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from families import save_tiny, tiny_model
+
+import grasp
+from grasp.budget import Budget
+from grasp.config import Method
+from grasp.projection import Projection
+from grasp.select import CRITERIA
+from grasp.select.activations import Moments, channel_moments, uniform_ratio
+from grasp.training import Journal, next_token_loss
+from grasp.units import UnitSpace, decoder_layers
+
+BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
+families = pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: biased q, k and v
+ON_ACTIVATIONS = ("wanda-sp", "flap", "output-approximation")
+
+
+class Memory(Journal):
+    """Keeps the last state; dies right after step `stop_at`."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at, self.state, self.steps = stop_at, None, []
+
+    def load(self):
+        return self.state
+
+    def save(self, state, *, final=False):
+        self.state = {name: t.clone() for name, t in state().items()}
+        if self.steps[-1] == self.stop_at:
+            raise KeyboardInterrupt
+
+    def progress(self, step, total, loss, tokens, **info):
+        self.steps.append(step)
+
+
+def scores(method, model, blocks=BLOCKS, journal=None):
+    found = CRITERIA[method].scores(model, UnitSpace.of(model), blocks, journal or Journal())
+    assert found.dtype == torch.float32 and found.shape == (UnitSpace.of(model).size,)
+    return found
+
+
+def passing(model, linear):
+    """Input and output of a linear for all tokens at once, fp64 [tokens, channels]."""
+    seen = []
+    see = linear.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    with see, torch.no_grad():
+        model(input_ids=BLOCKS)
+    return [x.flatten(0, 1).double() for x in seen]
+
+
+def columns_of(space, layer):
+    """The columns of o_proj that belong to each KV group, one by one."""
+    units = space.layers[layer]
+    width = units.head_dim * units.group_size
+    return [range(k * width, (k + 1) * width) for k in range(units.kv_groups)]
+
+
+def by_module(model, found):
+    """(layer, its modules, scores of its channels, scores of its groups), layer by layer."""
+    space = UnitSpace.of(model)
+    for (index, ffn, kv), modules in zip(space.segments(), decoder_layers(model), strict=True):
+        yield index, modules, found[ffn], found[kv]
+
+
+def assert_ranks(found, raw):
+    """`found` is the middle of each unit's place among the `raw` scores of its module."""
+    order = torch.tensor([sum(other < one for other in raw) for one in raw.tolist()])
+    torch.testing.assert_close(found, (order + 0.5) / len(raw))
+
+
+@families
+def test_wanda_sp(family):
+    model = tiny_model(family)
+    space = UnitSpace.of(model)
+    for index, modules, channels, groups in by_module(model, scores("wanda-sp", model)):
+        x, _ = passing(model, modules.mlp.down_proj)
+        assert_ranks(channels, (modules.mlp.down_proj.weight.abs() * x.norm(dim=0)).mean(0))
+        x, _ = passing(model, modules.attention.o_proj)
+        column = (modules.attention.o_proj.weight.abs() * x.norm(dim=0)).mean(0)
+        heads = [sum(column[j] for j in own) for own in columns_of(space, index)]
+        assert_ranks(groups, torch.stack(heads))
+
+
+@families
+def test_flap(family):
+    model = tiny_model(family)
+    space = UnitSpace.of(model)
+    for index, modules, channels, groups in by_module(model, scores("flap", model)):
+        want = []
+        for linear in (modules.mlp.down_proj, modules.attention.o_proj):
+            x, _ = passing(model, linear)
+            raw = (x - x.mean(0)).square().sum(0) / (len(x) - 1) * linear.weight.norm(dim=0) ** 2
+            want.append(((raw - raw.mean()) / raw.std()).float())
+        torch.testing.assert_close(channels, want[0], rtol=1e-4, atol=1e-5)
+        heads = [torch.stack([want[1][j] for j in own]).mean() for own in columns_of(space, index)]
+        torch.testing.assert_close(groups, torch.stack(heads), rtol=1e-4, atol=1e-5)
+
+
+@families
+def test_output_approximation(family):
+    model = tiny_model(family)
+    space = UnitSpace.of(model)
+    for index, modules, channels, groups in by_module(model, scores("output-approximation", model)):
+        mlp, o_proj = modules.mlp, modules.attention.o_proj
+        x, up = passing(model, mlp.up_proj)
+        gate = x @ mlp.gate_proj.weight.double().T  # before the activation
+        d = mlp.down_proj.weight.double().square().sum(0)
+        assert_ranks(channels, d * up.square().mean(0) * 0.5 * d * gate.square().mean(0))
+        x, _ = passing(model, o_proj)
+        # the second moment of what each column adds to the output, summed over its rows
+        added = [(x[:, j, None] * o_proj.weight[:, j]).square().sum(1).mean() for j in range(128)]
+        heads = [sum(added[j] for j in own) for own in columns_of(space, index)]
+        assert_ranks(groups, torch.stack(heads))
+
+
+@families
+def test_taylor(family):
+    model, plain = tiny_model(family), tiny_model(family).requires_grad_()
+    found = scores("taylor", model)
+    next_token_loss(plain, BLOCKS).backward()  # the mean over all samples, in one batch
+    space, d = UnitSpace.of(model), plain.config.hidden_size
+    for index, modules, channels, groups in by_module(plain, found):
+        units = space.layers[index]
+        mlp, attention = (
+            {name: (p * p.grad).detach().abs() for name, p in module.named_parameters()}
+            for module in (modules.mlp, modules.attention)
+        )
+        for j in range(units.ffn):
+            parts = mlp["gate_proj.weight"][j], mlp["up_proj.weight"][j]
+            want = sum(p.sum() for p in (*parts, mlp["down_proj.weight"][:, j])) / (3 * d)
+            torch.testing.assert_close(channels[j], want, rtol=1e-3, atol=1e-9)
+        for k, own in enumerate(columns_of(space, index)):
+            rows = slice(k * units.head_dim, (k + 1) * units.head_dim)
+            parts = [attention[f"{name}_proj.weight"][rows] for name in "kv"]
+            parts.append(attention["q_proj.weight"][list(own)])
+            parts.append(attention["o_proj.weight"][:, list(own)])
+            want = sum(p.sum() for p in parts) / sum(p.numel() for p in parts)
+            torch.testing.assert_close(groups[k], want, rtol=1e-3, atol=1e-9)
+
+
+def test_taylor_leaves_the_model_as_it_was():
+    model = tiny_model("llama")
+    norm = model.model.norm.weight.requires_grad_()
+    scores("taylor", model, BLOCKS[:1])
+    scores("taylor", model, BLOCKS[:1])  # adds nothing to the first
+    assert [p for p in model.parameters() if p.requires_grad] == [norm]
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_moments_far_from_zero_keep_their_digits():
+    """A channel of mean 1000 and spread 0.1: sums of squares in fp32 would see no spread."""
+    model = tiny_model("qwen2")
+    q_proj = model.model.layers[0].self_attn.q_proj
+    q_proj.weight.mul_(0.1)
+    q_proj.bias.fill_(1000.0)
+    (found,) = channel_moments(model, [(q_proj, "output")], BLOCKS, Journal())
+    _, y = passing(model, q_proj)
+    torch.testing.assert_close(found.mean, y.mean(0).float())
+    torch.testing.assert_close(found.var, y.var(0, correction=0).float(), rtol=1e-2, atol=0)
+    assert not q_proj._forward_hooks
+    assert Moments(torch.tensor([3.0]), torch.tensor([4.0])).second == 13
+
+
+def test_uniform_ratio_keeps_the_same_part_of_every_module():
+    """Whatever the scale of its scores; equal scores stay equal, so that chance decides on them."""
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    drawn = torch.rand(space.size).exp()
+    pieces = [drawn[s] * 10.0**i for i, (_, *parts) in enumerate(space.segments()) for s in parts]
+    mask = Projection(space, Budget("keep", 0.5, 1)).mask(uniform_ratio(pieces))
+    assert [(len(ffn), len(kv)) for ffn, kv in mask.layers()] == [(48, 2)] * 3
+    ties = uniform_ratio([torch.tensor([0.0, 7.0, 0.0, 9.0])])
+    assert ties.tolist() == [0.25, 0.625, 0.25, 0.875]
+
+
+@pytest.mark.parametrize("method", ON_ACTIVATIONS)
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_resumed_ends_where_uninterrupted_does(method, stop_at):
+    model = tiny_model("llama")
+    want = scores(method, model)
+    journal = Memory(stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        scores(method, model, journal=journal)
+    journal.stop_at = None
+    assert torch.equal(scores(method, model, journal=journal), want)
+    assert journal.steps == [1, 2, 3, 4, 5, 6]  # nothing is done twice
+
+
+@pytest.mark.parametrize("method", ["fisher", "taylor"])
+def test_what_is_done_is_not_done_again(method):
+    model, journal = tiny_model("llama"), Memory()
+    want = scores(method, model, journal=journal)
+    assert torch.equal(scores(method, model, journal=journal), want)
+    assert journal.steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("biased") / "model", "qwen2")
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_prunes(method, tiny, biased, text, tmp_path):
+    model = biased if method in ON_ACTIVATIONS else tiny
+    options = dict(samples=4, seq_len=32, epochs=1, scale_epochs=0, eval_windows=2, device="cpu")
+    records = []
+    result = grasp.prune(
+        model,
+        tmp_path / "out",
+        calibration=text,
+        method=method,
+        ffn_multiple=8,
+        show=records.append,
+        **options,
+    )
+    budget = result.summary["budget"]
+    assert budget["obtained"] <= budget["limit"] < budget["obtained"] + 8 * 3
+    assert result.summary["recipe"]["method"] == method
+    assert grasp.load(result.folder)[0] is not None
+    stage = [r for r in records if r.get("stage") == method]
+    if method not in ("learned", "magnitude", "random"):
+        assert [r["step"] for r in stage] == [1, 2, 3, 4]
+        assert all(r["loss"] > 0 and r["tokens_per_second"] > 0 for r in stage)
+
+
+def test_every_method_is_listed():
+    assert {*CRITERIA, "learned", "random"} == set(get_args(Method))

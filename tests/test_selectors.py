@@ -155,6 +155,14 @@ def test_taylor_leaves_the_model_as_it_was():
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", CRITERIA)
+def test_a_bf16_model_scores_like_the_same_weights_in_fp32(method):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    halved, whole = scores(method, model), scores(method, model.float())
+    assert halved.isfinite().all()
+    assert torch.corrcoef(torch.stack([halved, whole]))[0, 1] > 0.99
+
+
 def test_moments_far_from_zero_keep_their_digits():
     """A channel of mean 1000 and spread 0.1: sums of squares in fp32 would see no spread."""
     model = tiny_model("qwen2")

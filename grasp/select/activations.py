@@ -83,7 +83,7 @@ def column_moments(
     linears = [x for m in decoder_layers(model) for x in (m.mlp.down_proj, m.attention.o_proj)]
     units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
     moments = channel_moments(model, [(linear, "input") for linear in linears], blocks, journal)
-    return [(x.weight.float(), m, n) for x, m, n in zip(linears, moments, units, strict=True)]
+    return [(x.weight, m, n) for x, m, n in zip(linears, moments, units, strict=True)]
 
 
 def uniform_ratio(modules: Sequence[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ def flap_scores(
     """fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
     scores = []
     for weight, x, units in column_moments(model, space, blocks, journal):
-        columns = x.var * weight.square().sum(0)
+        columns = x.var * weight.float().square().sum(0)
         spread = columns.std().clamp(min=torch.finfo(columns.dtype).tiny)
         scores.append(((columns - columns.mean()) / spread).view(units, -1).mean(1))
     return torch.cat(scores)

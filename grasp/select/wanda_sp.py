@@ -24,7 +24,7 @@ def wanda_sp_scores(
     """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
     return uniform_ratio(
         [
-            (weight.abs().mean(0) * x.second.sqrt()).view(units, -1).sum(1)
+            (weight.float().abs().mean(0) * x.second.sqrt()).view(units, -1).sum(1)
             for weight, x, units in column_moments(model, space, blocks, journal)
         ]
     )

@@ -92,7 +92,6 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("anneal=0", replace(ours, anneal=0.0)),
         off("schedule=cosine", replace(ours, schedule="cosine")),
         off("lr=0.02", replace(ours, lr=0.02)),
-        off("schedule=cosine lr=0.02", replace(ours, schedule="cosine", lr=0.02)),
         off("batch_size=4", replace(ours, batch_size=4)),
         off(f"epochs={2 * ours.epochs}", replace(ours, epochs=2 * ours.epochs)),
         off("ffn_multiple=32", replace(ours, budget=blocked)),

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from grasp_kernels._triton import attention, launch, projection, swiglu
 
-# Bytes a block may use; what compiles for sm_80 runs on sm_86, sm_89 and sm_120 too, which have less.
+# Bytes a block may use; for sm_80 those of sm_86, sm_89 and sm_120, which take its tiles too.
 SHARED_LIMIT = {80: 101_376, 90: 232_448}
 _TYPES = {
     torch.float16: "fp16",

@@ -81,9 +81,10 @@ def from_config(config: Mapping[str, Any]) -> Header:
     head_dim = config.get("head_dim") or family.head_dim
     head_dim = head_dim or hidden // _size(config, "num_attention_heads")
     layers, fixed = [], 0
-    overrides = config.get("per_layer_config") or {}
+    # with ten layers or more, transformers writes them as 00, 01, ...
+    overrides = {int(key): own for key, own in (config.get("per_layer_config") or {}).items()}
     for index in range(_size(config, "num_hidden_layers")):
-        own = {**config, **overrides.get(str(index), {})}
+        own = {**config, **overrides.get(index, {})}
         heads = _size(own, "num_attention_heads")
         groups = _size(own, "num_key_value_heads") if own.get("num_key_value_heads") else heads
         layer = LayerUnits(

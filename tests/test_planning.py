@@ -95,9 +95,9 @@ def test_a_config_tells_what_the_model_is(tmp_path, family, tied, biased):
 @pytest.mark.parametrize("family", GRASP_CLASSES)
 def test_a_config_with_per_layer_widths(tmp_path, family):
     config_class, _, model_class = GRASP_CLASSES[family]
-    values = tiny_model(family, tied=True).config.to_dict()
+    values = tiny_model(family, tied=True, layers=12).config.to_dict()
     values = {k: v for k, v in values.items() if k not in ("model_type", "architectures")}
-    widths = [(8, 4, 2), (96, 8, 4), (24, 2, 1)]
+    widths = 4 * [(8, 4, 2), (96, 8, 4), (24, 2, 1)]  # from ten layers on, keys are 00, 01, ...
     names = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
     per_layer = {i: dict(zip(names, w, strict=True)) for i, w in enumerate(widths)}
     config = config_class(

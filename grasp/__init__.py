@@ -18,6 +18,7 @@ from typing import Any
 
 _HOMES = {
     "GraspError": "grasp.errors",
+    "bench": "grasp.speed",
     "evaluate_tasks": "grasp.zero_shot",
     "evaluate_text": "grasp.evaluate",
     "export": "grasp.checkpoint.export",

@@ -64,6 +64,14 @@ def parse_count(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no number: write 3500000000, 3.5B or 120M") from None
 
 
+def parse_counts(text: str) -> list[int]:
+    """1,4 as a list."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers: write 1,4") from None
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -255,6 +263,55 @@ def eval_command(
             table.add_row(*row)
         out_console.print(table)
         _line(scores.measured_on())
+
+
+@app.command("bench")
+def bench_command(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, as the dense one.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(metavar="COUNTS", help="Prompts at once.")] = "1,4",
+    prompt_lens: Annotated[
+        str, typer.Option(metavar="COUNTS", help="Tokens of a prompt.")
+    ] = "128,512",
+    tokens: Annotated[int, typer.Option(help="Tokens to decode after each prompt.")] = 32,
+    repetitions: Annotated[int, typer.Option(help="Of each shape, beside one to warm up.")] = 5,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; a .gguf file has its own.")
+    ] = PruneConfig.dtype,
+    device: Device = "auto",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write a plot of tokens/s.")
+    ] = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Speed and size: prefill, decode, KV cache, weights. A .gguf file runs in llama.cpp."""
+    from grasp.speed import bench
+
+    shapes = {"batch_sizes": parse_counts(batch_sizes), "prompt_lens": parse_counts(prompt_lens)}
+    with _progress() as show:
+        result = bench(
+            model,
+            against=against,
+            **shapes,
+            tokens=tokens,
+            repetitions=repetitions,
+            dtype=dtype,
+            device=device,
+            plot=plot,
+            trust_remote_code=trust_remote_code,
+            progress=lambda n, of: show({"stage": "bench", "step": n, "steps": of}),
+        )
+    if as_json:
+        print(json.dumps(result.to_json(), indent=2))
+        return
+    table = Table("", *(escape(m.model) for m in result.models), *[""] * (against is not None))
+    for row in result.rows():
+        table.add_row(*row)
+    out_console.print(table)
+    _line(result.measured_on())
 
 
 @app.command("verify")

@@ -34,7 +34,7 @@ from grasp.report_page import report_page
 from grasp.run import Run, Show, disk_errors, memory_errors, open_run
 from grasp.select import select
 from grasp.training import TrainSettings
-from grasp.units import UnitSpace
+from grasp.units import UnitSpace, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,14 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     if config.refit:
         refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
     fold_mask(model, mask)
+    scales = None
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
-        fold_scales(model, learn_scales(model, blocks, settings, run.stage("calibrate")))
-
-    cast(model, stored_dtype)
+        scales = learn_scales(model, blocks, settings, run.stage("calibrate"))
+    if model.dtype != stored_dtype:
+        model = _as_stored(config, mask, learned_on=model)
+    if scales is not None:
+        fold_scales(model, scales)
     summary = _summary(config, corpus, projection, mask)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
     run.checkpoint.mkdir()
@@ -146,6 +149,24 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     run.log(event="finished", folder=str(run.out), **summary["results"])
     run.publish()
     return PruneResult(run.out, mask, stored)
+
+
+def _as_stored(config: PruneConfig, mask: Mask, *, learned_on: PreTrainedModel) -> PreTrainedModel:
+    """The pruned model with the weights that are on disk: learning has rounded its own."""
+    model, _ = load_model(
+        config.model,
+        dtype=None,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    fold_mask(model, mask)
+    if config.refit:
+        pairs = zip(decoder_layers(model), decoder_layers(learned_on), strict=True)
+        for ours, refitted in pairs:
+            with torch.no_grad():
+                ours.mlp.down_proj.weight.copy_(refitted.mlp.down_proj.weight)
+                ours.attention.o_proj.weight.copy_(refitted.attention.o_proj.weight)
+    return model
 
 
 def _summary(
@@ -271,6 +292,9 @@ def _ruler(
 
 def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict[str, Any]:
     """What decides the result besides the options: texts, weights, software, threads."""
+    software = environment(model.device)
+    if model.device.type != "cpu":
+        del software["threads"]  # they decide nothing there
     weights = sha256()
     for parameter in model.parameters():
         weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
@@ -279,7 +303,7 @@ def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict
         "evaluation text": ruler and ruler.text.sha256,
         "weights": weights.hexdigest(),
         "grasp": version("grasp"),
-        **environment(model.device),
+        **software,
     }
 
 

@@ -405,6 +405,20 @@ def test_the_summary_is_grasp_json_and_the_results_are_measured(learned):
         ]
 
 
+def test_learning_in_bf16_does_not_round_what_is_saved(tiny, text, tmp_path):
+    options = dict(SMALL, method="magnitude", calibration=text, dtype="bf16")
+    result = grasp.prune(tiny, tmp_path / "out", **options)
+    dense, _ = grasp.load(tiny, device="cpu")
+    pruned, _ = grasp.load(result.folder, device="cpu")
+    assert pruned.dtype == torch.float32
+    for (ffn, _), before, after in zip(
+        result.mask.layers(), dense.model.layers, pruned.model.layers, strict=True
+    ):
+        assert torch.equal(after.mlp.up_proj.weight, before.mlp.up_proj.weight[ffn])
+        scales = after.mlp.down_proj.weight / before.mlp.down_proj.weight[:, ffn]
+        torch.testing.assert_close(scales, scales[:1].expand_as(scales))  # one a channel, exact
+
+
 def test_text_to_evaluate_on(tiny, text, tmp_path):
     """Its windows are never longer than the model takes, 256 here."""
     options = dict(AT_ONCE, samples=180, eval_text=text)  # no text is left over

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels._backend import kernels, runs_triton
+from grasp_kernels._checks import expect
 
 aten = torch.ops.aten
 
@@ -39,8 +40,9 @@ def forward(
         raw, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=_additive(key_mask, q), scale=scale
         )
-    if key_mask is not None:  # rows that see no key
-        raw = raw.nan_to_num(0.0)
+    if key_mask is not None:
+        seen = key_mask.cummax(1).values if causal else key_mask.any(1, keepdim=True)
+        raw = raw.where(seen[:, None, :, None], 0.0)  # rows that see no key
     gate = _wide(z).repeat_interleave(groups)[:, None, None]
     return _heads_last((_wide(raw) * gate).to(q.dtype)), _heads_last(raw), lse.contiguous()
 
@@ -63,7 +65,11 @@ def backward(
     kv_heads = k.shape[1]
     queries = heads // kv_heads
     dz = _gate_gradient(grad, raw, z)
-    kept = int(z.count_nonzero()) if max_kept is None else max_kept
+    kept = max_kept
+    if kept is None or not z.is_cuda:  # a count makes a GPU wait
+        count = int(z.count_nonzero())
+        kept = count if kept is None else kept
+        expect(count <= kept, f"z has {count} non-zero entries, max_kept allows {kept}")
     groups = torch.argsort(z == 0, stable=True)[:kept]
     rows = (groups[:, None] * queries + torch.arange(queries, device=q.device)).flatten()
     gate = _wide(z)[groups].repeat_interleave(queries)[:, None, None]

@@ -95,31 +95,42 @@ def gated_attention(
         f"max_kept is {max_kept}, expected 0 to {kv_heads}",
     )
     scale = 1 / math.sqrt(size) if scale is None else scale
-    triton = _choose_triton(backend, q, key_mask, max_kept)
+    triton = _choose_triton(backend, q, k, v, key_mask, max_kept)
     return _attention(q, k, v, z, causal, scale, key_mask, max_kept, triton)[0]
 
 
-def _choose_triton(backend: str, q: Tensor, key_mask: Tensor | None, max_kept: int | None) -> bool:
+def _choose_triton(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    max_kept: int | None,
+) -> bool:
     length, size = q.shape[2:]
     expect(
         backend in ("auto", "triton", "sdpa"),
         f'backend is "{backend}", expected "auto", "triton" or "sdpa"',
     )
-    can_triton = runs_triton(q) and size <= 128
+    # offsets within a sequence are int32, and a launch takes 65,535 heads
+    fits = q.shape[0] * q.shape[1] < 2**16 and all(_span(x) < 2**31 for x in (q, k, v))
+    can_triton = runs_triton(q) and size <= 128 and fits
     can_sdpa = _sdpa.supports(q, key_mask)
     if backend == "auto":
         expect(
             can_triton or can_sdpa,
             f"no backend takes {q.dtype} with head size {size} on {q.device}"
             f"{' and a key_mask' if key_mask is not None else ''}: "
-            "head sizes to 128 run in fp16, bf16 and fp32; to 256 in fp16, bf16 and no mask",
+            "head sizes to 128 run in fp16, bf16 and fp32 where a sequence spans less than 2^31 "
+            "values; to 256 in fp16, bf16 and no mask",
         )
         long = q.dtype != torch.float32 and length >= _SDPA_FROM and max_kept is not None
         return can_triton and not (long and can_sdpa)
     expect(
         backend != "triton" or can_triton,
-        f'backend "triton" takes CUDA tensors of fp16, bf16 or fp32 with head size up to 128, got '
-        f'{q.dtype}, {size} on {q.device}: use "auto"',
+        f'backend "triton" takes CUDA tensors of fp16, bf16 or fp32 with head size up to 128, '
+        f"fewer than 65,536 heads in a batch and 2^31 values in a sequence, got {q.dtype}, "
+        f'{list(q.shape)} on {q.device}: use "auto"',
     )
     expect(
         backend != "sdpa" or can_sdpa,
@@ -127,6 +138,11 @@ def _choose_triton(backend: str, q: Tensor, key_mask: Tensor | None, max_kept: i
         f'no key_mask, got {q.dtype}, {size}: use "auto"',
     )
     return backend == "triton"
+
+
+def _span(x: Tensor) -> int:
+    """Distance in memory between the first and the last value of one sequence."""
+    return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
 @torch.library.custom_op("grasp::gated_attention", mutates_args=())

@@ -213,7 +213,8 @@ def _ffn_backward(
     kept = gate_pre.shape[1]
     if kept < len(z):
         w_gate, w_up = (w.index_select(0, order[:kept]) for w in (w_gate, w_up))
-    return d_hidden @ torch.cat([w_gate, w_up]), dz
+    d_gate, d_up = d_hidden[:, :kept], d_hidden[:, kept:]
+    return torch.addmm(d_gate @ w_gate, d_up, w_up), dz
 
 
 @_ffn_backward.register_fake

@@ -18,7 +18,8 @@ def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
     tokens, width = a.shape
     out = a.new_empty(tokens, width)
     tile = config("swiglu", a.device)
-    grid = (triton.cdiv(width, tile.blocks["BLOCK_F"]), triton.cdiv(tokens, tile.blocks["BLOCK_T"]))
+    columns = triton.cdiv(width, tile.blocks["BLOCK_F"])
+    grid = (columns * triton.cdiv(tokens, tile.blocks["BLOCK_T"]),)  # a second axis ends at 65,535
     launch(_forward, grid, tile, a, u, z, out, tokens, width, a.stride(0), u.stride(0))
     return out
 
@@ -43,7 +44,7 @@ def swiglu_pack(
     columns = _packed_blocks(kept, width, tile.blocks["BLOCK_F"])
     launch(
         _pack,
-        (columns, triton.cdiv(tokens, tile.blocks["BLOCK_T"])),
+        (columns * triton.cdiv(tokens, tile.blocks["BLOCK_T"]),),
         tile,
         *(a, u, z, order, hidden, a_kept, u_kept, dropped),
         *(tokens, width, kept, a.stride(0), u.stride(0)),
@@ -112,8 +113,9 @@ def _forward(
     gate_pre, up, z, out, tokens, width, a_stride, u_stride,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_T
+    columns = tl.cdiv(width, BLOCK_F)
+    column = tl.program_id(0) % columns * BLOCK_F + tl.arange(0, BLOCK_F)
+    first = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_T
     row = tl.arange(0, BLOCK_T)
     inside = (row[:, None] < tokens - first) & (column < width)[None, :]
     gate = tl.load(z + column, column < width, other=0.0).to(tl.float32)
@@ -162,9 +164,8 @@ def _gradients(g, a, u, gate):
 
 
 @triton.jit
-def _packed_columns(width, kept, BLOCK_F: tl.constexpr):
-    """This program's block of the packed order: is it kept, its columns there, and their number."""
-    block = tl.program_id(0)
+def _packed_columns(block, width, kept, BLOCK_F: tl.constexpr):
+    """A block of the packed order: is it kept, its columns there, and their number."""
     kept_blocks = tl.cdiv(kept, BLOCK_F)
     is_kept = block < kept_blocks
     column = tl.where(is_kept, block, block - kept_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -177,11 +178,12 @@ def _pack(
     a_stride, u_stride,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    is_kept, column, count = _packed_columns(width, kept, BLOCK_F)
+    columns = tl.cdiv(kept, BLOCK_F) + tl.cdiv(width - kept, BLOCK_F)
+    is_kept, column, count = _packed_columns(tl.program_id(0) % columns, width, kept, BLOCK_F)
     valid = column < count
     source = tl.load(order + tl.where(is_kept, column, kept + column), valid, other=0)
     source = source.to(tl.int32)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_T
+    first = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_T
     row = tl.arange(0, BLOCK_T)
     inside = (row[:, None] < tokens - first) & valid[None, :]
     a_at = gate_pre + first * a_stride + row[:, None] * a_stride + source[None, :]
@@ -205,7 +207,7 @@ def _pack_backward(
     grad, gate_pre, up, dropped, z, order, d_packed, partial, tokens, width, kept, g_stride,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    is_kept, column, count = _packed_columns(width, kept, BLOCK_F)
+    is_kept, column, count = _packed_columns(tl.program_id(0), width, kept, BLOCK_F)
     valid = column < count
     source = tl.load(order + tl.where(is_kept, column, kept + column), valid, other=0)
     source = source.to(tl.int32)

@@ -76,7 +76,8 @@ def _assert_close(name: str, a: Tensor, plain: Tensor, exact: Tensor, dtype: tor
         return
     error, allowed = ((x.double() - exact).norm() / scale for x in (a, plain))
     assert math.isfinite(error), f"{name} is not finite"
-    assert error <= _TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
+    # a sum of few units may cancel, and plain PyTorch be far off too
+    assert error <= max(_TOLERANCE[dtype], 2 * allowed), f"{name}: relative error {error:.2e}"
     slack = 4 * torch.finfo(dtype).eps  # where plain PyTorch is exact to the last bit
     assert error <= 2 * allowed + slack, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
 

@@ -36,8 +36,8 @@ def test_masks(kind, device):
     ("heads", "kv_heads", "length", "size", "causal"),
     [
         (2, 2, 131, 64, True),
-        (3, 1, 65, 96, True),
-        (4, 1, 33, 128, False),
+        (6, 2, 65, 96, True),
+        (4, 2, 33, 128, False),
         (8, 1, 17, 64, True),
         (2, 1, 129, 128, True),
         (2, 2, 1, 64, True),
@@ -51,11 +51,12 @@ def test_shapes(dtype, heads, kv_heads, length, size, causal, device):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
-def test_key_mask(causal, device):
+def test_key_mask(causal, dtype, device):
     key_mask = torch.rand(2, 71, device=device) < 0.6
     key_mask[0, :9] = False  # left padding: the first rows see no key
-    check(4, 2, 71, 64, torch.float32, device, "ones", causal, batch=2, key_mask=key_mask)
+    check(4, 2, 71, 64, dtype, device, "ones", causal, batch=2, key_mask=key_mask)
 
 
 def test_dropped_groups_have_exactly_zero_gradients(device):

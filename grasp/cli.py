@@ -60,7 +60,7 @@ def parse_count(text: str) -> float:
     unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
     try:
         return round(float(text[:-1]) * unit) if unit else float(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise typer.BadParameter(f"{text!r} is no number: write 3500000000, 3.5B or 120M") from None
 
 

@@ -329,7 +329,7 @@ def _dataset_rows(hub: HubName, text_field: str) -> list[str]:
 
     try:
         rows = datasets.load_dataset(hub.name, hub.config, split=hub.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise GraspError(
             f"{hub.label}, split {hub.split}, is neither a local file nor a data set that loads "

@@ -84,7 +84,7 @@ def perplexity(
             if not torch.isfinite(total):
                 raise GraspError(
                     f"the loss is {total.item()} after window {first + len(batch)} of {count}: "
-                    f"the weights are damaged or overflow in {model.dtype}; try --dtype fp32"
+                    f"the weights are damaged or overflow in {model.dtype}"
                 )
             if progress:
                 progress(first + len(batch), count)
@@ -161,7 +161,8 @@ def _windows(
         raise GraspError(
             f"too little text: {corpus.name} has {corpus.tokens:,} tokens, {available:,} windows "
             f"of {length}; {windows or 1} need {(windows or 1) * step:,} tokens: "
-            "ask for fewer --windows, a shorter --seq-len or give more text"
+            "ask for fewer --windows, a shorter --seq-len (of prune: --eval-windows, "
+            "--eval-seq-len) or give more text"
         )
     count = min(available, windows or available)
     inputs = corpus.ids[: count * step].view(count, step)

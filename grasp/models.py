@@ -147,7 +147,7 @@ def pick_device(device: str) -> str:
 
     gpus = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if gpus else "cpu"
+        device = "cuda" if gpus else "cpu"
     try:
         asked = torch.device(device)
     except RuntimeError:
@@ -158,7 +158,14 @@ def pick_device(device: str) -> str:
         raise GraspError(
             f"device {device} asked for, but torch {torch.__version__} sees {gpus or 'no'} GPU"
         )
-    return "cpu" if asked.type == "cpu" else device
+    if asked.type == "cpu":
+        return "cpu"
+    if (capability := torch.cuda.get_device_capability(asked)) < (8, 0):
+        raise GraspError(
+            f"{torch.cuda.get_device_name(asked)} has compute capability "
+            f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use --device cpu"
+        )
+    return device
 
 
 def _check_folder(folder: Path) -> None:

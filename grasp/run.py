@@ -93,7 +93,7 @@ class Run:
             for path in self.checkpoint.rglob("*.*"):
                 _sync(path)
             os.rename(self.checkpoint, self.out)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps the open lock
 
 
 @contextmanager
@@ -101,9 +101,10 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
     """Start or resume the run that will produce `out`. Raises GraspError if `out` exists, if its
     run folder belongs to another configuration (with the differences), or is in use. A run that
     fails before it has anything to resume from leaves no folder."""
+    taken = GraspError(f"{out} exists already: choose another --out or remove it first")
     if os.path.lexists(out):
         _remove_published(out)
-        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+        raise taken
     folder, asked = _folder(out), json.loads(json.dumps(config))
     missing = [parent for parent in folder.parents if not parent.exists()]
     with disk_errors(folder):
@@ -117,10 +118,16 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise GraspError(f"{folder} is in use by another grasp process: wait for it") from None
+        except OSError as error:
+            raise GraspError(
+                f"{folder} cannot be locked ({error.strerror}): choose an --out on a local disk"
+            ) from None
         resumed = (folder / "config.json").exists()
         if resumed:
             _same(folder, json.loads((folder / "config.json").read_text()), asked)
         try:
+            if os.path.lexists(out):  # by a process that has just finished
+                raise taken
             if not resumed:
                 _write(folder / "config.json", json.dumps(asked, indent=2).encode())
             run = Run(out, folder, show)

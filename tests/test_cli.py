@@ -33,37 +33,6 @@ SMALL = ["--samples=8", "--seq-len=32", "--epochs=1", "--eval-windows=2", "--dev
 AT_ONCE = [*SMALL, "--method=random", "--scale-epochs=0"]  # nothing is learned
 
 
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """call("plan", MODEL, ...) is (exit code, stdout, stderr) of that command line."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["grasp", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture
-def refused(call, tmp_path, monkeypatch):
-    """refused(*arguments) is the one line, said by a command that leaves nothing behind."""
-    monkeypatch.chdir(tmp_path)
-
-    def refused(*arguments, code=1):
-        before = sorted(tmp_path.rglob("*"))
-        found, out, err = call(*arguments)
-        assert (found, out) == (code, "")
-        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-        assert sorted(tmp_path.rglob("*")) == before
-        return err.removeprefix("error: ").rstrip("\n")
-
-    return refused
-
-
 @pytest.fixture(scope="module")
 def pruned(tiny, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "pruned[1]"  # brackets mean markup to rich
@@ -164,6 +133,7 @@ def test_cuda_where_there_is_none(refused, tiny, monkeypatch):
 def test_the_devices_of_eval(refused, tiny, text):
     options = [f"--text={text}", "--device=gpu"]
     assert "--device gpu is no device" in refused("eval", tiny, *options)
+        (["plan", "MODEL", "--params=1e400B"], "'1e400B' is no number: write 3500000000, 3.5B or 120M"),
 
 
 # --- models and text ---
@@ -334,6 +304,7 @@ def test_help(call):
         ("eval", "--windows"),
         ("verify", "DIR"),
         ("show", "DIR"),
+        ("bench", "--plot"),
     ],
 )
 def test_help_of_each_verb(call, verb, option):

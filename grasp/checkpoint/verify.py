@@ -118,7 +118,7 @@ def _check_tensors(folder: Path) -> Check:
                     count += 1
                     if not tensors.get_tensor(name).isfinite().all():
                         return Check("tensors", False, f"{name} in {file} is not finite")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         return Check("tensors", False, _one_line(str(error)))
     return Check("tensors", count > 0, f"{count} tensors, all finite")
 

@@ -102,6 +102,7 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
         ),
         (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option: --kep"),
         (["plan", "MODEL", "--params=7X"], "'7X' is no number: write 3500000000, 3.5B or 120M"),
+        (["plan", "MODEL", "--params=1e400B"], "'1e400B' is no number: write 3500000000, 3.5B"),
         (["eval", "MODEL"], "Invalid value: give --text, --tasks or both"),
         (["eval", "MODEL", "--text=x", "--limit=9"], "--limit and --tasks-data are for --tasks"),
         (["prun", "MODEL"], "No such command 'prun'"),
@@ -133,7 +134,6 @@ def test_cuda_where_there_is_none(refused, tiny, monkeypatch):
 def test_the_devices_of_eval(refused, tiny, text):
     options = [f"--text={text}", "--device=gpu"]
     assert "--device gpu is no device" in refused("eval", tiny, *options)
-        (["plan", "MODEL", "--params=1e400B"], "'1e400B' is no number: write 3500000000, 3.5B or 120M"),
 
 
 # --- models and text ---

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
 from families import save_tiny
+
+from grasp import cli
 
 WORDS = ("the", "of", "a", "river", "stone", "light", "moves", "under", "every", "house", "she")
 
@@ -24,6 +27,37 @@ def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "words.txt"
     file.write_text(" ".join(draw.choice(WORDS) for _ in range(1200)))
     return file
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """call("plan", MODEL, ...) is (exit code, stdout, stderr) of that command line."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grasp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(call, tmp_path, monkeypatch):
+    """refused(*arguments) is the one line, said by a command that leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*arguments, code=1):
+        before = sorted(tmp_path.rglob("*"))
+        found, out, err = call(*arguments)
+        assert (found, out) == (code, "")
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return refused
 
 
 @pytest.fixture(scope="session", autouse=True)

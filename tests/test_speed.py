@@ -12,12 +12,11 @@ import xllamacpp
 from families import save_tiny, tiny_tokenizer
 from gguf import GGUFReader
 from test_checkpoint import UNEVEN, pruned
-from test_cli import call, refused  # noqa: F401  (fixtures)
 from test_gguf import VOCAB, byte_level
 from transformers import LlamaForCausalLM
 
 import grasp
-from grasp import speed
+from grasp import runtimes, speed
 from grasp.checkpoint.export import export
 from grasp.checkpoint.hf import save_checkpoint
 from grasp.errors import GraspError
@@ -113,7 +112,7 @@ def test_speed_up_is_taken_pair_by_pair():
 
 def test_models_take_turns(tiny, monkeypatch):
     """The first of a pair in one repetition is the second in the next, after a warm-up each."""
-    order, run = [], speed._Transformers.run
+    order, run = [], runtimes.Transformers.run
 
     def noted(self, ids, tokens):
         order.append(self.model.order)
@@ -125,8 +124,8 @@ def test_models_take_turns(tiny, monkeypatch):
         return model, tokenizer
 
     names = iter("ab")
-    monkeypatch.setattr(speed, "load_model", named)
-    monkeypatch.setattr(speed._Transformers, "run", noted)
+    monkeypatch.setattr(runtimes, "load_model", named)
+    monkeypatch.setattr(runtimes.Transformers, "run", noted)
     bench(str(tiny), against=str(tiny), **FAST | {"batch_sizes": (1,), "prompt_lens": (4,)})
     assert "".join(order) == "ab" + "abbaab"
 
@@ -143,7 +142,7 @@ def test_decode_is_greedy_and_cached(tiny, monkeypatch):
         steps.append((ids, out.logits.shape))
         return out
 
-    runner = speed._Transformers(str(tiny), "fp32", "cpu", False)
+    runner = runtimes.Transformers(str(tiny), "fp32", "cpu", False)
     ids = torch.arange(3, 23).view(2, 10)
     expected = runner.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=6,
@@ -155,7 +154,7 @@ def test_decode_is_greedy_and_cached(tiny, monkeypatch):
     assert torch.equal(torch.cat([found for found, _ in steps], dim=1), expected)
 
 
-def test_a_cache_that_computes_something_else(refused, tiny, monkeypatch):  # noqa: F811
+def test_a_cache_that_computes_something_else(refused, tiny, monkeypatch):
     forward = LlamaForCausalLM.forward
 
     def forgetful(self, ids, **options):
@@ -192,17 +191,17 @@ def test_llama_cpp_beside_transformers(files):
 
 
 def test_llama_cpp_computes_the_whole_prompt(files, monkeypatch):
-    ask = speed._LlamaCpp._ask
+    ask = runtimes.LlamaCpp._ask
 
     def cached(self, path, **body):
         return ask(self, path, **body | ({"cache_prompt": True} if "prompt" in body else {}))
 
-    monkeypatch.setattr(speed._LlamaCpp, "_ask", cached)
+    monkeypatch.setattr(runtimes.LlamaCpp, "_ask", cached)
     with pytest.raises(GraspError, match=r"computed 1 prompt and 5 other tokens of .* where 16"):
         bench(files[0], **FAST | {"batch_sizes": (1,), "prompt_lens": (16,)})
 
 
-def test_no_llama_cpp(refused, files, monkeypatch):  # noqa: F811
+def test_no_llama_cpp(refused, files, monkeypatch):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     message = refused("bench", files[0], "--device=cpu")
     assert message.endswith("which is not installed: pip install 'grasp[llama-cpp]'")
@@ -226,7 +225,7 @@ def test_a_file_that_llama_cpp_does_not_take(files, tmp_path):
 # --- the command ---
 
 
-def test_the_command(call, small, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command(call, small, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(small.parent)  # for a name that fits in its column
     plot = tmp_path / "speed.png"
     code, said, err = call("bench", small.name, f"--against={tiny}", *SHORT, f"--plot={plot}")
@@ -237,7 +236,7 @@ def test_the_command(call, small, tiny, tmp_path, monkeypatch):  # noqa: F811
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_in_json(call, tiny):  # noqa: F811
+def test_the_command_in_json(call, tiny):
     code, said, _ = call("bench", tiny, *SHORT, "--json")
     found = json.loads(said)
     assert code == 0 and found["settings"]["batch_sizes"] == [1, 2]
@@ -260,20 +259,20 @@ def test_the_command_in_json(call, tiny):  # noqa: F811
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options(refused, tiny, options, message):  # noqa: F811
+def test_bad_options(refused, tiny, options, message):
     assert message in refused("bench", tiny, "--device=cpu", *options)
 
 
-def test_counts_that_are_none(refused, tiny):  # noqa: F811
+def test_counts_that_are_none(refused, tiny):
     message = refused("bench", tiny, "--batch-sizes=1,two", code=2)
     assert message.endswith("'1,two' is no list of whole numbers: write 1,4")
 
 
-def test_memory_that_runs_out(refused, tiny, monkeypatch):  # noqa: F811
+def test_memory_that_runs_out(refused, tiny, monkeypatch):
     def run(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
 
-    monkeypatch.setattr(speed._Transformers, "run", run)
+    monkeypatch.setattr(runtimes.Transformers, "run", run)
     message = refused("bench", tiny, *SHORT)
     assert message.startswith("out of memory on device cpu (CUDA out of memory. Tried to allocate ")
     assert message.endswith(

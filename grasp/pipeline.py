@@ -128,9 +128,7 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     summary = _summary(config, corpus, projection, mask)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
     run.checkpoint.mkdir()
-    saved = save_checkpoint(
-        model, tokenizer, run.checkpoint, kept=kept, grasp_json=summary, card=model_card(summary)
-    )
+    saved = save_checkpoint(model, tokenizer, run.checkpoint, kept=kept, grasp_json=summary)
     if saved.note:
         run.log(event="note", text=saved.note)
     del model  # one model in memory at a time

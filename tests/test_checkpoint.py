@@ -46,7 +46,7 @@ def save(model, kept, folder, **options):
     summary = {"format": 1, "seed": 5, "params": {"total_after": total}}
     folder.mkdir()
     return save_checkpoint(
-        model, tiny_tokenizer(), folder, kept=kept, grasp_json=summary, card="# card\n", **options
+        model, tiny_tokenizer(), folder, kept=kept, grasp_json=summary, **options
     )
 
 

@@ -113,7 +113,7 @@ def save(folder, family, widths, tokenizer=None, **options):
     model, kept = pruned(family, widths, vocab=VOCAB, **options)
     tokenizer = byte_level() if tokenizer is None else tokenizer
     folder.mkdir()
-    save_checkpoint(model, tokenizer, folder, kept=kept, grasp_json={"seed": 5}, card="# card\n")
+    save_checkpoint(model, tokenizer, folder, kept=kept, grasp_json={"seed": 5})
     return model
 
 
@@ -422,7 +422,7 @@ def test_values_beyond_f16(tmp_path):
     model, kept = pruned("llama", UNEVEN, vocab=VOCAB)
     model.model.layers[2].mlp.up_proj.weight[3, 5] = 1e5
     (tmp_path / "model").mkdir()
-    save_checkpoint(model, byte_level(), tmp_path / "model", kept=kept, grasp_json={}, card="")
+    save_checkpoint(model, byte_level(), tmp_path / "model", kept=kept, grasp_json={})
     with pytest.raises(GraspError, match=r"blk\.2\.ffn_up\.weight has values .* --type bf16"):
         export(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -30,7 +30,7 @@ SHORT = ["--batch-sizes=1,2", "--prompt-lens=6", "--tokens=2", "--repetitions=2"
 def save(folder, widths, tokenizer, **options):
     model, kept = pruned("llama", widths, **options)
     folder.mkdir()
-    save_checkpoint(model, tokenizer, folder, kept=kept, grasp_json={"seed": 5}, card="# card\n")
+    save_checkpoint(model, tokenizer, folder, kept=kept, grasp_json={"seed": 5})
     return folder
 
 

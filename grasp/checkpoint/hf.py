@@ -63,24 +63,21 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    kept: Sequence[tuple[list[int], list[int]]] | None,
+    kept: Sequence[tuple[list[int], list[int]]],
     grasp_json: dict[str, Any],
-    card: str,
     max_shard_size: str = "5GB",
 ) -> Saved:
-    """Write weights, tokenizer, configs, grasp.json, model card and probe into `folder`.
+    """Write weights, tokenizer, configs, grasp.json and probe into `folder`.
 
     `model` is the folded model: its own class, config and names, with smaller weights, in the dtype
     to save. `kept` holds the (FFN channels, KV groups) of each layer by their original indices and
-    becomes `kept` in grasp.json; pass None when `grasp_json` has it already. The folder must exist;
-    renaming it into place is the caller's. Raises GraspError: no room, or widths that no class
-    can express.
+    becomes `kept` in grasp.json. The folder must exist; renaming it into place is the caller's.
+    Raises GraspError: no room, or widths that no class can express.
     """
     space = UnitSpace.of(model)
-    if kept is not None:
-        grasp_json = {**grasp_json, "kept": [{"ffn": ffn, "kv": kv} for ffn, kv in kept]}
-    saved_kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in grasp_json["kept"]]
-    if saved_kept != [(layer.ffn, layer.kv_groups) for layer in space.layers]:
+    grasp_json = {**grasp_json, "kept": [{"ffn": ffn, "kv": kv} for ffn, kv in kept]}
+    widths = [(len(ffn), len(kv)) for ffn, kv in kept]
+    if widths != [(layer.ffn, layer.kv_groups) for layer in space.layers]:
         raise ValueError("the kept indices do not describe this model's widths")
 
     target, note = as_saved(model, space)
@@ -95,7 +92,6 @@ def save_checkpoint(
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
         write_json(folder / "grasp.json", {**grasp_json, "sha256": hashes})
-        (folder / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise GraspError(
             f"cannot write {folder}: {error} (the weights need {weight_bytes:,} bytes)"

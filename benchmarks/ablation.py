@@ -37,6 +37,7 @@ from grasp.evaluate import perplexity
 from grasp.fold import fold_mask, fold_scales
 from grasp.models import load_model, pick_device
 from grasp.projection import Mask, Projection
+from grasp.refit import refit
 from grasp.select import select
 from grasp.training import Journal, TrainSettings
 from grasp.units import UnitSpace
@@ -92,6 +93,7 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("anneal=0", replace(ours, anneal=0.0)),
         off("schedule=cosine", replace(ours, schedule="cosine")),
         off("lr=0.02", replace(ours, lr=0.02)),
+        off("refit", replace(ours, refit=True)),
         off("batch_size=4", replace(ours, batch_size=4)),
         off(f"epochs={2 * ours.epochs}", replace(ours, epochs=2 * ours.epochs)),
         off("ffn_multiple=32", replace(ours, budget=blocked)),
@@ -115,6 +117,8 @@ def run_row(
     began = time.monotonic()
     mask = select_mask(row, config, model, blocks)
     seconds = time.monotonic() - began
+    if config.refit:
+        refit(model, mask, blocks)
     fold_mask(model, mask)
     alone = score(model)
     settings = TrainSettings.of(config, config.scale_epochs)

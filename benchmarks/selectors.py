@@ -17,7 +17,8 @@ from grasp.config import Method, PruneConfig
 
 
 def selector_rows(ours: PruneConfig) -> list[Row]:
-    return [Row(method, "learned", replace(ours, method=method)) for method in get_args(Method)]
+    rows = [Row(method, "learned", replace(ours, method=method)) for method in get_args(Method)]
+    return [*rows, Row("fisher+refit", "learned", replace(ours, method="fisher", refit=True))]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

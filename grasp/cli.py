@@ -249,9 +249,9 @@ def eval_command(
         on_text: dict[str, Any] = dict(
             text_field=text_field, seq_len=seq_len, windows=windows, bos=bos
         )
-        texts = [evaluate_text(name, text, **on_text, **common) for name in models if text]
         on_tasks: dict[str, Any] = dict(against=against, data=tasks_data, limit=limit)
         scores = evaluate_tasks(model, tasks, **on_tasks, **common) if tasks else None
+        texts = [evaluate_text(name, text, **on_text, **common) for name in models if text]
     if as_json:
         print(json.dumps(_eval_json(models, texts, scores), indent=2))
         return

@@ -244,6 +244,7 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    _check_rope(file)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the blocks packed unless told
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -270,6 +271,22 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         if isinstance(token_id, int):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
     return model, tokenizer
+
+
+def _check_rope(file: Path) -> None:
+    """transformers reads no rope scaling out of GGUF: it would compute another function."""
+    reader = importlib.import_module("gguf").GGUFReader(str(file))
+    kinds = [
+        bytes(field.parts[-1]).decode()
+        for name, field in reader.fields.items()
+        if name.endswith(".rope.scaling.type")
+    ]
+    factors = [t.data for t in reader.tensors if t.name == "rope_freqs.weight"]
+    if set(kinds) - {"none"} or any((f != 1).any() for f in factors):
+        raise GraspError(
+            f"{file} scales its rotary positions, which cannot be read from GGUF: name the Hugging "
+            "Face folder of this model instead"
+        )
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp.budget import Budget, Layout
@@ -81,8 +82,8 @@ def prune(
     if as_published:
         config = config.as_published()
     fix = (
-        f"lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), "
-        "or use --dtype bf16"
+        f"lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), or use "
+        f"--dtype bf16; with other options, start anew: remove {out}.run"
     )
     with (
         memory_errors(config.device, fix),
@@ -114,24 +115,27 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
 
     cast(model, getattr(torch, TORCH_NAMES[config.dtype]))
     mask = projection.mask(select(model, projection, blocks, config, run.stage))
+    fitted = None
     if config.refit:
-        refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
+        fitted = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
     fold_mask(model, mask)
     scales = None
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
         scales = learn_scales(model, blocks, settings, run.stage("calibrate"))
-    if model.dtype != stored_dtype:
-        model = _as_stored(config, mask, learned_on=model)
+    if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
+        del model  # one model in memory at a time
+        model = _as_stored(config, mask, fitted)
     if scales is not None:
         fold_scales(model, scales)
+    cast(model, stored_dtype)
     summary = _summary(config, corpus, projection, mask)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
     run.checkpoint.mkdir()
     saved = save_checkpoint(model, tokenizer, run.checkpoint, kept=kept, grasp_json=summary)
     if saved.note:
         run.log(event="note", text=saved.note)
-    del model  # one model in memory at a time
+    del model
 
     pruned = None
     if ruler:
@@ -149,8 +153,10 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     return PruneResult(run.out, mask, stored)
 
 
-def _as_stored(config: PruneConfig, mask: Mask, *, learned_on: PreTrainedModel) -> PreTrainedModel:
-    """The pruned model with the weights that are on disk: learning has rounded its own."""
+def _as_stored(
+    config: PruneConfig, mask: Mask, fitted: list[tuple[Tensor, Tensor]] | None
+) -> PreTrainedModel:
+    """The pruned model from the weights on disk: a narrower dtype has rounded those in memory."""
     model, _ = load_model(
         config.model,
         dtype=None,
@@ -158,12 +164,11 @@ def _as_stored(config: PruneConfig, mask: Mask, *, learned_on: PreTrainedModel) 
         trust_remote_code=config.trust_remote_code,
     )
     fold_mask(model, mask)
-    if config.refit:
-        pairs = zip(decoder_layers(model), decoder_layers(learned_on), strict=True)
-        for ours, refitted in pairs:
-            with torch.no_grad():
-                ours.mlp.down_proj.weight.copy_(refitted.mlp.down_proj.weight)
-                ours.attention.o_proj.weight.copy_(refitted.attention.o_proj.weight)
+    if fitted:
+        with torch.no_grad():
+            for modules, (o_proj, down_proj) in zip(decoder_layers(model), fitted, strict=True):
+                modules.attention.o_proj.weight.copy_(o_proj)
+                modules.mlp.down_proj.weight.copy_(down_proj)
     return model
 
 

@@ -31,15 +31,21 @@ def refit(
     mask: Mask,
     blocks: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> list[tuple[Tensor, Tensor]]:
     """Refit o_proj and down_proj of `model` in place to the kept units; dropped columns become 0.
 
-    blocks: int64 [samples, seq_len]. In memory at one time: the hidden states of all samples at one
-    depth, and one Gram matrix (fp32). Raises GraspError where activations are not finite.
+    blocks: int64 [samples, seq_len]. Returns the kept columns of each layer's (o_proj, down_proj)
+    in fp32, before the model's dtype rounds them. In memory at one time, besides: the hidden states
+    of all samples at one depth, and a Gram matrix in fp32 with its kept part in fp64. Raises
+    GraspError where activations are not finite.
     """
+    fitted: list[Tensor] = []
     layers = model.get_decoder().layers
     options = _layer_options(model, blocks[:1])
-    hidden = torch.cat([x for x in _inputs(layers[0], _forward(model), blocks.split(1))])
+    size = (*blocks.shape, mask.space.hidden_size)
+    hidden = torch.empty(size, dtype=model.dtype, device=model.device)
+    for x, first in zip(hidden, _inputs(layers[0], _forward(model), blocks.split(1)), strict=True):
+        x.copy_(first[0])
     parts = zip(
         layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
     )
@@ -54,32 +60,36 @@ def refit(
             for x in _inputs(linear, run, hidden.split(1)):
                 x = x.flatten(0, -2).float()
                 gram.addmm_(x.T, x)
-            solve(linear, kept.to(gram.device), gram)
+            fitted.append(solve(linear, kept.to(gram.device), gram))
         for x in hidden.split(1):
             x.copy_(run(x))
         progress(index + 1, len(layers))
+    return list(zip(fitted[::2], fitted[1::2], strict=True))
 
 
-def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> None:
+def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     """The ridge solution on columns `kept` (int64) of `linear.weight` [out, in], in place.
 
     gram: [in, in]. Solved in fp64; a factorisation that fails is tried again with ten times the
-    ridge. Raises GraspError where the Gram matrix is not finite.
+    ridge, twice. Returns the columns in fp32. Raises GraspError where the Gram matrix is not finite
+    or has no factorisation.
     """
     if not gram.isfinite().all():
         raise GraspError("activations are not finite: use --dtype fp32, or leave --refit out")
-    gram = gram.double()
-    known, among = gram[kept], gram[kept][:, kept]
+    known = gram[kept].double()
+    among = known[:, kept]
     # a channel that is never active gets a weight of 0
     power = among.diagonal().clamp(min=gram.diagonal().mean() * 1e-9 + torch.finfo().tiny)
-    ridge = RIDGE
-    factor, failed = torch.linalg.cholesky_ex(among + torch.diag(ridge * power))
-    while failed:
-        ridge *= 10
+    for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
         factor, failed = torch.linalg.cholesky_ex(among + torch.diag(ridge * power))
-    solution = torch.cholesky_solve(known @ linear.weight.double().T, factor).T
+        if not failed:
+            break
+    else:
+        raise GraspError("refit found no solution: give more --samples, or leave --refit out")
+    columns = torch.cholesky_solve(known @ linear.weight.double().T, factor).T.float()
     linear.weight.zero_()
-    linear.weight[:, kept] = solution.to(linear.weight.dtype)
+    linear.weight[:, kept] = columns.to(linear.weight.dtype)
+    return columns
 
 
 class _Stop(Exception):

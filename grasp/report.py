@@ -17,8 +17,10 @@ Summary = dict[str, Any]  # the content of a checkpoint's grasp.json
 def read_summary(folder: Path) -> Summary:
     """The grasp.json of a checkpoint. Raises GraspError if there is none."""
     try:
-        return json.loads((folder / "grasp.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        summary = json.loads((folder / "grasp.json").read_text(encoding="utf-8"))
+        summary["widths"], summary["results"], summary["params"]
+        return summary
+    except (OSError, ValueError, LookupError, TypeError):
         raise GraspError(
             f"{folder} is not a checkpoint of grasp: it has no readable grasp.json"
         ) from None
@@ -75,9 +77,7 @@ tags: [grasp, pruned]
 ---
 # {Path(summary["model"]).name}, pruned to {budget["obtained"] / budget["of"]:.2%}
 
-Made by grasp {summary["grasp_version"]} with [GRASPrune](https://arxiv.org/abs/2604.19398): FFN
-channels and KV groups were removed under a hard budget, nothing was fine-tuned. The weights are
-dense.
+{how_made(summary)}
 
 {table}
 
@@ -86,10 +86,7 @@ dense.
 ## Use
 
 ```python
-{_import_line(recipe)}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+{how_to_load(summary)}
 ```
 
 ## What was kept
@@ -109,10 +106,25 @@ Calibrated on {summary["calibration"]["name"]} ({summary["calibration"]["tokens"
 """
 
 
-def _import_line(recipe: dict[str, Any]) -> str:
-    if recipe["budget"]["layout"] == "uniform":
-        return ""
-    return "import grasp  # or pass trust_remote_code=True to both calls below\n"
+def how_made(summary: Summary) -> str:
+    """Two sentences on the method and what it did not do."""
+    recipe = summary["recipe"]
+    method = "GRASPrune (arXiv 2604.19398)" if recipe["method"] == "learned" else recipe["method"]
+    refit = ", what stayed was refitted by least squares" if recipe["refit"] else ""
+    return (
+        f"Made by grasp {summary['grasp_version']}: FFN channels and KV groups were removed under "
+        f"a hard budget, chosen by {method}{refit}. Nothing was fine-tuned; the weights are dense."
+    )
+
+
+def how_to_load(summary: Summary) -> str:
+    """Python that loads the checkpoint: a stock class needs nothing of ours."""
+    ours = summary["results"]["architecture"].startswith("Grasp")
+    first = "import grasp  # or pass trust_remote_code=True to both calls below\n" if ours else ""
+    return f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")"""
 
 
 def layer_figure(summary: Summary) -> Figure:

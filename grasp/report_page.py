@@ -6,11 +6,11 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import accumulate
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from grasp.report import Summary, layer_figure, measured_on, size_rows
+from grasp.report import Summary, how_made, how_to_load, layer_figure, measured_on, size_rows
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2733; --soft: #667085; --line: #e4e7ec; --page: #fff;
@@ -38,6 +38,8 @@ td { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); verti
 pre { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto;
   font-size: .88rem }
 """
+SHELL = """grasp verify PATH
+grasp export PATH --to gguf --out model.gguf"""
 
 
 def report_page(summary: Summary, records: Sequence[dict[str, Any]]) -> str:
@@ -53,15 +55,16 @@ def report_page(summary: Summary, records: Sequence[dict[str, Any]]) -> str:
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
 <h1>{escape(title)}</h1>
-<p class="soft">Made by grasp {escape(summary["grasp_version"])} with method
-{escape(recipe["method"])}. Nothing was fine-tuned; the weights are dense.</p>
+<p class="soft">{escape(how_made(summary))}</p>
 <div class="tiles">{"".join(_tile(*row) for row in size_rows(summary))}</div>
 <p class="soft">{escape(measured_on(summary))}</p>
 <h2>What was kept</h2>
 <figure>{_svg(layer_figure(summary))}</figure>
 {_learning(records)}
 <h2>Use it</h2>
-<pre>{escape(_use(summary))}</pre>
+<pre>{escape(how_to_load(summary))}</pre>
+<p class="soft">Check it, and write it for llama.cpp:</p>
+<pre>{SHELL}</pre>
 <h2>Recipe</h2>
 <p class="soft">Calibrated on {escape(calibration["name"])}: {calibration["tokens"]:,} tokens read,
 {recipe["samples"]} blocks of {recipe["seq_len"]} used.</p>
@@ -85,22 +88,6 @@ def _row(key: str, value: Any) -> str:
     return f'<tr><td class="soft">{escape(key)}</td><td>{escape(str(value))}</td></tr>'
 
 
-def _use(summary: Summary) -> str:
-    uniform = summary["recipe"]["budget"]["layout"] == "uniform"
-    how = "" if uniform else "import grasp  # or pass trust_remote_code=True below\n"
-    return f"""{how}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("DIR")
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-
-# llama.cpp
-grasp export DIR --to gguf --out model.gguf
-llama-server -m model.gguf
-
-# is it what it says it is?
-grasp verify DIR"""
-
-
 def _learning(records: Sequence[dict[str, Any]]) -> str:
     """Losses of learning and calibration, and the kept cost beside its limit."""
     stages: dict[str, dict[int, dict[str, Any]]] = {}
@@ -121,7 +108,9 @@ def _learning(records: Sequence[dict[str, Any]]) -> str:
         x = sorted(steps)
         loss = [steps[step]["loss"] for step in x]
         window = max(1, len(x) // 20)
-        smooth = [mean(loss[max(0, i - window) : i + 1]) for i in range(len(x))]
+        sums = [0.0, *accumulate(loss)]
+        ends = [(max(0, i - window), i) for i in range(1, len(sums))]
+        smooth = [(sums[b] - sums[a]) / (b - a) for a, b in ends]
         axes.plot(x, loss, color="#c9d3de", linewidth=0.8)
         axes.plot(x, smooth, color="#2f6f9f", linewidth=1.6, label="loss")
         axes.set(title=name, xlabel="step")

@@ -246,6 +246,8 @@ class LlamaCpp:
             with suppress(ValueError, KeyError, TypeError):
                 reason = json.loads(reason)["error"]["message"]
             raise GraspError(f"llama.cpp refused to run {self.name}: {reason}") from None
+        except OSError as error:
+            raise GraspError(f"llama.cpp stopped while it ran {self.name}: {error}") from None
 
 
 def is_for_llama_cpp(name: str) -> bool:

@@ -228,6 +228,9 @@ def test_rope_scaling(rope, family, widths, tmp_path):
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
     assert done.architecture == ("deci" if family == "qwen2" or widths is UNEVEN else "llama")
     check_same(done.path, model, prompt=torch.arange(200) % 300 + 5)
+    if done.architecture == "llama":  # transformers would leave the scaling out
+        with pytest.raises(GraspError, match="scales its rotary positions"):
+            grasp.load(done.path, device="cpu")
 
 
 def test_sliding_window_becomes_the_context_length(tmp_path):

@@ -19,6 +19,7 @@ SUMMARY = {
     "model": "org/<b>tiny",
     "recipe": {
         "method": "learned",
+        "refit": False,
         "samples": 8,
         "seq_len": 16,
         "budget": {"kind": "keep", "asked": 0.5, "layout": "per-layer"},
@@ -34,7 +35,7 @@ SUMMARY = {
     },
     "kv_cache_bytes_per_token": {"before": 64, "after": 48},
     "widths": {"before": [[96, 4], [96, 4]], "after": [[40, 2], [56, 4]]},
-    "results": {},
+    "results": {"architecture": "GraspLlamaForCausalLM"},
 }
 RECORDS = [
     {"event": "started"},
@@ -78,10 +79,10 @@ def test_what_was_not_learned_or_measured_is_not_drawn():
     assert page.tags.count("svg") == 1 and "perplexity" not in page.text
     measured = copy.deepcopy(SUMMARY)
     result = dict(value=20.0, data="words.txt", split="test", windows=3, seq_len=16, bos=False)
-    measured["results"] = {"dense": {**result, "value": 10.0}, "pruned": result}
+    measured["results"] |= {"dense": {**result, "value": 10.0}, "pruned": result}
     text = Reader(report_page(measured, RECORDS)).text
     assert "2.00 x" in text and "words.txt, split test, 3 windows of 16 tokens" in text
-    measured["recipe"]["budget"]["layout"] = "uniform"
+    measured["results"]["architecture"] = "LlamaForCausalLM"
     assert "trust_remote_code" not in Reader(report_page(measured, RECORDS)).text
 
 

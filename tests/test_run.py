@@ -324,8 +324,9 @@ def test_methods(tiny, text, tmp_path, learned):
     assert torch.equal(again.mask.keep, masks["magnitude"])
 
 
-def test_refit_end_to_end(tiny, text, tmp_path):
-    options = dict(AT_ONCE, method="magnitude", calibration=text)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_refit_end_to_end(tiny, text, tmp_path, dtype):
+    options = dict(AT_ONCE, method="magnitude", calibration=text, dtype=dtype)
     plain, ours = (
         grasp.prune(tiny, tmp_path / str(refit), refit=refit, **options) for refit in (False, True)
     )
@@ -334,6 +335,9 @@ def test_refit_end_to_end(tiny, text, tmp_path):
     assert before != after
     steps = [r["step"] for r in records(ours.folder) if r.get("stage") == "refit"]
     assert steps == [1, 2, 3]
+    assert "refitted by least squares" in (ours.folder / "README.md").read_text()
+    weight = grasp.load(ours.folder, device="cpu")[0].model.layers[0].mlp.down_proj.weight
+    assert not torch.equal(weight, weight.bfloat16().float())  # nothing was rounded
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])

@@ -84,7 +84,7 @@ def perplexity(
             if not torch.isfinite(total):
                 raise GraspError(
                     f"the loss is {total.item()} after window {first + len(batch)} of {count}: "
-                    f"the weights are damaged or overflow in {model.dtype}"
+                    f"the weights are damaged or overflow in {model.dtype}: get it anew"
                 )
             if progress:
                 progress(first + len(batch), count)

@@ -232,6 +232,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
+def check_room(path: Path, what: str, needed: int, fix: str = "choose another --out") -> None:
+    """Refuse to begin on `path`, as `what` of `needed` bytes, where the disk cannot hold it."""
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise GraspError(
+            f"{path.parent} has {free:,} bytes free and the {what} {needed:,}: free some space or "
+            f"{fix}"
+        )
+
+
 @contextmanager
 def memory_errors(device: str, fix: str) -> Iterator[None]:
     """Turn a full memory into one line, in the words of the GPU's or the CPU's allocator."""

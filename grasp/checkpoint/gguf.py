@@ -8,7 +8,6 @@ written as the family's own architecture.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.gguf_vocabulary import add_vocabulary
 from grasp.errors import GraspError
+from grasp.run import check_room
 from grasp.units import UnitSpace
 
 TYPES = {"f32": Ggml.F32, "f16": Ggml.F16, "bf16": Ggml.BF16, "q8_0": Ggml.Q8_0}
@@ -79,12 +79,8 @@ def write_gguf(
         odd += tensor.dim() > 1 and kind != TYPES[type]
     if odd:
         notes.append(f"{odd} matrices stay f16: their rows are no multiple of 32, as {type} needs")
-    free = shutil.disk_usage(file.parent).free
-    if needed > free:  # numpy's own error names no reason
-        raise GraspError(
-            f"{file.parent} has {free:,} bytes free and the file needs {needed:,}: free some "
-            "space, or choose another --out or --type"
-        )
+    # numpy's own error names no reason
+    check_room(file, "file needs", needed, "choose another --out or --type")
 
     try:
         writer.write_header_to_file()

@@ -6,7 +6,6 @@ gets larger. Pruning with `--layout uniform` pays nothing for the same.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.checkpoint.hf import as_saved, write_pretrained
 from grasp.errors import GraspError
+from grasp.run import check_room
 from grasp.units import UnitSpace, decoder_layers
 
 
@@ -32,12 +32,7 @@ def write_uniform(
     after = UnitSpace.of(model)
     target, note = as_saved(model, after)
     needed = sum(p.numel() * p.element_size() for p in target.parameters())
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise GraspError(
-            f"{folder.parent} has {free:,} bytes free and the weights need {needed:,}: free some "
-            "space or choose another --out"
-        )
+    check_room(folder, "weights need", needed)
     write_pretrained(target, tokenizer, folder, "5GB")
     cost = f"{before.total_params:,} parameters became {after.total_params:,}, padded with zeros"
     return type(target).__name__, f"{cost}; {note}" if note else cost

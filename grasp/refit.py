@@ -9,8 +9,7 @@ each sees what the refitted ones before it give. Closed form, no backprop, no pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from grasp.errors import GraspError
 from grasp.fold import expand
+from grasp.layerwise import first_hidden, inputs_of, layer_options
 from grasp.projection import Mask
 from grasp.units import decoder_layers
 
@@ -41,11 +41,8 @@ def refit(
     """
     fitted: list[Tensor] = []
     layers = model.get_decoder().layers
-    options = _layer_options(model, blocks[:1])
-    size = (*blocks.shape, mask.space.hidden_size)
-    hidden = torch.empty(size, dtype=model.dtype, device=model.device)
-    for x, first in zip(hidden, _inputs(layers[0], _forward(model), blocks.split(1)), strict=True):
-        x.copy_(first[0])
+    options = layer_options(model, blocks[:1])
+    hidden = first_hidden(model, blocks)
     parts = zip(
         layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
     )
@@ -57,7 +54,7 @@ def refit(
         heads = expand(kv, units.group_size * units.head_dim)
         for linear, kept in ((modules.attention.o_proj, heads), (modules.mlp.down_proj, ffn)):
             gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
-            for x in _inputs(linear, run, hidden.split(1)):
+            for x in inputs_of(linear, run, hidden.split(1)):
                 x = x.flatten(0, -2).float()
                 gram.addmm_(x.T, x)
             fitted.append(solve(linear, kept.to(gram.device), gram))
@@ -90,42 +87,3 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose rest nobody needs."""
-
-
-def _inputs(
-    module: nn.Module, run: Callable[[Tensor], Any], items: Iterable[Tensor]
-) -> Iterator[Tensor]:
-    """What enters `module` when `run` gets each of `items`; the rest of the pass is left out."""
-    seen: list[Tensor] = []
-
-    def stop(_: Any, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Stop
-
-    with module.register_forward_pre_hook(stop):
-        for item in items:
-            with suppress(_Stop):
-                run(item)
-            yield seen.pop()
-
-
-def _forward(model: PreTrainedModel) -> Callable[[Tensor], Any]:
-    return lambda ids: model(input_ids=ids.to(model.device), use_cache=False)
-
-
-def _layer_options(model: PreTrainedModel, block: Tensor) -> list[dict[str, Any]]:
-    """The keyword arguments that each decoder layer gets: masks, positions, rotations."""
-    options: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        for layer in model.get_decoder().layers:
-            stack.enter_context(
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs: options.append(kwargs), with_kwargs=True
-                )
-            )
-        _forward(model)(block)
-    return options

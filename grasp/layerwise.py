@@ -1,0 +1,69 @@
+"""A decoder taken layer by layer: what enters a layer, and what it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+def inputs_of(
+    module: nn.Module, run: Callable[[Tensor], Any], items: Iterable[Tensor]
+) -> Iterator[Tensor]:
+    """What enters `module` when `run` gets each of `items`; the rest of the pass is left out."""
+    seen: list[Tensor] = []
+
+    def stop(_: Any, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    with module.register_forward_pre_hook(stop):
+        for item in items:
+            with suppress(_Stop):
+                run(item)
+            yield seen.pop()
+
+
+@torch.no_grad()
+def first_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """What enters the first layer: [samples, seq_len, hidden] in the model's dtype, on its device.
+
+    blocks: int64 [samples, seq_len], run one by one.
+    """
+    hidden = torch.empty(0)
+    entering = inputs_of(model.get_decoder().layers[0], _forward(model), blocks.split(1))
+    for index, x in enumerate(entering):
+        if not index:
+            hidden = x.new_empty(len(blocks), *x.shape[1:])
+        hidden[index] = x[0]
+    return hidden
+
+
+@torch.no_grad()
+def layer_options(model: PreTrainedModel, block: Tensor) -> list[dict[str, Any]]:
+    """The keyword arguments that each decoder layer gets: masks, positions, rotations.
+
+    block: int64 [1, seq_len]; every block of that length gets the same.
+    """
+    options: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        for layer in model.get_decoder().layers:
+            stack.enter_context(
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: options.append(kwargs), with_kwargs=True
+                )
+            )
+        _forward(model)(block)
+    return options
+
+
+def _forward(model: PreTrainedModel) -> Callable[[Tensor], Any]:
+    return lambda ids: model(input_ids=ids.to(model.device), use_cache=False)

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError
 from grasp.gating import Gates
+from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
 
@@ -106,8 +109,29 @@ def train_gates(
 
 
 def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len]."""
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
+    """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len].
+
+    A frozen head that is a plain linear layer never makes all logits. Others (capped or scaled
+    logits, heads that train) go through the model's own loss.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight.requires_grad or not _head_is_plain(model, ids[:1, :2]):
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, ids[:, 1:].flatten())
+
+
+_PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a model's logits are its decoder's output times the head's weight: tried, once."""
+    if model not in _PLAIN:
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        _PLAIN[model] = torch.equal(logits, F.linear(hidden, model.get_output_embeddings().weight))
+    return _PLAIN[model]
 
 
 def _rate(settings: TrainSettings, progress: float) -> float:

@@ -107,6 +107,35 @@ def gated_attention(
     return (_wide(out) * _wide(gate)[:, None, None]).to(q.dtype)
 
 
+# ---- linear cross-entropy -------------------------------------------------------------------
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, fp32, of the logits x weight^T; x [T, d], weight [V, d], targets [T]."""
+    return F.cross_entropy(_wide(F.linear(x, weight)), targets)
+
+
+def chunked_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, rows: int, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient [T, d] (empty unless asked for), `rows` rows at a time."""
+    total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    dx = torch.empty_like(x) if gradient else x.new_empty(0)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        target = targets[part, None]
+        logits = _wide(x[part] @ weight.T)
+        top = logits.amax(1, keepdim=True)
+        shifted = logits.gather(1, target) - top
+        p = logits.sub_(top).exp_()
+        norm = p.sum(1, keepdim=True)
+        total += (norm.log() - shifted).sum()
+        if gradient:
+            p.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1.0))
+            dx[part] = (p.to(x.dtype) @ weight) / len(x)
+    return total / len(x), dx
+
+
 # ---- budget projection ----------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from families import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,12 +43,44 @@ class Memory(Journal):
         self.records.append({"step": step, "loss": loss, "tokens": tokens, **info})
 
 
-def learn(journal, *, seed=0, epochs=2, batch_size=1, accumulate=1, anneal=0.5, lr=0.05):
+def stock_model(family, **config):
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=256,
+        **config,
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
+
+
+class Calls:
+    """Counts the calls of a module."""
+
+    def __init__(self, module):
+        self.module, self.count = module, 0
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(self.add)
+        return self
+
+    def add(self, *_):
+        self.count += 1
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def learn(journal, *, seed=0, epochs=2, batch_size=1, accumulate=1, anneal=0.5, lr=0.05, start=None):
     model = tiny_model("llama")
     space = UnitSpace.of(model)
     projection = Projection(space, Budget("keep", 0.5, 8), seed=seed)
     settings = LearnSettings(TrainSettings(epochs, batch_size, accumulate, lr, seed=seed), anneal)
-    start = torch.zeros(space.size)
+    start = torch.zeros(space.size) if start is None else start
     return projection, learn_scores(model, projection, start, BLOCKS, settings, journal)
 
 
@@ -100,6 +133,36 @@ def test_straight_through_gradient():
     assert (ds[z == 0] != 0).all()
     expected = start - 0.01 * ds / (ds.abs() + 1e-8)  # AdamW's first step
     assert torch.allclose(learned, expected, atol=1e-4)
+
+
+def test_loss_in_chunks_gives_the_same_curve(monkeypatch):
+    start = torch.randn(UnitSpace.of(tiny_model("llama")).size)  # equal scores part on rounding
+    chunked, whole = Memory(), Memory()
+    learn(chunked, start=start)
+    monkeypatch.setattr(
+        "grasp.training.next_token_loss",
+        lambda model, ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
+    )
+    learn(whole, start=start)
+    for a, b in zip(chunked.records, whole.records, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["ffn"] == b["ffn"]
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [("Gemma2", {"final_logit_softcapping": 5.0}), ("Granite", {"logits_scaling": 3.0})],
+)
+def test_loss_of_heads_that_do_more_than_multiply(family, change):
+    model = stock_model(family, **change)
+    plain = stock_model(family, **dict.fromkeys(change, None if family == "Gemma2" else 1.0))
+    for m, chunked in ((model, False), (plain, True)):
+        with Calls(m.get_output_embeddings()) as calls:
+            next_token_loss(m, BLOCKS[:2])  # the first call tries the head out
+            calls.count = 0
+            loss = next_token_loss(m, BLOCKS[:2])
+        assert calls.count == (not chunked)
+        want = m(input_ids=BLOCKS[:2], labels=BLOCKS[:2]).loss
+        torch.testing.assert_close(loss, want)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 13, 23])

@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from grasp_kernels import (
     attention,
     budget_topk,
+    cross_entropy,
     gated_attention,
     gated_swiglu,
     gated_swiglu_ffn,
+    linear_cross_entropy,
     projection,
     reference,
     swiglu,
@@ -35,6 +37,16 @@ def make(name: str, device: str, batch: int = 2) -> Op:
         z = torch.tensor([0.0, 0.7], device=device)
         inputs = [randn(batch, 4, 9, 16), randn(batch, 2, 9, 16), randn(batch, 2, 9, 16), z]
         return Op(gated_attention, reference.gated_attention, inputs)
+    if name == "loss":
+        weight, targets = randn(24, 8), torch.arange(9, device=device)
+
+        def loss(x):
+            return linear_cross_entropy(x, weight, targets)
+
+        def definition(x):
+            return reference.linear_cross_entropy(x, weight.to(x.dtype), targets)
+
+        return Op(loss, definition, [randn(9, 8)])
     z = (torch.arange(24, device=device) % 3 > 0).float() * 0.8
     if name == "swiglu":
         inputs = [randn(batch, 5, 24), randn(batch, 5, 24), z]
@@ -51,7 +63,8 @@ def make(name: str, device: str, batch: int = 2) -> Op:
     return Op(ffn, plain, [randn(batch, 5, 8), z])
 
 
-OPS = pytest.mark.parametrize("name", ["swiglu", "ffn", "ffn, bound known", "attention"])
+GATED = ["swiglu", "ffn", "ffn, bound known", "attention"]
+OPS = pytest.mark.parametrize("name", [*GATED, "loss"])
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
@@ -76,7 +89,7 @@ def test_non_contiguous(name, device):
     assert_same(gradients(op.run, strided, torch.stack([grad, grad], -1)[..., 0]), expected)
 
 
-@OPS
+@pytest.mark.parametrize("name", GATED)
 def test_empty_batch(name, device):
     op = make(name, device, batch=0)
     out, *grads = gradients(op.run, op.inputs, torch.zeros_like(op.plain(*op.inputs)))
@@ -106,7 +119,7 @@ def test_checkpointing(name, device):
     assert_same(gradients(checkpointed, op.inputs, grad), gradients(op.run, op.inputs, grad))
 
 
-@OPS
+@pytest.mark.parametrize("name", GATED)
 def test_autocast(name, device):
     op = make(name, device)
     half = torch.float16 if INTERPRETED else torch.bfloat16
@@ -152,6 +165,12 @@ def test_opcheck(device):
         _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, triton)
         tensors = (torch.randn_like(q), q, k, v, gate, *saved, None)
         check(attention._attention_backward, (*tensors, True, 0.3, None, triton))
+    targets = torch.arange(5, device=device)
+    for gradient in (True, False):
+        check(
+            cross_entropy._loss,
+            (leaf(5, 8).requires_grad_(gradient), weights[0], targets, 2, gradient),
+        )
     scores, costs = torch.randn(30, device=device), torch.randint(1, 9, (30,), device=device)
     budget, floor = (
         torch.tensor(60, device=device),

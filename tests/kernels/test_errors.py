@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from grasp_kernels import budget_topk, gated_attention, gated_swiglu, gated_swiglu_ffn
+from grasp_kernels import (
+    budget_topk,
+    gated_attention,
+    gated_swiglu,
+    gated_swiglu_ffn,
+    linear_cross_entropy,
+)
 
 A, Z = torch.zeros(3, 8), torch.ones(8)
 X, UP, DOWN = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(4, 8)
 Q, K, GATE = torch.zeros(1, 6, 5, 4), torch.zeros(1, 2, 5, 4), torch.ones(2)
+TARGETS = torch.zeros(3, dtype=torch.int64)
 SCORES, COSTS = torch.zeros(4), torch.ones(4, dtype=torch.int64)
 
 
@@ -39,6 +46,13 @@ def trained(w):
             TypeError,
             "key_mask is torch.float32",
         ),
+        (lambda: linear_cross_entropy(X, trained(UP), TARGETS), ValueError, "freeze it"),
+        (lambda: linear_cross_entropy(X, DOWN, TARGETS), ValueError, "must be .T, d. and .V, d."),
+        (lambda: linear_cross_entropy(X, UP, TARGETS[:2]), ValueError, "targets has shape .2."),
+        (lambda: linear_cross_entropy(X[:0], UP, TARGETS[:0]), ValueError, "T > 0"),
+        (lambda: linear_cross_entropy(X, UP.half(), TARGETS), TypeError, "one floating dtype"),
+        (lambda: linear_cross_entropy(X, UP, TARGETS.int()), TypeError, r"use .long\(\)"),
+        (lambda: linear_cross_entropy(X, UP, TARGETS.to("meta")), ValueError, "move them"),
         (lambda: budget_topk(SCORES, COSTS[:2], 1), ValueError, "costs has shape .2., expected"),
         (lambda: budget_topk(SCORES, COSTS.float(), 1), TypeError, r"use costs.long\(\)"),
         (lambda: budget_topk(COSTS, COSTS, 1), TypeError, r"use scores.float\(\)"),

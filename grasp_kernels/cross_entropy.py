@@ -1,0 +1,82 @@
+"""Cross-entropy of a linear layer's outputs with frozen weights, in chunks: never all logits."""
+
+import torch
+from torch import Tensor
+
+from grasp_kernels import reference
+from grasp_kernels._checks import autocast_dtype, expect
+
+_CHUNK = 2**25  # logits held at one time: 128 MiB in fp32, which still fill a GPU
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(x weight^T)[target], the loss of a language model's frozen head.
+
+    The forward pass computes the gradient of x too, chunk by chunk, so that logits are made once
+    and only some rows of them exist at a time.
+
+    Args:
+        x: [T, d], floating.
+        weight: [V, d], same dtype, no gradient; as in nn.Linear.
+        targets: [T] int64 in 0..V-1.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs). The softmax is fp32 whatever the dtype of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not match, or the weight requires grad.
+    """
+    expect(
+        not (weight.requires_grad and torch.is_grad_enabled()),
+        "weight requires grad, but linear_cross_entropy has no weight gradient: "
+        "freeze it (requires_grad_(False)) or use F.cross_entropy",
+    )
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    expect(
+        x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1],
+        f"x {list(x.shape)} and weight {list(weight.shape)} must be [T, d] and [V, d]",
+    )
+    expect(
+        targets.shape == x.shape[:1] and len(x) > 0,
+        f"targets has shape {list(targets.shape)}, expected [T] with x {list(x.shape)}, T > 0",
+    )
+    if not x.is_floating_point() or x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype} and weight {weight.dtype}, expected one floating dtype")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets is {targets.dtype}, expected torch.int64: use .long()")
+    expect(
+        x.device == weight.device == targets.device,
+        f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}: "
+        "move them together",
+    )
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    return _loss(x, weight, targets, max(1, _CHUNK // len(weight)), wants_gradient)[0]
+
+
+@torch.library.custom_op("grasp::linear_cross_entropy", mutates_args=())
+def _loss(
+    x: Tensor, weight: Tensor, targets: Tensor, rows: int, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss, and its gradient [T, d] where asked for, from `rows` rows of logits at a time."""
+    return reference.chunked_cross_entropy(x, weight, targets, rows, gradient)
+
+
+@_loss.register_fake
+def _(x, weight, targets, rows, gradient):
+    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    return loss, x.new_empty(x.shape if gradient else (0,))
+
+
+def _save(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _vjp(ctx, grad, _):
+    (dx,) = ctx.saved_tensors
+    return dx * grad, None, None, None, None
+
+
+_loss.register_autograd(_vjp, setup_context=_save)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from grasp.budget import Budget
 from grasp.errors import GraspError
+from grasp.sparsity.pattern import Pattern
 
 Method = Literal[
     "learned",
@@ -22,6 +23,7 @@ Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
 Dtype = Literal["auto", "fp32", "bf16"]
+SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,19 @@ class PruneConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices, value = get_args(hint), getattr(self, name)
-            if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-                raise GraspError(f"{_option(name)} {value!r}: choose {', '.join(choices)}")
-        for name, least in (
-            ("samples", 1),
-            ("seq_len", 2),
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("accumulate", 1),
-            ("scale_epochs", 0),
-            ("eval_seq_len", 2),
-            ("eval_windows", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise GraspError(f"{_option(name)} {value} is too small: choose at least {least}")
-        if not 0 <= self.seed < 2**32:
-            raise GraspError(f"--seed {self.seed} is outside 0 to {2**32 - 1}")
-        if not self.lr > 0:
-            raise GraspError(f"--lr {self.lr} is no learning rate: choose one above 0, as 0.01")
+        _check_choices(self)
+        _check_least(
+            self,
+            samples=1,
+            seq_len=2,
+            epochs=1,
+            batch_size=1,
+            accumulate=1,
+            scale_epochs=0,
+            eval_seq_len=2,
+            eval_windows=1,
+        )
+        _check_draw(self.seed, self.lr)
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
 
@@ -93,6 +87,60 @@ class PruneConfig:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """The options of `grasp sparsify`, with their defaults. Raises GraspError on impossible values.
+
+    `rounds` and `lr` are those of Wanda++'s regional optimisation.
+    """
+
+    model: str
+    pattern: str = "2:4"
+    method: SparseMethod = "wanda++"
+    calibration: str = "builtin"
+    text_field: str = "text"
+    samples: int = 128
+    seq_len: int = 512
+    rounds: int = 5
+    lr: float = 3e-7
+    eval_text: str | None = None
+    eval_seq_len: int = 2048
+    eval_windows: int | None = None
+    device: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        Pattern.parse(self.pattern)
+        _check_choices(self)
+        _check_least(self, samples=1, seq_len=2, rounds=0, eval_seq_len=2, eval_windows=1)
+        _check_draw(self.seed, self.lr)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _check_choices(config: Any) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        choices, value = get_args(hint), getattr(config, name)
+        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+            raise GraspError(f"{_option(name)} {value!r}: choose {', '.join(choices)}")
+
+
+def _check_least(config: Any, **least: int) -> None:
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise GraspError(f"{_option(name)} {value} is too small: choose at least {smallest}")
+
+
+def _check_draw(seed: int, lr: float) -> None:
+    if not 0 <= seed < 2**32:
+        raise GraspError(f"--seed {seed} is outside 0 to {2**32 - 1}")
+    if not lr > 0:
+        raise GraspError(f"--lr {lr} is no learning rate: choose one above 0, as 0.01")
 
 
 def _option(name: str) -> str:

@@ -1,0 +1,146 @@
+"""Sparsify a decoder block by block, each on what the sparse blocks before it give.
+
+Every linear of a decoder block is sparsified; embeddings and head are not. In memory besides the
+model: one block in fp32 with its statistics, and all hidden states before and after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from grasp.errors import GraspError
+from grasp.layerwise import first_hidden, layer_options
+from grasp.models import cast
+from grasp.sparsity.pattern import Pattern
+from grasp.training import Journal
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A decoder block in fp32 with its calibration text.
+
+    hidden, dense: fp32 [samples, seq_len, d], its inputs, and what the dense block makes of them
+    once `run_dense` has been called.
+    """
+
+    linears: dict[str, nn.Linear]
+    run: Callable[[Tensor], Tensor]
+    hidden: Tensor
+    dense: Tensor
+
+    def run_dense(
+        self,
+        see: Callable[[str, Tensor], Any] = lambda name, x: None,
+        after: Callable[[Tensor], Any] = lambda output: None,
+    ) -> None:
+        """Run the block, still dense, on every sample.
+
+        `see(name, x)` gets what enters each linear, [tokens, in], and `after(output)` what leaves
+        the block, [1, seq_len, d], of one sample after the other.
+        """
+        with ExitStack() as hooks:
+            for name, linear in self.linears.items():
+
+                def hook(_: Any, args: tuple[Tensor, ...], name: str = name) -> None:
+                    see(name, args[0].detach().flatten(0, -2))
+
+                hooks.enter_context(linear.register_forward_pre_hook(hook))
+            for x, y in zip(self.hidden.split(1), self.dense.split(1), strict=True):
+                output = self.run(x)
+                after(output)
+                y.copy_(output.detach())
+
+    def advance(self) -> float:
+        """Replace `hidden` by what the block makes of it now. Returns the error: the norm of what
+        changed against `dense`, over the norm of what the dense block adds to its inputs."""
+        lost, added = torch.zeros(2, dtype=torch.float64, device=self.hidden.device)
+        for x, y in zip(self.hidden.split(1), self.dense.split(1), strict=True):
+            output = self.run(x)
+            lost += (output - y).square().sum()
+            added += (y - x).square().sum()
+            x.copy_(output)
+        return math.sqrt(lost / added.clamp(min=torch.finfo().tiny))
+
+
+# Sparsifies the linears of a block in place, after `run_dense`.
+Method = Callable[[Block, Pattern, torch.Generator], None]
+
+
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linears of all decoder blocks by their names in the model. Raises GraspError where a
+    block holds a matrix that is no linear."""
+    layers = model.get_decoder().layers
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    found = {
+        f"{prefix}.{name}": module
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    matrices = {f"{prefix}.{name}" for name, p in layers.named_parameters() if p.dim() > 1}
+    if others := sorted(matrices - {f"{name}.weight" for name in found}):
+        raise GraspError(f"{type(model).__name__} is not supported: {others[0]} is no linear")
+    return found
+
+
+@torch.no_grad()
+def sparsify_blocks(
+    model: PreTrainedModel,
+    pattern: Pattern,
+    method: Method,
+    blocks: Tensor,
+    *,
+    seed: int,
+    stage: Callable[[str], Journal],
+) -> list[float]:
+    """Sparsify `model` in place; returns the error of each block. blocks: int64 [samples, seq_len].
+
+    `stage(name)` gives a journal: that of `block N` keeps the finished block, so that a run which
+    was stopped ends in the same bits. Raises GraspError where activations are not finite.
+    """
+    layers, dtype, progress = model.get_decoder().layers, model.dtype, stage("sparsify")
+    options = layer_options(model, blocks[:1])
+    hidden = first_hidden(model, blocks).float()
+    dense = torch.empty_like(hidden)
+    errors: list[float] = []
+    for index, (layer, kwargs) in enumerate(zip(layers, options, strict=True)):
+        journal, kwargs = stage(f"block {index}"), tree_map(_fp32, kwargs)
+        cast(layer, torch.float32)
+
+        def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
+            return layer(x, **kwargs)
+
+        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        block, done = Block(linears, run, hidden, dense), journal.load()
+        if done is None:
+            method(block, pattern, torch.Generator().manual_seed(1_000_003 * seed + index))
+        for name, linear in linears.items():
+            weight = linear.weight if done is None else done[name]
+            linear.weight.copy_(weight.to(linear.weight.device, dtype))  # the next block sees it
+        error = block.advance()
+        cast(layer, dtype)
+        if done is None:
+            if not math.isfinite(error):
+                raise GraspError(
+                    f"activations are not finite in decoder block {index}: check that the dense "
+                    "model's own loss is finite, and use a smaller --lr"
+                )
+            done = {"error": torch.tensor(error, dtype=torch.float64)}
+            done |= {name: linear.weight for name, linear in linears.items()}
+            journal.save(partial(dict, done), final=True)
+            progress.progress(index + 1, len(layers), error, blocks.numel())
+        errors.append(done["error"].item())
+    return errors
+
+
+def _fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

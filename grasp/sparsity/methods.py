@@ -1,0 +1,104 @@
+"""Which weights of a decoder block go, and what becomes of the others. Each works in place.
+
+The lowest scores of each group of the pattern go:
+
+- magnitude: |W_ij|
+- wanda (arXiv 2306.11695): |W_ij| ||X_j||, X_j the input j of a linear; the norm is that over the
+  tokens of a sample, root mean square over samples
+- sparsegpt (arXiv 2301.00774): see sparsegpt.py
+- wanda++ (arXiv 2503.04992): (alpha G_ij + ||X_j||) |W_ij|, G a gradient of the block; then a few
+  steps bring the block's outputs back towards the dense ones
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp.config import SparsifyConfig
+from grasp.sparsity.blocks import Block, Method
+from grasp.sparsity.pattern import Pattern
+from grasp.sparsity.sparsegpt import sparsegpt
+
+
+def method_of(config: SparsifyConfig) -> Method:
+    methods: dict[str, Method] = {
+        "magnitude": by_magnitude,
+        "wanda": by_wanda,
+        "sparsegpt": by_sparsegpt,
+        "wanda++": partial(by_wanda_plus_plus, rounds=config.rounds, lr=config.lr),
+    }
+    return methods[config.method]
+
+
+def by_magnitude(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
+    block.run_dense()
+    for linear in block.linears.values():
+        linear.weight *= pattern.keep(linear.weight.abs())
+
+
+def by_wanda(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
+    powers = {name: torch.zeros_like(m.weight[0]) for name, m in block.linears.items()}
+    block.run_dense(lambda name, x: powers[name].add_(x.square().sum(0)))
+    for name, linear in block.linears.items():
+        linear.weight *= pattern.keep(powers[name].sqrt() * linear.weight.abs())
+
+
+def by_sparsegpt(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
+    grams = {n: m.weight.new_zeros(2 * m.weight.shape[1:]) for n, m in block.linears.items()}
+    block.run_dense(lambda name, x: grams[name].addmm_(x.T, x))
+    for name, linear in block.linears.items():
+        linear.weight.copy_(sparsegpt(linear.weight, grams[name], pattern))
+
+
+def by_wanda_plus_plus(
+    block: Block,
+    pattern: Pattern,
+    generator: torch.Generator,
+    *,
+    rounds: int,
+    lr: float,
+    alpha: float = 100.0,
+    drawn: int = 32,
+) -> None:
+    """G is the gradient of ||f(x)||, f the dense block, root mean square over samples.
+
+    Each of the `rounds` prunes and then takes a step of RMSprop for each of `drawn` samples, on the
+    squared error to the dense outputs. The steps move pruned weights too, so that they may come
+    back; the last thing is to prune.
+    """
+    samples = len(block.hidden)
+    weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
+    powers = {name: torch.zeros_like(m.weight[0]) for name, m in block.linears.items()}
+    gradients = [torch.zeros_like(weight) for weight in weights]
+
+    def add_gradients(output: Tensor) -> None:
+        of_sample = torch.autograd.grad(torch.linalg.vector_norm(output), weights)
+        for total, gradient in zip(gradients, of_sample, strict=True):
+            total += gradient.square() / samples
+
+    with torch.enable_grad():
+        block.run_dense(
+            lambda name, x: powers[name].add_(x.square().sum(0) / samples), add_gradients
+        )
+    factors = [alpha * g.sqrt() + p.sqrt() for g, p in zip(gradients, powers.values(), strict=True)]
+
+    def prune() -> None:
+        for weight, factor in zip(weights, factors, strict=True):
+            weight *= pattern.keep(factor * weight.abs())
+
+    optimizer = torch.optim.RMSprop(weights, lr=lr)
+    for _ in range(rounds):
+        prune()
+        for sample in torch.randperm(samples, generator=generator)[:drawn].split(1):
+            with torch.enable_grad():
+                error = F.mse_loss(block.run(block.hidden[sample]), block.dense[sample])
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+    prune()
+    for weight in weights:
+        weight.requires_grad_(False).grad = None

@@ -1,0 +1,64 @@
+"""Where zeros must be: M - N in every M inputs of an output row, or a part of each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from grasp.errors import GraspError
+
+if TYPE_CHECKING:  # a pattern is parsed before torch is loaded
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`zeros` of every `group` weights along the input are zero; `group` None is a whole row.
+
+    A row's part is rounded down, as in Wanda (arXiv 2306.11695).
+    """
+
+    text: str
+    zeros: Fraction
+    group: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """2:4 keeps 2 of every 4; 0.5 zeroes half of every row. Raises GraspError."""
+        kept, colon, of = text.partition(":")
+        try:
+            group = int(of) if colon else None
+            zeros = 1 - Fraction(int(kept), int(of)) if colon else Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            raise GraspError(
+                f"--pattern {text!r} is no pattern: write 2:4, 4:8, or 0.5 for a part of each row"
+            ) from None
+        if not 0 < zeros < 1 or (group or 1) < 1:
+            expected = "N:M keeps N of M, with 0 < N < M" if colon else "choose a part in (0, 1)"
+            raise GraspError(f"--pattern {text} is impossible: {expected}")
+        return cls(text, zeros, group)
+
+    def check(self, name: str, inputs: int) -> None:
+        """Raises GraspError if the rows of a matrix cannot be cut into groups."""
+        if inputs % (self.group or 1):
+            raise GraspError(
+                f"--pattern {self.text} does not fit {name}: its {inputs} inputs are no multiple "
+                f"of {self.group}; choose another pattern, or a part of each row as 0.5"
+            )
+
+    def keep(self, scores: Tensor, start: int = 0) -> Tensor:
+        """The mask that drops the lowest scores of each group; ties drop what comes first.
+
+        scores: [out, columns], a matrix or its columns from `start`; returns bool of that shape.
+        """
+        groups = scores.unflatten(1, (-1, self.group or scores.shape[1]))
+        end = start + groups.shape[-1]
+        dropped = int(self.zeros * end) - int(self.zeros * start)
+        lowest = groups.argsort(dim=-1, stable=True)[..., :dropped]
+        return groups.new_ones(groups.shape).bool().scatter(-1, lowest, False).flatten(1)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every group of weight [out, in] has as many zeros as it should, or more."""
+        groups = weight.unflatten(1, (-1, self.group or weight.shape[1]))
+        return bool(((groups == 0).sum(-1) >= int(self.zeros * groups.shape[-1])).all())

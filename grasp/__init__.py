@@ -25,6 +25,7 @@ _HOMES = {
     "load": "grasp.models",
     "plan": "grasp.planning",
     "prune": "grasp.pipeline",
+    "sparsify": "grasp.sparsity.pipeline",
     "verify": "grasp.checkpoint.verify",
 }
 __all__ = sorted(_HOMES)

@@ -16,7 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from grasp.budget import Layout
-from grasp.config import Dtype, GateSite, Method, PruneConfig, Schedule, Start
+from grasp.config import (
+    Dtype,
+    GateSite,
+    Method,
+    PruneConfig,
+    Schedule,
+    SparseMethod,
+    SparsifyConfig,
+    Start,
+)
 from grasp.errors import GraspError
 
 app = typer.Typer(
@@ -44,7 +53,7 @@ def main() -> None:
         message = error.format_message()  # none where the help was printed instead
         _fail(f"error: {message}" if message else "", 2)
     if code == INTERRUPTED:  # newer releases of typer return it
-        resumable = sys.argv[1:2] == ["prune"]
+        resumable = sys.argv[1:2] in (["prune"], ["sparsify"])
         _fail("stopped" + ": the same command goes on from where it was" * resumable, code)
     sys.exit(code)
 
@@ -163,6 +172,57 @@ def prune_command(
         print(json.dumps(result.summary, indent=2))
         return
     table = Table("", "dense", "pruned", "", title=Text(str(result.folder)))
+    for row in size_rows(result.summary):
+        table.add_row(*row)
+    out_console.print(table)
+    _line(measured_on(result.summary))
+
+
+@app.command("sparsify")
+def sparsify_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the result; must not exist.")],
+    pattern: Annotated[
+        str, typer.Option(help="2:4 or 4:8 keeps N of M inputs; 0.5 zeroes a part of each row.")
+    ] = SparsifyConfig.pattern,
+    method: Annotated[
+        SparseMethod, typer.Option(help="How weights are chosen.")
+    ] = SparsifyConfig.method,
+    calibration: Annotated[
+        str,
+        typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
+    ] = SparsifyConfig.calibration,
+    text_field: TextField = SparsifyConfig.text_field,
+    samples: Samples = SparsifyConfig.samples,
+    seq_len: SeqLen = SparsifyConfig.seq_len,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds of Wanda++'s regional optimisation.")
+    ] = SparsifyConfig.rounds,
+    lr: Annotated[float, typer.Option(help="Its learning rate.")] = SparsifyConfig.lr,
+    eval_text: Annotated[
+        str | None, typer.Option(help="Text to report on [calibration text that was not used].")
+    ] = None,
+    eval_seq_len: Annotated[
+        int, typer.Option(help="Tokens per window of --eval-text.")
+    ] = SparsifyConfig.eval_seq_len,
+    eval_windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Fixes everything that is drawn.")] = 0,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Zeros in a pattern such as 2:4, stored dense: the same model, sparse, in --out."""
+    options = dict(locals())
+    del options["as_json"]
+    from grasp.report import measured_on, size_rows
+    from grasp.sparsity.pipeline import sparsify
+
+    with _progress() as show:
+        result = sparsify(**options, show=show)
+    if as_json:
+        print(json.dumps(result.summary, indent=2))
+        return
+    table = Table("", "dense", "sparse", "", title=Text(str(result.folder)))
     for row in size_rows(result.summary):
         table.add_row(*row)
     out_console.print(table)

@@ -22,7 +22,7 @@ from grasp.budget import Budget, Layout
 from grasp.calibrate import learn_scales
 from grasp.checkpoint.hf import environment, save_checkpoint, write_json
 from grasp.checkpoint.modeling_grasp import FAMILIES
-from grasp.config import PruneConfig
+from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
@@ -102,7 +102,8 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
     stored_dtype = model.dtype
     # whatever can be refused is refused before the long work
     space = UnitSpace.of(model)
-    _check_model(config, model)
+    _check_weights(config, model)
+    _check_layout(config, model)
     projection = Projection(space, config.budget, seed=config.seed, device=config.device)
     eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
@@ -227,8 +228,8 @@ def _longest(model: PreTrainedModel) -> int:
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
-def _check_model(config: PruneConfig, model: PreTrainedModel) -> None:
-    """What `PruneConfig` cannot check: options that this model does not allow, and its weights."""
+def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
+    """What a config cannot check: the weights, and what any of them asks of a model."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise GraspError(
@@ -239,23 +240,27 @@ def _check_model(config: PruneConfig, model: PreTrainedModel) -> None:
             f"--seq-len {config.seq_len} is more than this model takes: at most {_longest(model)}"
         )
     family = model.config.model_type.removeprefix("grasp_")
+    if family not in CONFIG_MAPPING:
+        raise GraspError(f"{family} is not in this transformers: its result could not be saved")
+
+
+def _check_layout(config: PruneConfig, model: PreTrainedModel) -> None:
+    family = model.config.model_type.removeprefix("grasp_")
     if config.budget.layout == "per-layer" and family not in FAMILIES:
         raise GraspError(
             f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
             "use --layout uniform"
         )
-    if family not in CONFIG_MAPPING:
-        raise GraspError(f"{family} is not in this transformers: its result could not be saved")
 
 
-def _eval_text(config: PruneConfig, tokenizer: Any) -> Corpus | None:
+def _eval_text(config: PruneConfig | SparsifyConfig, tokenizer: Any) -> Corpus | None:
     if config.eval_text is None:
         return None
     return read_corpus(config.eval_text, tokenizer, text_field=config.text_field, split="test")
 
 
 def _calibration_text(
-    config: PruneConfig, model: PreTrainedModel, tokenizer: Any, run: Run
+    config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
 ) -> Corpus:
     if config.calibration != "self":
         return read_corpus(config.calibration, tokenizer, text_field=config.text_field)
@@ -284,7 +289,7 @@ class Ruler:
 
 
 def _ruler(
-    config: PruneConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
+    config: PruneConfig | SparsifyConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
 ) -> Ruler | None:
     """--eval-text, or what is held out of the calibration text; None where nothing is."""
     if eval_text:

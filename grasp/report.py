@@ -44,6 +44,11 @@ def size_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
         ("KV cache, bytes per token (16 bit)", cache["before"], cache["after"]),
     ]
     rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.2%}") for what, a, b in pairs]
+    if sparsity := summary.get("sparsity"):
+        a, b, of = (sparsity[k] for k in ("zeros_before", "zeros_after", "weights"))
+        rows.append(
+            (f"zeros in linears, {sparsity['pattern']}", f"{a:,}", f"{b:,}", f"{b / of:.2%}")
+        )
     dense, pruned = (summary["results"].get(k) for k in ("dense", "pruned"))
     if dense and pruned:
         a, b = dense["value"], pruned["value"]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 from fractions import Fraction
 from functools import partial
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
+from families import FAMILIES, save_tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MixtralConfig, MixtralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+import grasp
+from grasp.checkpoint import verify
 from grasp.errors import GraspError
+from grasp.sparsity import methods
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import by_magnitude, by_sparsegpt, by_wanda, by_wanda_plus_plus
 from grasp.sparsity.pattern import Pattern
@@ -228,3 +233,123 @@ def test_a_block_with_a_matrix_that_is_no_linear_is_refused():
     model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=2))
     with pytest.raises(GraspError, match=r"MixtralForCausalLM is not supported: .* is no linear"):
         linears_of(model)
+
+
+# --- whole runs ---
+
+SMALL = dict(samples=4, seq_len=32, rounds=1, lr=1e-4, eval_windows=2, device="cpu")
+
+
+def weights(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def sparse(tiny, text, tmp_path_factory):
+    """A whole run that nothing interrupted."""
+    return grasp.sparsify(
+        tiny, tmp_path_factory.mktemp("sparse") / "out", calibration=text, **SMALL
+    )
+
+
+def test_the_result_is_the_same_model_with_zeros(tiny, sparse, call):
+    dense, found = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny, sparse.folder))
+    assert type(found) is type(dense)
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (tiny, sparse.folder)
+    )
+    assert before == after
+    linears = linears_of(found)
+    for linear in linears.values():
+        assert ((linear.weight.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all()
+    sparsity, results = sparse.summary["sparsity"], sparse.summary["results"]
+    of = sum(linear.weight.numel() for linear in linears.values())
+    assert (sparsity["zeros_before"], sparsity["zeros_after"], sparsity["weights"]) == (
+        0,
+        of / 2,
+        of,
+    )
+    assert len(sparsity["errors"]) == 3 and all(0 < e < 1 for e in sparsity["errors"])
+    assert json.loads((sparse.folder / "grasp.json").read_text()) == sparse.summary
+    assert results["dense"]["value"] > 1 and results["dense"]["value"] != results["pruned"]["value"]
+    report = verify.verify(sparse.folder)
+    assert report.passed and "sparsity" in [check.name for check in report.checks]
+    code, said, _ = call("show", sparse.folder)
+    assert code == 0 and f"zeros in linears, 2:4: 0 -> {of // 2:,} (50.00%)" in said
+
+
+def test_a_weight_that_came_back_is_found(sparse, tmp_path):
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(sparse.folder / file.name)
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    weight[weight == 0] = 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    check = verify._check_sparsity(tmp_path, sparse.summary["sparsity"])
+    assert not check.passed and check.detail == "model.layers.1.mlp.up_proj.weight is not 2:4"
+
+
+def test_a_stopped_run_goes_on_behind_its_last_block(tiny, text, sparse, tmp_path, monkeypatch):
+    begun = []
+    prune_block = methods.by_wanda_plus_plus
+
+    def stopped_in_the_second(block, *args, **options):
+        begun.append(block)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        prune_block(block, *args, **options)
+
+    monkeypatch.setattr(methods, "by_wanda_plus_plus", stopped_in_the_second)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        grasp.sparsify(tiny, out, calibration=text, **SMALL)
+    assert not out.exists()
+    again = grasp.sparsify(tiny, out, calibration=text, **SMALL)
+    assert len(begun) == 4  # of the first block once, and of the two others
+    assert weights(out) == weights(sparse.folder)
+    assert again.summary["sparsity"] == sparse.summary["sparsity"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_bf16_weights_stay_bf16(text, tmp_path):
+    dense = save_tiny(tmp_path / "dense", "qwen3", dtype=torch.bfloat16)
+    grasp.sparsify(dense, tmp_path / "out", calibration=text, pattern="0.3", **SMALL)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert found.dtype == torch.bfloat16
+    assert all(Pattern.parse("0.3").holds(m.weight) for m in linears_of(found).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pattern=half"], "--pattern 'half' is no pattern: write 2:4, 4:8, or 0.5 for a part"),
+        (["--pattern=4:2"], "--pattern 4:2 is impossible: N:M keeps N of M, with 0 < N < M"),
+        (["--pattern=1.5"], "--pattern 1.5 is impossible: choose a part in (0, 1)"),
+        (["--pattern=3:7"], "--pattern 3:7 does not fit model.layers.0.self_attn.q_proj: its 64"),
+        (["--rounds=-1"], "--rounds -1 is too small: choose at least 0"),
+        (["--lr=0"], "--lr 0.0 is no learning rate: choose one above 0, as 0.01"),
+        (["--samples=900"], "too little text: words.txt has "),
+        (["--seq-len=257"], "--seq-len 257 is more than this model takes: at most 256"),
+        (["--eval-text=none.jsonl"], "none.jsonl does not exist: expected a text, .jsonl"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options(refused, tiny, text, options, message):
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    arguments = [tiny, "--out=new/out", f"--calibration={text}", *small, *options]
+    assert message in refused("sparsify", *arguments)
+
+
+def test_an_unknown_method(refused, tiny):
+    message = refused("sparsify", tiny, "--out=out", "--method=magic", code=2)
+    assert "'magic' is not one of 'wanda++', 'wanda'" in message
+    with pytest.raises(GraspError, match="--method 'magic': choose wanda"):
+        grasp.sparsify(tiny, "out", method="magic")
+
+
+def test_the_command_line(call, tiny, text, tmp_path):
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    out = tmp_path / "out"
+    code, said, _ = call(
+        "sparsify", tiny, f"--out={out}", f"--calibration={text}", "--method=wanda", *small
+    )
+    assert code == 0 and "zeros in linears, 2:4" in said and "Perplexity: words.txt" in said

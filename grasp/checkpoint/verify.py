@@ -57,6 +57,8 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
         raise GraspError(f"{folder} is not a grasp checkpoint: no {error} in its json") from None
 
     checks = [_check_files(folder, hashes), _check_tensors(folder)]
+    if "sparsity" in grasp_json:
+        checks.append(_check_sparsity(folder, grasp_json["sparsity"]))
     ways = {"with import grasp": "grasp", "without grasp": "remote"}
     if not own_code:
         ways = {"as the stock class": "stock"}
@@ -121,6 +123,27 @@ def _check_tensors(folder: Path) -> Check:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         return Check("tensors", False, _one_line(str(error)))
     return Check("tensors", count > 0, f"{count} tensors, all finite")
+
+
+def _check_sparsity(folder: Path, sparsity: dict[str, Any]) -> Check:
+    """The matrices of the decoder blocks have the zeros of the pattern, and as many as written."""
+    from safetensors import safe_open
+
+    from grasp.sparsity.pattern import Pattern
+
+    pattern, zeros, matrices = Pattern.parse(sparsity["pattern"]), 0, 0
+    for file, names in _index(folder):
+        with safe_open(folder / file, framework="pt") as tensors:
+            for name in names if names is not None else tensors.keys():
+                weight = tensors.get_tensor(name)
+                if ".layers." not in name or weight.dim() != 2:
+                    continue
+                if not pattern.holds(weight):
+                    return Check("sparsity", False, f"{name} is not {pattern.text}")
+                matrices += 1
+                zeros += int((weight == 0).sum())
+    detail = f"{pattern.text} in {matrices} matrices, {zeros:,} zeros"
+    return Check("sparsity", zeros == sparsity["zeros_after"], detail)
 
 
 def _index(folder: Path) -> Iterable[tuple[str, list[str] | None]]:

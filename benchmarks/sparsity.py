@@ -1,0 +1,157 @@
+"""Which method leaves the best sparse model under one pattern, from the same text?
+
+    python -m benchmarks.sparsity --text FILE --eval-text FILE [--patterns 2:4,4:8] [--seeds 0,1]
+    python -m benchmarks.sparsity --table --out JSON
+
+A row is a method, and may change one option: `wanda++/rounds=0`, `wanda++/lr=1e-4`. Each sparsifies
+a copy of one model on the same blocks as every other row of its seed, in fp32, and is evaluated on
+the same windows as the dense model. Results are written after every row, and a second call does
+only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.ablation import RESULTS, span, write
+from benchmarks.gate_step import machine
+from grasp.config import SparseMethod, SparsifyConfig
+from grasp.data import read_corpus, token_blocks
+from grasp.evaluate import perplexity
+from grasp.models import load_model, pick_device
+from grasp.sparsity.blocks import sparsify_blocks
+from grasp.sparsity.methods import method_of
+from grasp.sparsity.pattern import Pattern
+from grasp.training import Journal
+
+
+def row_config(name: str, base: SparsifyConfig) -> SparsifyConfig:
+    """`wanda++/lr=1e-4` is `base` with that method and that option."""
+    method, _, change = name.partition("/")
+    option, _, value = change.partition("=")
+    changed = {option: type(getattr(base, option))(value)} if option else {}
+    return replace(base, method=method, **changed)  # type: ignore[arg-type]
+
+
+def sparsified(model: PreTrainedModel, config: SparsifyConfig, blocks: Tensor) -> list[float]:
+    return sparsify_blocks(
+        model,
+        Pattern.parse(config.pattern),
+        method_of(config),
+        blocks,
+        seed=config.seed,
+        stage=lambda name: Journal(),
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: perplexity, mean over seeds (least to most), and over that of `wanda`."""
+    dense, evaluation = results["dense"], results["settings"]["evaluation"]
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in results["rows"]:
+        runs.setdefault((record["pattern"], record["row"]), []).append(record)
+    lines = [
+        f"Perplexity on the first {evaluation['windows']} windows of {evaluation['data']['name']} "
+        f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most).",
+        "",
+        "| pattern | row | perplexity | × wanda | last block's error | CPU seconds | seeds |",
+        "|---|---|---|---|---|---|---|",
+        f"| – | dense | {dense:.2f} | – | – | – | – |",
+    ]
+    for (pattern, name), records in runs.items():
+        wanda = {r["seed"]: r["perplexity"] for r in runs.get((pattern, "wanda"), [])}
+        paired = [r["perplexity"] / wanda[r["seed"]] for r in records if r["seed"] in wanda]
+        lines.append(
+            f"| {pattern} | {name} | {span([r['perplexity'] for r in records])} "
+            f"| {f'{mean(paired):.3f}' if paired else '–'} "
+            f"| {mean(r['errors'][-1] for r in records):.3f} "
+            f"| {mean(r['cpu_seconds'] for r in records):.0f} "
+            f"| {', '.join(str(r['seed']) for r in records)} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of --out, run nothing"
+    )
+    parser.add_argument("--text", help="calibration text")
+    parser.add_argument("--eval-text")
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--patterns", default="2:4", help="separated by commas")
+    parser.add_argument("--rows", default=",".join(get_args(SparseMethod)))
+    parser.add_argument("--seeds", default="0", help="numbers separated by commas")
+    parser.add_argument("--samples", type=int, default=SparsifyConfig.samples)
+    parser.add_argument("--seq-len", type=int, default=SparsifyConfig.seq_len)
+    parser.add_argument("--eval-windows", type=int, default=32)
+    parser.add_argument("--eval-seq-len", type=int, default=1024)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sparsity.json")
+    options = parser.parse_args(argv)
+    if options.table:
+        print(table(json.loads(options.out.read_text())))
+        return
+    if not (options.text and options.eval_text):
+        parser.error("--text and --eval-text are needed")
+
+    base = SparsifyConfig(options.model, samples=options.samples, seq_len=options.seq_len)
+    device = pick_device(options.device)
+    dense, tokenizer = load_model(options.model, dtype=torch.float32, device=device)
+    corpus = read_corpus(options.text, tokenizer)
+    evaluation = read_corpus(options.eval_text, tokenizer, split="test")
+
+    def score(model: PreTrainedModel) -> float:
+        windows, length = options.eval_windows, options.eval_seq_len
+        return perplexity(model, evaluation, seq_len=length, windows=windows).value
+
+    settings = {
+        "base": base.to_json() | {"calibration": corpus.to_json()},
+        "evaluation": {
+            "data": evaluation.to_json(),
+            "windows": options.eval_windows,
+            "seq_len": options.eval_seq_len,
+        },
+    }
+    if options.out.exists():
+        results = json.loads(options.out.read_text())
+        if results["settings"] != json.loads(json.dumps(settings)):
+            parser.error(f"{options.out} holds results of other settings: choose another --out")
+    else:
+        results = {"settings": settings, "machine": machine(device), "rows": []}
+        results["dense"] = score(dense)
+    done = {(r["row"], r["pattern"], r["seed"]) for r in results["rows"]}
+    for seed in map(int, options.seeds.split(",")):
+        for pattern in options.patterns.split(","):
+            for name in options.rows.split(","):
+                if (name, pattern, seed) in done:
+                    continue
+                config = row_config(name, replace(base, pattern=pattern, seed=seed))
+                blocks = token_blocks(
+                    corpus, seq_len=config.seq_len, samples=config.samples, seed=seed
+                )
+                model, began = copy.deepcopy(dense), time.process_time()
+                errors = sparsified(model, config, blocks)
+                seconds = time.process_time() - began
+                record = {"row": name, "pattern": pattern, "seed": seed}
+                record |= {"perplexity": score(model), "errors": errors}
+                results["rows"].append(record | {"cpu_seconds": round(seconds, 1)})
+                write(results, options.out)
+                print(json.dumps(results["rows"][-1]), flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp.checkpoint.modeling_grasp import LayerConfig
 from grasp.projection import Mask
-from grasp.units import UnitSpace, decoder_layers
+from grasp.units import Rows, UnitSpace, decoder_layers
 
 
 @torch.no_grad()
@@ -17,19 +18,16 @@ def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
     """Slice the model in place to the kept units: dense, with widths of its own in each layer."""
     layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
     for modules, units, (ffn, kv) in layers:
-        device = modules.mlp.gate_proj.weight.device
+        device = modules.mlp.down_proj.weight.device
         ffn, kv = ffn.to(device), kv.to(device)
-        for projection in (modules.mlp.gate_proj, modules.mlp.up_proj):
-            _keep_rows(projection, ffn)
+        _keep_rows({modules.gate: ffn, modules.up: ffn})
         _keep_columns(modules.mlp.down_proj, ffn)
 
         heads = expand(kv, units.group_size)
         q_rows, kv_rows = expand(heads, units.head_dim), expand(kv, units.head_dim)
-        attention = modules.attention
-        _keep_rows(attention.q_proj, q_rows)
-        _keep_rows(attention.k_proj, kv_rows)
-        _keep_rows(attention.v_proj, kv_rows)
-        _keep_columns(attention.o_proj, q_rows)
+        _keep_rows({modules.q: q_rows, modules.k: kv_rows, modules.v: kv_rows})
+        _keep_columns(modules.attention.o_proj, q_rows)
+        _say_heads(modules.attention, len(heads), len(kv))
 
 
 @torch.no_grad()
@@ -48,11 +46,24 @@ def expand(index: Tensor, width: int) -> Tensor:
     return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
 
 
-def _keep_rows(linear: Any, rows: Tensor) -> None:
-    linear.weight = _frozen(linear.weight[rows])
-    if linear.bias is not None:
-        linear.bias = _frozen(linear.bias[rows])
-    linear.out_features = len(rows)
+def _keep_rows(kept: dict[Rows, Tensor]) -> None:
+    """Slice linear layers to the kept rows of their projections, which stay in their order."""
+    rows: dict[Any, list[Tensor]] = {}
+    for projection, own in kept.items():
+        rows.setdefault(projection.linear, []).append(projection.start + own)
+    for linear, parts in rows.items():
+        index = torch.cat(parts)
+        linear.weight = _frozen(linear.weight[index])
+        if linear.bias is not None:
+            linear.bias = _frozen(linear.bias[index])
+        linear.out_features = len(index)
+
+
+def _say_heads(attention: Any, heads: int, kv_heads: int) -> None:
+    """Where an attention looks up its number of heads, instead of reading it off its weights."""
+    attention.config = LayerConfig(attention.config, num_attention_heads=heads)
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = kv_heads
 
 
 def _keep_columns(linear: Any, columns: Tensor) -> None:

@@ -7,22 +7,25 @@ transformers' AttentionInterface, so no model family's attention code is copied.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
-from grasp.units import UnitSpace, decoder_layers
+from grasp.units import LayerModules, UnitSpace, decoder_layers
 from grasp_kernels import gated_swiglu_ffn
 
-ATTENTION = "grasp_gated"
+# Gemma 2's softcap is in its family's own eager attention only; every other model runs SDPA
+SDPA, EAGER = "grasp_gated", "grasp_gated_eager"
 
 
 class Gates:
@@ -55,9 +58,9 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     # a library's hook may have put a forward on the instance before us
     forwards = [{k: v for k, v in vars(m.mlp).items() if k == "forward"} for m in modules]
     try:
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(EAGER if before == "eager" else SDPA)
         for m in modules:
-            m.mlp.forward = _ffn_forward(m.mlp)
+            m.mlp.forward = _ffn_forward(m)
         yield gates
     finally:
         model.set_attn_implementation(before)
@@ -67,19 +70,21 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
             del m.mlp.grasp_gate, m.attention.grasp_gate
 
 
-def _ffn_forward(mlp: Any) -> Any:
-    projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    fused = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) and all(
-        p.bias is None for p in projections
+def _ffn_forward(modules: LayerModules) -> Any:
+    mlp, activation = modules.mlp, modules.activation
+    linears = (modules.gate.linear, modules.up.linear, mlp.down_proj)
+    fused = isinstance(activation, nn.SiLU | SiLUActivation) and all(
+        linear.bias is None for linear in linears
     )
 
     def forward(x: Tensor) -> Tensor:
         if fused:
-            gate, up, down = (p.weight for p in projections)
+            gate, up, down = modules.gate.weight, modules.up.weight, mlp.down_proj.weight
             # counting kept channels, to skip the others, would make a GPU wait in every layer
             most = None if x.device.type == "cpu" else len(gate)
             return gated_swiglu_ffn(x, gate, up, down, mlp.grasp_gate, max_kept=most)
-        hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        gate, up = (F.linear(x, rows.weight, rows.bias) for rows in (modules.gate, modules.up))
+        hidden = activation(gate) * up
         return mlp.down_proj((hidden * mlp.grasp_gate).to(hidden.dtype))
 
     return forward
@@ -97,11 +102,18 @@ def _attention_forward(
     if site == "kv":
         per_group = gate[:, None, None]
         key, value = ((t * per_group).to(t.dtype) for t in (key, value))
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    out, _ = _inner(module)(module, query, key, value, attention_mask, **kwargs)
     if site == "output":  # out: [B, S, H, D]
         out = (out * gate.repeat_interleave(out.shape[2] // len(gate))[:, None]).to(out.dtype)
     return out, None
 
 
-AttentionInterface.register(ATTENTION, _attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+def _inner(module: Any) -> Any:
+    if module.config._attn_implementation == SDPA:
+        return sdpa_attention_forward
+    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+
+
+for name, mask in ((SDPA, sdpa_mask), (EAGER, eager_mask)):
+    AttentionInterface.register(name, _attention_forward)
+    AttentionMaskInterface.register(name, mask)

@@ -1,6 +1,6 @@
 """What a model is, from its `config.json` or GGUF header alone: no weights, no torch.
 
-The four supported families are a table of structural facts, enough to count every parameter
+The supported families are a table of structural facts, enough to count every parameter
 exactly. Any other `model_type` is built on torch's meta device and read by structure, as a loaded
 model would be: slower, and refused with the reason where the structure does not fit.
 """
@@ -40,6 +40,8 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     head_dim: int | None = None  # where the config names none; None: hidden_size / heads
+    norms: int = 2  # in a layer, of the hidden size
+    tied: bool = False  # embeddings, where the config does not say
 
 
 FAMILIES = {
@@ -47,6 +49,12 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family("attention_bias", "attention_bias", qk_norm=True, head_dim=128),
+    "phi3": Family(),
+    "gemma": Family("attention_bias", "attention_bias", head_dim=256, tied=True),
+    "gemma2": Family("attention_bias", "attention_bias", head_dim=256, norms=4, tied=True),
+    "gemma3_text": Family(
+        "attention_bias", "attention_bias", qk_norm=True, head_dim=256, norms=4, tied=True
+    ),
 }
 
 
@@ -96,9 +104,9 @@ def from_config(config: Mapping[str, Any]) -> Header:
             group_bias=(heads // groups + 2) * head_dim * has(family.qkv_bias),
         )
         layers.append(layer)
-        fixed += hidden * (2 + has(family.o_bias) + has(family.mlp_bias))  # two norms; biases
+        fixed += hidden * (family.norms + has(family.o_bias) + has(family.mlp_bias))
         fixed += 2 * head_dim * family.qk_norm
-    embeddings = 1 if config.get("tie_word_embeddings") else 2
+    embeddings = 1 if config.get("tie_word_embeddings", family.tied) else 2
     fixed += hidden * (embeddings * vocab + 1)  # one norm at the end
     space = UnitSpace(hidden, tuple(layers), fixed)
     return Header(space, name, vocab, family.qk_norm, "config.json")

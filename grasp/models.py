@@ -94,9 +94,10 @@ def load_model(
     """Load a causal language model and its tokenizer, ready to be pruned or evaluated.
 
     The model is in eval mode, in `dtype` (None: as stored) on `device` (see `pick_device`), uses
-    SDPA attention and needs no gradients. From GGUF it is dequantised (to fp32 where `dtype` is
-    None) and carries the plain config of its family. Only safetensors are read, and a checkpoint's
-    own code runs only with `trust_remote_code`. Raises GraspError.
+    SDPA attention (eager where it has a softcap) and needs no gradients. From GGUF it is
+    dequantised (to fp32 where `dtype` is None) and carries the plain config of its family. Only
+    safetensors are read, and a checkpoint's own code runs only with `trust_remote_code`. Raises
+    GraspError.
     """
     source = resolve(spec)
     device = pick_device(device)
@@ -226,7 +227,6 @@ def _load_safetensors(
     model, loading = auto.from_pretrained(
         location,
         dtype=dtype or "auto",
-        attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
@@ -236,6 +236,8 @@ def _load_safetensors(
             f"{location} is incomplete: its weights lack {sorted(loading['missing_keys'])[0]} "
             f"({len(loading['missing_keys'])} tensors missing)"
         )
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # older releases take SDPA, and lose the softcap
     tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     return model, tokenizer
 

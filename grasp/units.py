@@ -3,7 +3,8 @@
 Two kinds of unit (GRASPrune, arXiv 2604.19398, section 3): an **FFN channel** (a row of
 `gate_proj` and `up_proj` with its column of `down_proj`) and a **KV group** (the rows of one KV
 head in `k_proj` and `v_proj`, of its G query heads in `q_proj`, and the matching columns of
-`o_proj`).
+`o_proj`). Projections may be linear layers of their own or rows of a fused one (`gate_up_proj`,
+`qkv_proj`).
 
 Costs are integers in multiples of the hidden size d: a channel costs 3 (3d weights), a group
 (2G+2)*head_dim. Flat vectors over units (scores, gates, masks) run layer by layer, the layer's FFN
@@ -19,8 +20,9 @@ from typing import Any
 from grasp.errors import GraspError
 
 FFN_COST = 3
-FFN_NAMES = ("gate_proj", "up_proj", "down_proj")
-ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+# the linear layers of an FFN or an attention: one by one, or fused in this order
+FFN_NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+ATTENTION_NAMES = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class UnitSpace:
         """Read the units off a live model (any device, `meta` included). Raises GraspError."""
         modules = decoder_layers(model)
         layers = tuple(_layer_units(m) for m in modules)
-        hidden = modules[0].mlp.gate_proj.weight.shape[1]
+        hidden = modules[0].gate.weight.shape[1]
         total = sum(p.numel() for p in model.parameters())
         space = cls(hidden, layers, 0)
         return cls(hidden, layers, total - space.total_params)
@@ -107,11 +109,54 @@ class UnitSpace:
 
 
 @dataclass(frozen=True)
-class LayerModules:
-    """The two prunable modules of one decoder layer."""
+class Rows:
+    """A projection: the rows of a linear layer from `start` on, all of them unless it is fused."""
 
-    attention: Any  # has q_proj, k_proj, v_proj, o_proj, head_dim
-    mlp: Any  # has gate_proj, up_proj, down_proj, act_fn
+    linear: Any
+    start: int
+    size: int
+
+    @property
+    def weight(self) -> Any:
+        """A view, [size, in]."""
+        return self.of(self.linear.weight)
+
+    @property
+    def bias(self) -> Any:
+        """A view, [size], or None."""
+        return None if self.linear.bias is None else self.of(self.linear.bias)
+
+    def of(self, values: Any) -> Any:
+        """This projection's part of values that the linear layer has one of for each row."""
+        return values[self.start : self.start + self.size]
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The two prunable modules of one decoder layer, and where their projections lie."""
+
+    attention: Any  # has o_proj, head_dim
+    mlp: Any  # has down_proj
+    q: Rows
+    k: Rows
+    v: Rows
+    gate: Rows
+    up: Rows
+
+    @property
+    def linears(self) -> list[Any]:
+        """All linear layers, each once."""
+        rows = (self.gate, self.up, self.q, self.k, self.v)
+        return [
+            *dict.fromkeys(r.linear for r in rows),
+            self.mlp.down_proj,
+            self.attention.o_proj,
+        ]
+
+    @property
+    def activation(self) -> Any:
+        """What the output of `gate` goes through."""
+        return getattr(self.mlp, "act_fn", None) or self.mlp.activation_fn
 
 
 def decoder_layers(model: Any) -> list[LayerModules]:
@@ -119,61 +164,89 @@ def decoder_layers(model: Any) -> list[LayerModules]:
     kind = type(model).__name__
     if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
         raise GraspError(f"{kind} is not supported: it has no list of decoder layers")
+    if model.config.get_text_config() is not model.config:
+        raise GraspError(f"{kind} is not supported: it takes more than text")
     found = []
     for index, layer in enumerate(model.get_decoder().layers):
         attention = _only_child(layer, ATTENTION_NAMES, kind, index)
         mlp = _only_child(layer, FFN_NAMES, kind, index)
-        found.append(LayerModules(attention, mlp))
+        found.append(LayerModules(attention, mlp, *_qkv(attention), *_gate_up(mlp)))
     if not found:
         raise GraspError(f"{kind} is not supported: its list of decoder layers is empty")
     return found
 
 
-def _only_child(layer: Any, names: tuple[str, ...], kind: str, index: int) -> Any:
+def _only_child(layer: Any, forms: tuple[tuple[str, ...], ...], kind: str, index: int) -> Any:
     # direct children only: the experts of a mixture lie deeper
-    matches = [
-        m
-        for m in layer.children()
-        if all(getattr(getattr(m, name, None), "weight", None) is not None for name in names)
-    ]
+    matches = [m for m in layer.children() if any(_has(m, names) for names in forms)]
     if len(matches) == 1:
         return matches[0]
+    if any(name.endswith(".experts") for name, _ in layer.named_modules()):
+        raise GraspError(
+            f"{kind} is not supported: layer {index} is a mixture of experts, and grasp prunes "
+            "dense FFNs: name a dense model"
+        )
     have = sorted({type(m).__name__ for m in layer.children()})
     raise GraspError(
-        f"{kind} is not supported: layer {index} needs exactly one module with {', '.join(names)}, "
-        f"found {len(matches)} (the layer holds {', '.join(have)})"
+        f"{kind} is not supported: layer {index} needs exactly one module with "
+        f"{' or '.join(', '.join(names) for names in forms)}, found {len(matches)} "
+        f"(the layer holds {', '.join(have)})"
     )
+
+
+def _has(module: Any, names: tuple[str, ...]) -> bool:
+    return all(getattr(getattr(module, name, None), "weight", None) is not None for name in names)
+
+
+def _qkv(attention: Any) -> tuple[Rows, ...]:
+    if not hasattr(attention, "qkv_proj"):
+        return tuple(_whole(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+    queries = attention.o_proj.weight.shape[1]
+    keys = (attention.qkv_proj.weight.shape[0] - queries) // 2
+    return _parts(attention.qkv_proj, (queries, keys, keys))
+
+
+def _gate_up(mlp: Any) -> tuple[Rows, ...]:
+    if not hasattr(mlp, "gate_up_proj"):
+        return _whole(mlp.gate_proj), _whole(mlp.up_proj)
+    channels = mlp.down_proj.weight.shape[1]
+    return _parts(mlp.gate_up_proj, (channels, channels))
+
+
+def _whole(linear: Any) -> Rows:
+    return Rows(linear, 0, linear.weight.shape[0])
+
+
+def _parts(linear: Any, sizes: tuple[int, ...]) -> tuple[Rows, ...]:
+    return tuple(Rows(linear, sum(sizes[:i]), size) for i, size in enumerate(sizes))
 
 
 def _layer_units(modules: LayerModules) -> LayerUnits:
-    attention, mlp = modules.attention, modules.mlp
-    head_dim = _head_dim(attention)
-    kv_groups = attention.k_proj.weight.shape[0] // head_dim
-    group_size = attention.q_proj.weight.shape[0] // head_dim // kv_groups
-    channel_bias = sum(m.bias is not None for m in (mlp.gate_proj, mlp.up_proj))
+    head_dim = _head_dim(modules)
+    q, k, v = modules.q, modules.k, modules.v
+    kv_groups = k.size // head_dim
+    group_size = q.size // head_dim // kv_groups
+    channel_bias = sum(rows.bias is not None for rows in (modules.gate, modules.up))
     group_bias = head_dim * (
-        group_size * (attention.q_proj.bias is not None)
-        + (attention.k_proj.bias is not None)
-        + (attention.v_proj.bias is not None)
+        group_size * (q.bias is not None) + (k.bias is not None) + (v.bias is not None)
     )
-    ffn = mlp.gate_proj.weight.shape[0]
-    return LayerUnits(ffn, kv_groups, group_size, head_dim, channel_bias, group_bias)
+    return LayerUnits(modules.gate.size, kv_groups, group_size, head_dim, channel_bias, group_bias)
 
 
-def _head_dim(attention: Any) -> int:
+def _head_dim(modules: LayerModules) -> int:
     """The head size of an attention that folds by whole heads. Raises GraspError."""
+    attention, queries, keys = modules.attention, modules.q.size, modules.k.size
     kind, head_dim = type(attention).__name__, getattr(attention, "head_dim", None)
     if not isinstance(head_dim, int):
         raise GraspError(f"{kind} is not supported: it does not say its head_dim")
-    queries, values = attention.q_proj.weight.shape[0], attention.v_proj.weight.shape[0]
-    keys = attention.k_proj.weight.shape[0]
-    if attention.o_proj.weight.shape[1] != queries or keys != values or queries % keys:
+    if attention.o_proj.weight.shape[1] != queries or keys != modules.v.size or queries % keys:
         raise GraspError(
-            f"{kind} is not supported: {queries} query, {keys} key and {values} value rows with "
-            f"{attention.o_proj.weight.shape[1]} output columns are no grouped heads"
+            f"{kind} is not supported: {queries} query, {keys} key and {modules.v.size} value rows "
+            f"with {attention.o_proj.weight.shape[1]} output columns are no grouped heads"
         )
+    cut = {name for names in ATTENTION_NAMES for name in names}
     for name, parameter in attention.named_parameters():
-        if name.split(".")[0] not in ATTENTION_NAMES and parameter.numel() != head_dim:
+        if name.split(".")[0] not in cut and parameter.numel() != head_dim:
             raise GraspError(
                 f"{kind} is not supported: {name} has {parameter.numel()} values, one head has "
                 f"{head_dim}, so heads cannot be removed one by one"

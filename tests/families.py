@@ -13,12 +13,17 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from grasp.models import cast
 
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 # family -> (class prefix, what its config says beyond the sizes)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),  # biased q, k and v
     "qwen3": ("Qwen3", {}),  # RMS norms on q and k
+    "phi3": ("Phi3", {"rope_parameters": PARTIAL, "sliding_window": 9, "pad_token_id": 2}),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", {"query_pre_attn_scalar": 40, "sliding_window": 9}),
+    "gemma3_text": ("Gemma3", {"query_pre_attn_scalar": 40, "sliding_window": 9}),
 }
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
@@ -60,8 +65,8 @@ def tiny_model(
         **extra,
         **config,
     }
-    model_config = getattr(transformers, f"{prefix}Config")(**settings)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(model_config)
+    model_class = getattr(transformers, f"{prefix}ForCausalLM")
+    model = model_class(model_class.config_class(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -42,7 +42,7 @@ def test_stock_class_and_config(family, tied, tmp_path):
     assert done.bytes == sum(path.stat().st_size for path in done.path.iterdir())
     assert done.architecture == type(stock).__name__
     assert type(stock).__module__.startswith("transformers.")
-    assert torch.allclose(stock(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert torch.allclose(stock(IDS).logits, model(IDS).logits, atol=1e-4)
     options = dict(attention_mask=torch.ones_like(IDS), do_sample=False, max_new_tokens=12)
     assert torch.equal(stock.generate(IDS, **options), model.generate(IDS, **options))
 

@@ -9,33 +9,24 @@ config.json says (keys intermediate_size, num_attention_heads, num_key_value_hea
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+# model types of transformers whose layers take every width from the config that they are built from
+STOCK = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
 
 
 class PerLayerConfig:
@@ -49,6 +40,21 @@ class PerLayerConfig:
                     f"layer {i}: {layer.num_attention_heads} query heads cannot share "
                     f"{layer.num_key_value_heads} KV heads evenly"
                 )
+
+    def validate_rope(self: Any) -> None:
+        PreTrainedConfig.validate_rope(self)  # Phi-3's divides the hidden size by heads
+
+
+class LayerConfig:
+    """What the modules of one layer read: its own widths, and all else in the model's config."""
+
+    def __init__(self, config: Any, **widths: int) -> None:
+        vars(self).update(widths, shared=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying asks for these before there is a config
+            raise AttributeError(name)
+        return getattr(self.shared, name)
 
 
 class PerLayerWidths(PreTrainedModel):
@@ -64,83 +70,47 @@ class PerLayerWidths(PreTrainedModel):
         config._attn_implementation = hollow._attn_implementation
         decoder: Any = self.base_model
         self.config = decoder.config = config  # rotary_emb keeps its own: dynamic rope reads it
-        decoder.layers = nn.ModuleList(
-            self.layer_class(config.per_layer_config[i], i) for i in range(config.num_hidden_layers)
-        )
-        module: Any
-        for module in decoder.layers.modules():
-            if hasattr(module, "config"):
-                module.config = config  # shared, so that set_attn_implementation reaches it
+        decoder.layers = nn.ModuleList()
+        for i, own in enumerate(config.per_layer_config):
+            layer = self.layer_class(own, i)
+            # shared, so that set_attn_implementation reaches it; Phi-3 asks it for query heads
+            shared = LayerConfig(config, num_attention_heads=own.num_attention_heads)
+            module: Any
+            for module in layer.modules():
+                if hasattr(module, "config"):
+                    module.config = shared
+            decoder.layers.append(layer)
         self.post_init()
 
 
-@strict
-class GraspLlamaConfig(PerLayerConfig, LlamaConfig):
-    model_type = "grasp_llama"
+def _classes(model_type: str) -> tuple[Any, Any, Any]:
+    """Our config, decoder and language model over those of a stock family."""
+    config_class = CONFIG_MAPPING[model_type]
+    model_class: Any = MODEL_MAPPING[config_class]
+    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    family = causal_class.__name__.removesuffix("ForCausalLM")
 
+    def derived(suffix: str, *bases: type, **attributes: Any) -> Any:
+        return type(f"Grasp{family}{suffix}", bases, {"__module__": __name__, **attributes})
 
-class GraspLlamaModel(PerLayerWidths, LlamaModel):
-    config_class = GraspLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-class GraspLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
-    config_class = GraspLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-@strict
-class GraspMistralConfig(PerLayerConfig, MistralConfig):
-    model_type = "grasp_mistral"
-
-
-class GraspMistralModel(PerLayerWidths, MistralModel):
-    config_class = GraspMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-class GraspMistralForCausalLM(PerLayerWidths, MistralForCausalLM):
-    config_class = GraspMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-@strict
-class GraspQwen2Config(PerLayerConfig, Qwen2Config):
-    model_type = "grasp_qwen2"
-
-
-class GraspQwen2Model(PerLayerWidths, Qwen2Model):
-    config_class = GraspQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-class GraspQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):
-    config_class = GraspQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-@strict
-class GraspQwen3Config(PerLayerConfig, Qwen3Config):
-    model_type = "grasp_qwen3"
-
-
-class GraspQwen3Model(PerLayerWidths, Qwen3Model):
-    config_class = GraspQwen3Config
-    layer_class = Qwen3DecoderLayer
-
-
-class GraspQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):
-    config_class = GraspQwen3Config
-    layer_class = Qwen3DecoderLayer
+    our_config = strict(
+        derived("Config", PerLayerConfig, config_class, model_type=f"grasp_{model_type}")
+    )
+    ours = {
+        "config_class": our_config,
+        "layer_class": getattr(sys.modules[causal_class.__module__], f"{family}DecoderLayer"),
+    }
+    return (
+        our_config,
+        derived("Model", PerLayerWidths, model_class, **ours),
+        derived("ForCausalLM", PerLayerWidths, causal_class, **ours),
+    )
 
 
 # stock model_type -> our config, decoder and language model
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "llama": (GraspLlamaConfig, GraspLlamaModel, GraspLlamaForCausalLM),
-    "mistral": (GraspMistralConfig, GraspMistralModel, GraspMistralForCausalLM),
-    "qwen2": (GraspQwen2Config, GraspQwen2Model, GraspQwen2ForCausalLM),
-    "qwen3": (GraspQwen3Config, GraspQwen3Model, GraspQwen3ForCausalLM),
-}
+FAMILIES = {model_type: _classes(model_type) for model_type in STOCK}
+# auto_map in config.json names them, and pickle does
+globals().update({c.__name__: c for classes in FAMILIES.values() for c in classes})
 
 # Beside a checkpoint, where this is a copy, auto_map in config.json does the same.
 if __name__ == "grasp.checkpoint.modeling_grasp":

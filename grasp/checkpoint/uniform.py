@@ -9,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.checkpoint.hf import as_saved, write_pretrained
 from grasp.errors import GraspError
 from grasp.run import check_room
-from grasp.units import UnitSpace, decoder_layers
+from grasp.units import Rows, UnitSpace, decoder_layers
 
 
 def write_uniform(
@@ -45,25 +47,29 @@ def _pad(model: PreTrainedModel, space: UnitSpace) -> None:
     for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
         kv_rows = groups * layer.head_dim
         q_rows = kv_rows * layer.group_size
-        attention, mlp = modules.attention, modules.mlp
-        for linear, rows in (
-            (mlp.gate_proj, ffn),
-            (mlp.up_proj, ffn),
-            (attention.q_proj, q_rows),
-            (attention.k_proj, kv_rows),
-            (attention.v_proj, kv_rows),
-        ):
-            _resize(linear, rows, linear.weight.shape[1])
-        _resize(mlp.down_proj, space.hidden_size, ffn)
-        _resize(attention.o_proj, space.hidden_size, q_rows)
+        _add_rows({modules.gate: ffn, modules.up: ffn})
+        _add_rows({modules.q: q_rows, modules.k: kv_rows, modules.v: kv_rows})
+        _add_columns(modules.mlp.down_proj, ffn)
+        _add_columns(modules.attention.o_proj, q_rows)
 
 
-def _resize(linear: Any, rows: int, columns: int) -> None:
-    """Add zero rows below and zero columns to the right."""
-    below, right = rows - linear.weight.shape[0], columns - linear.weight.shape[1]
-    weight = nn.functional.pad(linear.weight.data, (0, right, 0, below))
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if linear.bias is not None:
-        bias = nn.functional.pad(linear.bias.data, (0, below))
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    linear.out_features, linear.in_features = rows, columns
+def _add_rows(sizes: dict[Rows, int]) -> None:
+    """Zeros below each projection, up to its new size, within the linear layer that holds it."""
+    weights: dict[Any, list[Tensor]] = {}
+    biases: dict[Any, list[Tensor]] = {}
+    for rows, size in sizes.items():
+        below = size - rows.size
+        weights.setdefault(rows.linear, []).append(pad(rows.weight, (0, 0, 0, below)))
+        if rows.bias is not None:
+            biases.setdefault(rows.linear, []).append(pad(rows.bias, (0, below)))
+    for linear, parts in weights.items():
+        linear.weight = nn.Parameter(torch.cat(parts), requires_grad=False)
+        linear.out_features = len(linear.weight)
+        if linear in biases:
+            linear.bias = nn.Parameter(torch.cat(biases[linear]), requires_grad=False)
+
+
+def _add_columns(linear: Any, columns: int) -> None:
+    wider = pad(linear.weight, (0, columns - linear.weight.shape[1]))
+    linear.weight = nn.Parameter(wider, requires_grad=False)
+    linear.in_features = columns

@@ -25,7 +25,7 @@ def output_approximation_scores(
     """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
     taps: list[Tap] = []
     for modules in decoder_layers(model):
-        taps += [(modules.mlp.up_proj, "output"), (modules.mlp.gate_proj, "output")]
+        taps += [(modules.up.linear, "output"), (modules.gate.linear, "output")]
         taps += [(modules.attention.o_proj, "input")]
     moments = iter(channel_moments(model, taps, blocks, journal))
     scores = []
@@ -35,6 +35,7 @@ def output_approximation_scores(
             for linear in (modules.mlp.down_proj, modules.attention.o_proj)
         )
         up, gate, heads = (next(moments).second for _ in range(3))
+        up, gate = modules.up.of(up), modules.gate.of(gate)
         scores += [down * up * down * gate / 2]
         scores += [(out * heads).view(layer.kv_groups, -1).sum(1)]
     return uniform_ratio(scores)

@@ -75,7 +75,9 @@ class Calls:
         self.handle.remove()
 
 
-def learn(journal, *, seed=0, epochs=2, batch_size=1, accumulate=1, anneal=0.5, lr=0.05, start=None):
+def learn(
+    journal, *, seed=0, epochs=2, batch_size=1, accumulate=1, anneal=0.5, lr=0.05, start=None
+):
     model = tiny_model("llama")
     space = UnitSpace.of(model)
     projection = Projection(space, Budget("keep", 0.5, 8), seed=seed)

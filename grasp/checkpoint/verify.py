@@ -275,10 +275,12 @@ def _load_and_probe() -> None:
     with torch.no_grad():
         again = model(input_ids, use_cache=False).logits.cpu()
         error = (again.float() - logits.float()).abs().max() / logits.float().abs().max()
-        rows = {
-            part: [p.shape[0] for n, p in model.named_parameters() if n.endswith(f"{part}.weight")]
-            for part in ("gate_proj", "k_proj")
+        shapes = {
+            part: [p.shape for n, p in model.named_parameters() if n.endswith(f".{part}.weight")]
+            for part in ("down_proj", "k_proj", "qkv_proj", "o_proj")
         }
+        fused = zip(shapes["qkv_proj"], shapes["o_proj"], strict=False)
+        keys = [k[0] for k in shapes["k_proj"]] or [(qkv[0] - o[1]) // 2 for qkv, o in fused]
         parameters = sum(p.numel() for p in model.parameters())
         # In fp32: in bf16 the two ways round differently and near-ties may fall either way.
         model.float()
@@ -299,8 +301,8 @@ def _load_and_probe() -> None:
         "dtype": str(logits.dtype),
         "bit_equal": torch.equal(again, logits),
         "difference": error.item(),
-        "ffn": rows["gate_proj"],
-        "kv": [n // model.config.head_dim for n in rows["k_proj"]],
+        "ffn": [columns for _, columns in shapes["down_proj"]],
+        "kv": [rows // model.config.head_dim for rows in keys],
         "parameters": parameters,
         "cached": cached,
         "uncached": uncached,

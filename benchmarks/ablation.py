@@ -186,14 +186,8 @@ def span(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ({min(values):.1f}–{max(values):.1f})"
 
 
-def run(
-    rows_of: Callable[[PruneConfig], list[Row]],
-    about: str,
-    default_out: Path,
-    argv: Sequence[str] | None = None,
-) -> None:
-    """The command line of a benchmark that is a list of rows."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--table", action="store_true", help="print the table of --out, run nothing"
     )
@@ -209,7 +203,7 @@ def run(
     parser.add_argument("--rows", help="names separated by commas; all by default")
     parser.add_argument("--seeds", default="0", help="numbers separated by commas")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=default_out)
+    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
     options = parser.parse_args(argv)
     if options.table:
         print(table(json.loads(options.out.read_text())))
@@ -224,7 +218,7 @@ def run(
         seq_len=options.seq_len,
         epochs=options.epochs,
     )
-    rows = {row.name: row for row in rows_of(ours)}
+    rows = {row.name: row for row in ablation_rows(ours)}
     names = options.rows.split(",") if options.rows else list(rows)
     unknown = [name for name in names if name not in rows]
     if unknown:
@@ -269,10 +263,6 @@ def write(results: dict[str, Any], out: Path) -> None:
     beside = out.with_suffix(".new")
     beside.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(beside, out)  # a stop at any moment leaves the rows that are done
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run(ablation_rows, __doc__ or "", RESULTS / "ablation.json", argv)
 
 
 if __name__ == "__main__":

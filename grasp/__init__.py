@@ -19,6 +19,7 @@ from typing import Any
 _HOMES = {
     "GraspError": "grasp.errors",
     "bench": "grasp.speed",
+    "compare": "grasp.comparison",
     "evaluate_tasks": "grasp.zero_shot",
     "evaluate_text": "grasp.evaluate",
     "export": "grasp.checkpoint.export",

@@ -53,7 +53,7 @@ def main() -> None:
         message = error.format_message()  # none where the help was printed instead
         _fail(f"error: {message}" if message else "", 2)
     if code == INTERRUPTED:  # newer releases of typer return it
-        resumable = sys.argv[1:2] in (["prune"], ["sparsify"])
+        resumable = sys.argv[1:2] in (["prune"], ["compare"], ["sparsify"])
         _fail("stopped" + ": the same command goes on from where it was" * resumable, code)
     sys.exit(code)
 
@@ -81,6 +81,14 @@ def parse_counts(text: str) -> list[int]:
         raise typer.BadParameter(f"{text!r} is no list of whole numbers: write 1,4") from None
 
 
+def parse_ratios(text: str) -> list[float]:
+    """0.8,0.5 as a list."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers: write 0.8,0.5") from None
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -102,6 +110,25 @@ SeqLen = Annotated[int, typer.Option(help="Tokens per block.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the blocks while gates learn.")]
 BatchSize = Annotated[int, typer.Option(help="Blocks per forward pass.")]
 TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
+Calibration = Annotated[
+    str,
+    typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
+]
+ScaleEpochs = Annotated[int, typer.Option(help="Passes while scales learn.")]
+EvalText = Annotated[
+    str | None, typer.Option(help="Text to report on [calibration text that was not used].")
+]
+EvalSeqLen = Annotated[int, typer.Option(help="Tokens per window of --eval-text.")]
+EvalWindows = Annotated[int | None, typer.Option(help="First windows only [all].")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the frozen model.")]
+Tasks = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, as piqa,arc_easy.")
+]
+TasksData = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Documents as TASK.SPLIT.jsonl [from the hub]."),
+]
+Limit = Annotated[int | None, typer.Option(help="First documents of each task only.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 RemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 
@@ -117,10 +144,7 @@ def prune_command(
     kv_multiple: KvMultiple = 1,
     layout: LayoutOption = "per-layer",
     method: Annotated[Method, typer.Option(help="How units are chosen.")] = PruneConfig.method,
-    calibration: Annotated[
-        str,
-        typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
-    ] = PruneConfig.calibration,
+    calibration: Calibration = PruneConfig.calibration,
     text_field: TextField = PruneConfig.text_field,
     samples: Samples = PruneConfig.samples,
     seq_len: SeqLen = PruneConfig.seq_len,
@@ -143,18 +167,12 @@ def prune_command(
     refit: Annotated[
         bool, typer.Option("--refit", help="Least squares on what is kept, before scales.")
     ] = PruneConfig.refit,
-    scale_epochs: Annotated[
-        int, typer.Option(help="Passes while scales learn.")
-    ] = PruneConfig.scale_epochs,
+    scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     as_published: Annotated[bool, typer.Option(help="The paper's own setting.")] = False,
-    eval_text: Annotated[
-        str | None, typer.Option(help="Text to report on [calibration text that was not used].")
-    ] = None,
-    eval_seq_len: Annotated[
-        int, typer.Option(help="Tokens per window of --eval-text.")
-    ] = PruneConfig.eval_seq_len,
-    eval_windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = PruneConfig.dtype,
+    eval_text: EvalText = None,
+    eval_seq_len: EvalSeqLen = PruneConfig.eval_seq_len,
+    eval_windows: EvalWindows = None,
+    dtype: DtypeOption = PruneConfig.dtype,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Fixes everything that is drawn.")] = 0,
     trust_remote_code: RemoteCode = False,
@@ -178,6 +196,62 @@ def prune_command(
     _line(measured_on(result.summary))
 
 
+@app.command("compare")
+def compare_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the results; must not exist.")],
+    keep: Annotated[
+        str, typer.Option(metavar="RATIOS", help="Parts of the prunable parameters to keep.")
+    ] = "0.8,0.5,0.4",
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="As learned,fisher,fisher+refit [all]."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="NUMBERS", help="One run of all each.")] = "0,1,2",
+    ffn_multiple: FfnMultiple = 1,
+    kv_multiple: KvMultiple = 1,
+    layout: LayoutOption = "per-layer",
+    calibration: Calibration = PruneConfig.calibration,
+    text_field: TextField = PruneConfig.text_field,
+    samples: Samples = PruneConfig.samples,
+    seq_len: SeqLen = PruneConfig.seq_len,
+    epochs: Epochs = PruneConfig.epochs,
+    batch_size: BatchSize = PruneConfig.batch_size,
+    scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
+    eval_text: EvalText = None,
+    eval_seq_len: EvalSeqLen = PruneConfig.eval_seq_len,
+    eval_windows: EvalWindows = None,
+    tasks: Tasks = None,
+    tasks_data: TasksData = None,
+    limit: Limit = None,
+    dtype: DtypeOption = PruneConfig.dtype,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Every method at every budget with every seed: tables and a plot in --out."""
+    options = dict(locals())
+    del options["as_json"], options["methods"]
+    _check_tasks(tasks, tasks_data, limit)
+    from grasp.comparison import compare
+    from grasp.comparison_page import explained, perplexity_table
+
+    options |= {"keep": parse_ratios(keep), "seeds": parse_counts(seeds)}
+    if methods:
+        options["methods"] = methods.split(",")
+    with _progress() as show:
+        result = compare(**options, show=show)
+    if as_json:
+        print(json.dumps(result.summary, indent=2))
+        return
+    head, rows = perplexity_table(result.summary)
+    table = Table(*head, title=Text(str(result.folder)))
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+    _line(explained(result.summary))
+
+
 @app.command("sparsify")
 def sparsify_command(
     model: Model,
@@ -188,10 +262,7 @@ def sparsify_command(
     method: Annotated[
         SparseMethod, typer.Option(help="How weights are chosen.")
     ] = SparsifyConfig.method,
-    calibration: Annotated[
-        str,
-        typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
-    ] = SparsifyConfig.calibration,
+    calibration: Calibration = SparsifyConfig.calibration,
     text_field: TextField = SparsifyConfig.text_field,
     samples: Samples = SparsifyConfig.samples,
     seq_len: SeqLen = SparsifyConfig.seq_len,
@@ -199,13 +270,9 @@ def sparsify_command(
         int, typer.Option(help="Rounds of Wanda++'s regional optimisation.")
     ] = SparsifyConfig.rounds,
     lr: Annotated[float, typer.Option(help="Its learning rate.")] = SparsifyConfig.lr,
-    eval_text: Annotated[
-        str | None, typer.Option(help="Text to report on [calibration text that was not used].")
-    ] = None,
-    eval_seq_len: Annotated[
-        int, typer.Option(help="Tokens per window of --eval-text.")
-    ] = SparsifyConfig.eval_seq_len,
-    eval_windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
+    eval_text: EvalText = None,
+    eval_seq_len: EvalSeqLen = SparsifyConfig.eval_seq_len,
+    eval_windows: EvalWindows = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Fixes everything that is drawn.")] = 0,
     trust_remote_code: RemoteCode = False,
@@ -245,7 +312,7 @@ def plan_command(
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Speed of your machine, for a time estimate.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = "bf16",
+    dtype: DtypeOption = "bf16",
     as_json: Json = False,
 ) -> None:
     """What pruning will give and take, from config.json alone."""
@@ -266,22 +333,17 @@ def eval_command(
     text: Annotated[
         str | None, typer.Option(help="Text, JSON-lines or Parquet file, or hub data set.")
     ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, as piqa,arc_easy.")
-    ] = None,
+    tasks: Tasks = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A second model, as the dense one.")
     ] = None,
-    tasks_data: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Documents as TASK.SPLIT.jsonl [from the hub]."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="First documents of each task only.")] = None,
+    tasks_data: TasksData = None,
+    limit: Limit = None,
     text_field: TextField = PruneConfig.text_field,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens per window [2048, or the model's limit].")
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="First windows only [all].")] = None,
+    windows: EvalWindows = None,
     bos: Annotated[bool, typer.Option(help="Put a BOS before each window.")] = False,
     batch_size: Annotated[int, typer.Option(help="Windows or answers per forward pass.")] = 1,
     device: Device = "auto",
@@ -291,8 +353,7 @@ def eval_command(
     """Perplexity in fp32, in windows without overlap, and zero-shot accuracy."""
     if not text and not tasks:
         raise typer.BadParameter("give --text, --tasks or both")
-    if not tasks and (limit is not None or tasks_data is not None):
-        raise typer.BadParameter("--limit and --tasks-data are for --tasks, which is not given")
+    _check_tasks(tasks, tasks_data, limit)
     from grasp.evaluate import evaluate_text
     from grasp.run import memory_errors
     from grasp.zero_shot import evaluate_tasks
@@ -448,6 +509,11 @@ def export_command(
         print(json.dumps(asdict(result), indent=2, default=str))
     else:
         _line(str(result))
+
+
+def _check_tasks(tasks: str | None, data: str | None, limit: int | None) -> None:
+    if not tasks and (limit is not None or data is not None):
+        raise typer.BadParameter("--limit and --tasks-data are for --tasks, which is not given")
 
 
 def _eval_json(models: list[str], texts: list[Any], scores: Any) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -76,46 +78,113 @@ def prune(
         kv_multiple=kv_multiple,
         layout=layout,
     )
-    for name, value in options.items():
-        options[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    config = _concrete(PruneConfig(os.fspath(model), budget, **options))
+    config = configure(model, budget, options)
     if as_published:
         config = config.as_published()
+    with open_job(config, out, config.to_json(), show) as run:
+        return _prune(config, run)
+
+
+def configure(
+    model: str | os.PathLike[str], budget: Budget, options: dict[str, Any]
+) -> PruneConfig:
+    """The config with device and dtype named, and paths as text. Raises GraspError."""
+    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    config = PruneConfig(os.fspath(model), budget, **plain)
+    device = pick_device(config.device)
+    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
+    return replace(config, device=device, dtype=dtype)
+
+
+@contextmanager
+def open_job(
+    config: PruneConfig, out: str | os.PathLike[str], asked: dict[str, Any], show: Show
+) -> Iterator[Run]:
+    """`open_run`, where memory that runs out is one line with what to do about it."""
     fix = (
         f"lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), or use "
         f"--dtype bf16; with other options, start anew: remove {out}.run"
     )
-    with (
-        memory_errors(config.device, fix),
-        open_run(Path(out), config.to_json(), show) as run,
-    ):
-        return _prune(config, run)
+    with memory_errors(config.device, fix), open_run(Path(out), asked, show) as run:
+        yield run
 
 
 def _prune(config: PruneConfig, run: Run) -> PruneResult:
+    model, start = begin(config, run)
+    if start.ruler is None:
+        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
+    dense = measure_dense(model, start, config, run)
+    blocks = start.blocks(config)
+    projection = start.projection(config)
+    mask = projection.mask(select(model, projection, blocks, config, run.stage))
+    model = shrink(model, mask, blocks, config, start.stored_dtype, run)
+    summary = finish(model, mask, config, start, run, run.checkpoint)
+    summary["results"] |= {"dense": dense, "seconds": run.seconds()}
+    stored = _add_results(run.checkpoint, summary, run.records())
+    run.log(event="finished", folder=str(run.out), **summary["results"])
+    run.publish()
+    return PruneResult(run.out, mask, stored)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all results of a run share."""
+
+    space: UnitSpace
+    tokenizer: Any
+    stored_dtype: torch.dtype
+    corpus: Corpus
+    ruler: Ruler | None
+
+    def blocks(self, config: PruneConfig) -> Tensor:
+        """The calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
+        return token_blocks(
+            self.corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed
+        )
+
+    def projection(self, config: PruneConfig) -> Projection:
+        return Projection(self.space, config.budget, seed=config.seed, device=config.device)
+
+
+def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
+    """The model as it is stored, the texts; what can be refused before the long work is refused."""
     model, tokenizer = load_model(
         config.model,
         dtype=None,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-    stored_dtype = model.dtype
-    # whatever can be refused is refused before the long work
     space = UnitSpace.of(model)
     _check_weights(config, model)
     _check_layout(config, model)
-    projection = Projection(space, config.budget, seed=config.seed, device=config.device)
+    config.budget.limit(space)
     eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
-    blocks = token_blocks(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
     ruler = _ruler(config, eval_text, corpus, _longest(model))
-    if ruler is None:
-        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
-    run.same_inputs(_inputs(model, corpus, ruler))
-    dense = run.remember("dense", partial(_measure, ruler, model, "dense", run))
+    start = Start(space, tokenizer, model.dtype, corpus, ruler)
+    start.blocks(config)
+    return model, start
 
+
+def measure_dense(
+    model: PreTrainedModel, start: Start, config: PruneConfig, run: Run
+) -> dict[str, Any] | None:
+    """Bind the run to its inputs, measure the model, and cast it to the dtype to work in."""
+    run.same_inputs(_inputs(model, start.corpus, start.ruler))
+    dense = run.remember("dense", partial(_measure, start.ruler, model, "dense", run))
     cast(model, getattr(torch, TORCH_NAMES[config.dtype]))
-    mask = projection.mask(select(model, projection, blocks, config, run.stage))
+    return dense
+
+
+def shrink(
+    model: PreTrainedModel,
+    mask: Mask,
+    blocks: Tensor,
+    config: PruneConfig,
+    stored_dtype: torch.dtype,
+    run: Run,
+) -> PreTrainedModel:
+    """Refit, cut, calibrate: the pruned model in `stored_dtype`. `model` itself is used up."""
     fitted = None
     if config.refit:
         fitted = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
@@ -125,33 +194,42 @@ def _prune(config: PruneConfig, run: Run) -> PruneResult:
         settings = TrainSettings.of(config, config.scale_epochs)
         scales = learn_scales(model, blocks, settings, run.stage("calibrate"))
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
-        del model  # one model in memory at a time
+        _release(model)
         model = _as_stored(config, mask, fitted)
     if scales is not None:
         fold_scales(model, scales)
-    cast(model, stored_dtype)
-    summary = _summary(config, corpus, projection, mask)
+    return cast(model, stored_dtype)
+
+
+def finish(
+    model: PreTrainedModel,
+    mask: Mask,
+    config: PruneConfig,
+    start: Start,
+    run: Run,
+    folder: Path,
+) -> dict[str, Any]:
+    """Save the pruned model in the new `folder` and measure what reads from there.
+
+    Returns the summary with those results. `model` itself is used up.
+    """
+    summary = _summary(config, start.corpus, mask)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
-    run.checkpoint.mkdir()
-    saved = save_checkpoint(model, tokenizer, run.checkpoint, kept=kept, grasp_json=summary)
+    folder.mkdir(parents=True)
+    saved = save_checkpoint(model, start.tokenizer, folder, kept=kept, grasp_json=summary)
     if saved.note:
         run.log(event="note", text=saved.note)
-    del model
-
+    _release(model)
     pruned = None
-    if ruler:
-        reread, _ = load_model(run.checkpoint, dtype=torch.float32, device=config.device)
-        pruned = _measure(ruler, reread, "pruned", run)
-    summary["results"] = {
-        "dense": dense,
-        "pruned": pruned,
-        "seconds": run.seconds(),
-        **asdict(saved),
-    }
-    stored = _add_results(run.checkpoint, summary, run.records())
-    run.log(event="finished", folder=str(run.out), **summary["results"])
-    run.publish()
-    return PruneResult(run.out, mask, stored)
+    if start.ruler:
+        reread, _ = load_model(folder, dtype=torch.float32, device=config.device)
+        pruned = _measure(start.ruler, reread, "pruned", run)
+    return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
+
+
+def _release(model: Any) -> None:
+    """Free a model's memory, whoever holds it still: the next one needs it."""
+    model.to("meta")
 
 
 def _as_stored(
@@ -173,9 +251,7 @@ def _as_stored(
     return model
 
 
-def _summary(
-    config: PruneConfig, corpus: Corpus, projection: Projection, mask: Mask
-) -> dict[str, Any]:
+def _summary(config: PruneConfig, corpus: Corpus, mask: Mask) -> dict[str, Any]:
     """All of grasp.json but the kept indices and the results."""
     before, after = mask.space, mask.pruned_space()
     budget = config.budget
@@ -194,7 +270,7 @@ def _summary(
         "budget": {
             "kind": budget.kind,
             "asked": budget.asked,
-            "limit": projection.limit,
+            "limit": budget.limit(before),
             "obtained": budget.cost(after),
             "of": budget.cost(before),
         },
@@ -215,12 +291,6 @@ def _summary(
         "mask_sha256": mask.digest(),
         "results": {},
     }
-
-
-def _concrete(config: PruneConfig) -> PruneConfig:
-    device = pick_device(config.device)
-    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
-    return replace(config, device=device, dtype=dtype)
 
 
 def _longest(model: PreTrainedModel) -> int:

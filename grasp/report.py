@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,11 @@ def size_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
 def measured_on(summary: Summary) -> str:
     """How the perplexities were measured, in one line; empty if they were not."""
     result = summary["results"].get("pruned")
-    if not result:
-        return ""
+    return how_measured(result) if result else ""
+
+
+def how_measured(result: dict[str, Any]) -> str:
+    """One line on a perplexity, as `Perplexity.to_json` has it."""
     split = f", split {result['split']}" if result["split"] else ""
     bos = "a BOS before each window" if result["bos"] else "no BOS"
     return (
@@ -72,9 +76,9 @@ def measured_on(summary: Summary) -> str:
 def model_card(summary: Summary) -> str:
     """README.md of a checkpoint, with the front matter that model hubs read."""
     recipe, budget = summary["recipe"], summary["budget"]
-    table = _markdown(("", "dense", "pruned", ""), size_rows(summary))
+    table = markdown_table(("", "dense", "pruned", ""), size_rows(summary))
     rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(summary)]
-    layers = _markdown(("layer", "FFN channels", "KV groups"), rows)
+    layers = markdown_table(("layer", "FFN channels", "KV groups"), rows)
     settings = "\n".join(f"- {key}: `{value}`" for key, value in recipe.items())
     return f"""---
 library_name: transformers
@@ -157,6 +161,6 @@ def layer_figure(summary: Summary) -> Figure:
     return figure
 
 
-def _markdown(head: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [tuple(head), tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

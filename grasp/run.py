@@ -38,16 +38,23 @@ Show = Callable[[dict[str, Any]], None]
 class Run:
     """One resumable run. Use `open_run`."""
 
-    def __init__(self, out: Path, folder: Path, show: Show):
-        self.out, self.folder, self._show = out, folder, show
+    def __init__(self, out: Path, folder: Path, show: Show, part: str | None = None):
+        self.out, self.folder, self._show, self._part = out, folder, show, part
         self.checkpoint = folder / "checkpoint"
+
+    def part(self, name: str) -> Run:
+        """The same run for one of several results: its stages, facts and log have its name."""
+        return Run(self.out, self.folder, self._show, name)
 
     def stage(self, name: str) -> StageJournal:
         return StageJournal(self, name)
 
+    def path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / (f"{self._part}, {name}" if self._part else name)
+
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """A JSON value that is computed once in the life of the run."""
-        path = self.folder / "facts" / f"{name}.json"
+        path = self.path("facts", f"{name}.json")
         if path.exists():
             return json.loads(path.read_text())
         value = compute()
@@ -64,12 +71,13 @@ class Run:
 
     def log(self, **record: Any) -> None:
         """One JSON line to disk, and to whoever shows progress."""
+        record |= {"part": self._part} if self._part else {}
         with disk_errors(self.folder), open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
         self._show(record)
 
     def records(self) -> list[dict[str, Any]]:
-        """The log so far; a last line cut off by a crash is left out."""
+        """The whole log so far; a last line cut off by a crash is left out."""
         records = []
         for line in (self.folder / "log.jsonl").read_text().splitlines():
             try:
@@ -79,12 +87,14 @@ class Run:
         return records
 
     def seconds(self) -> float:
-        """How long the run has worked; the time that it lay stopped does not count."""
-        records = self.records()
+        """How long the run has worked, or up to its last record a part of it; the time that it lay
+        stopped does not count."""
         worked = [
-            b["time"] - a["time"] for a, b in pairwise(records) if b.get("event") != "resumed"
+            b["time"] - a["time"]
+            for a, b in pairwise([*self.records(), {"time": time.time()}])
+            if b.get("event") != "resumed" and self._part in (None, b.get("part"))
         ]
-        return round(sum(worked) + time.time() - records[-1]["time"], 1)
+        return round(sum(worked), 1)
 
     def publish(self) -> None:
         """Put the finished checkpoint in its place and remove the run's folder."""
@@ -166,7 +176,7 @@ class StageJournal(Journal):
 
     def __init__(self, run: Run, name: str):
         self._run, self._name = run, name
-        self._path = run.folder / "state" / f"{name}.safetensors"
+        self._path = run.path("state", f"{name}.safetensors")
         self._began = self._saved = self._seen = time.monotonic()
         self._first: int | None = None
 
@@ -215,6 +225,14 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` begin anew, on a GPU and on Linux; elsewhere it is the process's so far."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import save_tiny, tiny_model
 
-from benchmarks import ablation, gate_step, published, selectors
+from benchmarks import ablation, gate_step, published
 from grasp.budget import Budget
 from grasp.config import PruneConfig
 from grasp.gating import gated
@@ -166,6 +166,3 @@ def test_ablation_rows_resume(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ablation.main([*options, "--seq-len", "16"])
     assert "other settings" in capsys.readouterr().err
-
-    selectors.main([*options[:-1], str(tmp_path / "selectors.json"), "--rows", "random,magnitude"])
-    assert "| magnitude |" in capsys.readouterr().out

@@ -1,0 +1,131 @@
+"""The grid of `grasp compare`: equal footing, nothing done twice, stopped and resumed, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import grasp
+from grasp import comparison
+from grasp.errors import GraspError
+
+SMALL = dict(samples=4, seq_len=32, epochs=1, scale_epochs=1, eval_windows=2, device="cpu")
+GRID = dict(keep=(0.7, 0.4), seeds=(0, 1), methods=("fisher", "fisher+refit", "learned"))
+
+
+def records(folder):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def found(tiny, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return grasp.compare(tiny, out, calibration=text, **GRID, **SMALL)
+
+
+def test_a_cell_is_what_prune_gives(found, tiny, text, tmp_path):
+    cells = {(c["method"], c["keep"], c["seed"]): c for c in found.summary["cells"]}
+    assert len(cells) == len(found.summary["cells"]) == 12
+    for method, refit in (("fisher", True), ("learned", False)):
+        options = dict(SMALL, ffn_multiple=1, method=method, refit=refit, keep=0.4, seed=1)
+        alone = grasp.prune(tiny, tmp_path / method, calibration=text, **options).summary
+        cell = cells[method + "+refit" * refit, 0.4, 1]
+        assert cell["mask_sha256"] == alone["mask_sha256"]
+        assert cell["perplexity"] == alone["results"]["pruned"]
+        assert found.summary["dense"]["perplexity"] == alone["results"]["dense"]
+
+
+def test_nothing_is_done_twice(found):
+    """One dense evaluation, and scores of a one-shot method once for all budgets and for refit."""
+    log = records(found.folder)
+    parts = [r["part"] for r in log if r.get("stage") == "fisher" and r["step"] == 1]
+    choices = [f"choice of fisher, seed {s}" for s in (0, 1)]
+    learned = [f"choice of learned, keep {k}, seed {s}" for s in (0, 1) for k in (0.7, 0.4)]
+    assert sorted(parts) == sorted(choices + learned)
+    assert sum(r.get("stage") == "evaluate dense" and r["step"] == 1 for r in log) == 1
+
+
+def test_tables_and_costs(found):
+    for cell in found.summary["cells"]:
+        assert 0 < cell["kept"] <= cell["keep"]
+        for stage in ("choosing", "making"):
+            assert cell[stage]["seconds"] >= 0 and 50e6 < cell[stage]["peak_memory"] < 100e9
+    page = (found.folder / "README.md").read_text()
+    dense = found.summary["dense"]["perplexity"]["value"]
+    assert f"| dense | {dense:.2f} | {dense:.2f} |" in page
+    own = [c["perplexity"]["value"] for c in found.summary["cells"] if c["method"] == "learned"]
+    assert f"{sum(own[::2]) / 2:.2f} ({min(own[::2]):.2f}–{max(own[::2]):.2f})" in page
+    assert "| GRASPrune | 6.47, 1.18 × |" in page and "no BOS, fp32" in page
+    assert (found.folder / "compare.png").stat().st_size > 10_000
+    assert found.summary == json.loads((found.folder / "compare.json").read_text())
+
+
+def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
+    """The same cells come out, those that were there are not measured again, and others may be
+    asked for."""
+    out, shrink, left = tmp_path / "out", comparison.shrink, [3]
+
+    def stop(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return shrink(*args)
+
+    monkeypatch.setattr(comparison, "shrink", stop)
+    with pytest.raises(KeyboardInterrupt):
+        grasp.compare(tiny, out, calibration=text, **GRID, **SMALL)
+    assert not out.exists()
+    with pytest.raises(GraspError, match="samples: 4 there, 5 now"):
+        grasp.compare(tiny, out, calibration=text, **GRID, **dict(SMALL, samples=5))
+    fewer = dict(GRID, methods=("fisher", "random"), seeds=(0,))
+    again = grasp.compare(tiny, out, calibration=text, **fewer, **SMALL)
+    made = [r["part"] for r in records(out) if r.get("stage") == "calibrate" and r["step"] == 4]
+    assert made == [f"{m}, keep {k}, seed 0" for m in ("fisher", "random") for k in (0.7, 0.4)]
+    same = ("method", "keep", "seed", "kept", "perplexity", "mask_sha256")
+    want = [{k: c[k] for k in same} for c in found.summary["cells"][:2]]
+    assert [{k: c[k] for k in same} for c in again.summary["cells"][:2]] == want
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "code"),
+    [
+        (["--methods=magic"], "--methods 'magic': choose from learned, fisher", 1),
+        (["--methods=fisher+magic"], "--methods 'fisher+magic': choose from learned", 1),
+        (["--keep=0.5,2"], "--keep 2.0 is not a ratio: choose one in (0, 1]", 1),
+        (["--keep=half"], "'half' is no list of numbers: write 0.8,0.5", 2),
+        (["--seeds=x"], "'x' is no list of whole numbers", 2),
+        (["--seeds=-1"], "--seed -1 is outside 0 to 4294967295", 1),
+        (["--limit=3"], "--limit and --tasks-data are for --tasks, which is not given", 2),
+        (["--samples=ALL"], "the samples leave no text to evaluate on: give --eval-text", 1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_refused(refused, tiny, text, options, message, code):
+    blocks = str(len(text.read_text()) // 32)  # a byte a token
+    options = [option.replace("ALL", blocks) for option in options]
+    given = [f"--calibration={text}", "--samples=4", "--seq-len=32", "--device=cpu", *options]
+    assert message in refused("compare", tiny, "--out=out", *given, code=code)
+
+
+def test_command_line_with_tasks(call, tiny, text, tmp_path):
+    questions = [
+        {"goal": f"to move a stone {n}", "sol1": "lift it", "sol2": "a river", "label": n % 2}
+        for n in range(4)
+    ]
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    (tmp_path / "piqa.validation.jsonl").write_text(lines)
+    options = ["--keep=0.5", "--seeds=0", "--methods=random", "--samples=4", "--seq-len=32"]
+    options += ["--scale-epochs=0", "--eval-windows=2", "--device=cpu", f"--calibration={text}"]
+    options += [
+        "--tasks=piqa",
+        f"--tasks-data={tmp_path}",
+        "--limit=3",
+        f"--out={tmp_path / 'out'}",
+    ]
+    code, out, err = call("compare", tiny, *options)
+    assert code == 0, err
+    assert "random" in out and "Mean of seeds 0 (least to most)" in out
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "## piqa, acc_norm" in page and "±" in page

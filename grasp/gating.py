@@ -8,8 +8,9 @@ transformers' AttentionInterface, so no model family's attention code is copied.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
 from grasp.units import LayerModules, UnitSpace, decoder_layers
-from grasp_kernels import gated_swiglu_ffn
+from grasp_kernels import gated_attention, gated_swiglu_ffn
+from grasp_kernels.attention import has_backend
 
 # Gemma 2's softcap is in its family's own eager attention only; every other model runs SDPA
 SDPA, EAGER = "grasp_gated", "grasp_gated_eager"
@@ -34,15 +36,26 @@ class Gates:
     def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite):
         self._modules = decoder_layers(model)
         self._sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+        self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0) - 1
         self._site = site
         self.set(torch.ones(space.size, device=model.device))
 
-    def set(self, values: Tensor) -> None:
-        """Values of all gates, [units] in the order of UnitSpace: 0/1 masks or any scales."""
+    def set(self, values: Tensor, open_counts: Sequence[int] | None = None) -> None:
+        """Values of all gates, [units] in the order of UnitSpace: 0/1 masks or any scales.
+
+        `open_counts` is what `count` gives for these values: closed units are then skipped. On a
+        CPU they are skipped without it.
+        """
         pieces = iter(values.split(self._sizes))
+        counts = iter(self._sizes if open_counts is None else open_counts)
         for modules in self._modules:
-            modules.mlp.grasp_gate = next(pieces)
-            modules.attention.grasp_gate = (next(pieces), self._site)
+            modules.mlp.grasp_gate = (next(pieces), next(counts))
+            modules.attention.grasp_gate = (next(pieces), next(counts), self._site)
+
+    def count(self, values: Tensor) -> list[int]:
+        """How many gates are not 0 in each layer's FFN and attention; a GPU is waited for once."""
+        upto = (values != 0).cumsum(0)[self._ends]
+        return upto.diff(prepend=upto.new_zeros(1)).tolist()
 
 
 @contextmanager
@@ -78,14 +91,14 @@ def _ffn_forward(modules: LayerModules) -> Any:
     )
 
     def forward(x: Tensor) -> Tensor:
+        z, open_count = mlp.grasp_gate
         if fused:
-            gate, up, down = modules.gate.weight, modules.up.weight, mlp.down_proj.weight
-            # counting kept channels, to skip the others, would make a GPU wait in every layer
-            most = None if x.device.type == "cpu" else len(gate)
-            return gated_swiglu_ffn(x, gate, up, down, mlp.grasp_gate, max_kept=most)
+            weights = modules.gate.weight, modules.up.weight, mlp.down_proj.weight
+            most = None if x.device.type == "cpu" else open_count
+            return gated_swiglu_ffn(x, *weights, z, max_kept=most)
         gate, up = (F.linear(x, rows.weight, rows.bias) for rows in (modules.gate, modules.up))
         hidden = activation(gate) * up
-        return mlp.down_proj((hidden * mlp.grasp_gate).to(hidden.dtype))
+        return mlp.down_proj((hidden * z).to(hidden.dtype))
 
     return forward
 
@@ -98,7 +111,11 @@ def _attention_forward(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    gate, site = module.grasp_gate
+    gate, open_count, site = module.grasp_gate
+    if site == "output" and _takes_kernel(module, query, attention_mask):
+        scale = kwargs.get("scaling")
+        out = gated_attention(query, key, value, gate, scale=scale, max_kept=open_count)
+        return out.transpose(1, 2), None
     if site == "kv":
         per_group = gate[:, None, None]
         key, value = ((t * per_group).to(t.dtype) for t in (key, value))
@@ -108,12 +125,35 @@ def _attention_forward(
     return out, None
 
 
+def _takes_kernel(module: Any, query: Tensor, attention_mask: Tensor | None) -> bool:
+    """Plain causal attention on a GPU; on a CPU, PyTorch's attention and a product are as fast."""
+    plain = module.config._attn_implementation == SDPA and attention_mask is None
+    return plain and query.device.type != "cpu" and has_backend(query)
+
+
 def _inner(module: Any) -> Any:
     if module.config._attn_implementation == SDPA:
         return sdpa_attention_forward
     return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
 
 
+def unpadded(ids: Tensor) -> Tensor:
+    """A padding mask of ones for a gated model, that nobody needs to read to know that it is one.
+
+    Without a mask transformers looks in each forward pass whether sequences are packed, and with
+    one whether all of it is true: either makes a GPU wait.
+    """
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask.grasp_unpadded = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _unless_unpadded(make: Any, **kwargs: Any) -> Any:
+    if hasattr(kwargs["attention_mask"], "grasp_unpadded"):
+        kwargs["attention_mask"] = None
+    return make(**kwargs)
+
+
 for name, mask in ((SDPA, sdpa_mask), (EAGER, eager_mask)):
     AttentionInterface.register(name, _attention_forward)
-    AttentionMaskInterface.register(name, mask)
+    AttentionMaskInterface.register(name, partial(_unless_unpadded, mask))

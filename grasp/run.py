@@ -201,6 +201,9 @@ class StageJournal(Journal):
             os.replace(beside, self._path)
         self._saved = time.monotonic()
 
+    def note(self, text: str) -> None:
+        self._run.log(event="note", stage=self._name, text=text)
+
     def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
         now = time.monotonic()
         if self._first is None:

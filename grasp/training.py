@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError
-from grasp.gating import Gates
+from grasp.gating import Gates, unpadded
 from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
+GRAPH_TOKENS = 2048  # at once; up to here launching kernels takes a GPU longer than running them
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Journal:
     def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
         """Called after every read of the loss; keeps the state when it is time to, or `final`."""
 
+    def note(self, text: str) -> None:
+        """Something that a reader of the log should know."""
+
     def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
         """`step` of `total` done, with the mean loss and the tokens seen since the last call."""
 
@@ -56,7 +60,7 @@ def train_gates(
     model: PreTrainedModel,
     gates: Gates,
     theta: Tensor,
-    gate_values: Callable[[Tensor, float], Tensor],
+    gate_values: Callable[[Tensor, Tensor], Tensor],
     blocks: Tensor,
     settings: TrainSettings,
     journal: Journal,
@@ -64,39 +68,44 @@ def train_gates(
 ) -> Tensor:
     """Minimise the next-token loss over `theta` (fp32 [units]); returns it, trained.
 
-    `gate_values(theta, progress)` gives the gates, progress running over [0, 1). `blocks` is int64
-    [samples, seq_len]; each epoch visits all of them in an order of its own, fixed by the seed.
-    AdamW with betas (0.9, 0.99), no weight decay (GRASPrune, section 4.1); its rate falls to 0
-    along a half cosine, or stays constant as published. `info` adds to the log. Raises GraspError
-    when the loss is not finite. Same state, same order, same result: a run that resumes from its
-    journal ends where an uninterrupted one does, bit for bit.
+    `gate_values(theta, progress)` gives the gates; progress is an fp64 scalar on the device, in
+    [0, 1). `blocks` is int64 [samples, seq_len]; each epoch visits all of them in an order of its
+    own, fixed by the seed. AdamW with betas (0.9, 0.99), no weight decay (GRASPrune, section 4.1);
+    its rate falls to 0 along a half cosine, or stays constant as published. `info` adds to the
+    log. Raises GraspError when the loss is not finite. Same state, same order, same result: a run
+    that resumes from its journal ends where an uninterrupted one does, on a CPU bit for bit.
+
+    On a GPU small steps are launched as one CUDA graph; large ones read back, once a step, how
+    many units are open, and compute only those.
     """
     theta = theta.detach().clone().requires_grad_()
-    optimizer = torch.optim.AdamW([theta], lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    on_gpu = theta.device.type == "cuda"
+    rate = torch.tensor(settings.lr, device=theta.device) if on_gpu else settings.lr
+    optimizer = torch.optim.AdamW(
+        [theta], lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=on_gpu
+    )
     per_step = settings.batch_size * settings.accumulate
     order = torch.cat([_epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
     order, blocks = order.to(theta.device), blocks.to(theta.device)
     steps = math.ceil(len(order) / per_step)
+    small = settings.batch_size * blocks.shape[1] <= GRAPH_TOKENS
+    step_of = Step(model, gates, theta, gate_values, optimizer, settings.batch_size)
+    run_step: Callable[[Tensor, Tensor], Tensor] = step_of
+    if on_gpu and small:
+        run_step = CapturedStep(step_of, journal.note)
+    elif on_gpu:
+        run_step = partial(step_of, count=True)
 
     start = _restore(theta, optimizer, journal.load())
     read_every = 1 if theta.device.type == "cpu" else READ_EVERY
     losses: list[Tensor] = []
+    progress = torch.zeros((), dtype=torch.float64, device=theta.device)
     tokens = 0  # since the last read
     for step in range(start, steps):
         chosen = order[step * per_step : (step + 1) * per_step]
-        values = gate_values(theta, step / steps)
-        z = values.detach().requires_grad_()  # gathers the gradient of all parts of the batch
-        loss = torch.zeros((), device=theta.device)
-        for part in chosen.split(settings.batch_size):
-            gates.set(z)
-            part_loss = next_token_loss(model, blocks[part]) * (len(part) / len(chosen))
-            part_loss.backward()
-            loss += part_loss.detach()
-        values.backward(z.grad)
-        optimizer.param_groups[0]["lr"] = _rate(settings, step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss)
+        progress.fill_(step / steps)
+        _set_rate(optimizer, _rate(settings, step / steps))
+        losses.append(run_step(blocks[chosen], progress))
         tokens += chosen.numel() * blocks.shape[1]
         if len(losses) == read_every or step + 1 == steps:
             mean = finite_mean(losses, step + 1)
@@ -108,6 +117,76 @@ def train_gates(
     return theta.detach()
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimiser. Without `count` nothing in it makes a GPU wait for the host."""
+
+    model: PreTrainedModel
+    gates: Gates
+    theta: Tensor
+    gate_values: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    batch_size: int
+
+    def __call__(self, ids: Tensor, progress: Tensor, *, count: bool = False) -> Tensor:
+        """Move theta by the mean loss of `ids`, int64 [samples, seq_len]; returns that loss.
+
+        `count` reads back how many gates are open, so that a GPU computes no others.
+        """
+        values = self.gate_values(self.theta, progress)
+        z = values.detach().requires_grad_()
+        counts = self.gates.count(z) if count else None
+        loss, gradient = torch.zeros((), device=z.device), torch.zeros_like(z)
+        for part in ids.split(self.batch_size):
+            self.gates.set(z, counts)
+            part_loss = next_token_loss(self.model, part) * (len(part) / len(ids))
+            gradient += torch.autograd.grad(part_loss, z)[0]
+            loss += part_loss.detach()
+        (self.theta.grad,) = torch.autograd.grad(values, self.theta, gradient)
+        self.optimizer.step()
+        return loss
+
+
+class CapturedStep:
+    """A step as one CUDA graph: the first calls run as they are, the next is captured.
+
+    A step of other shapes than the first, as the last of a run may be, runs as it is.
+    """
+
+    WARM_UP = 3  # kernels compile, the optimiser makes its state
+
+    def __init__(self, step: Step, note: Callable[[str], None]):
+        self._step, self._note = step, note
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, ids: Tensor, progress: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls == 1:
+            self._ids, self._progress = torch.empty_like(ids), torch.empty_like(progress)
+        if self._calls <= self.WARM_UP or ids.shape != self._ids.shape:
+            return self._step(ids, progress)
+        self._ids.copy_(ids)
+        self._progress.copy_(progress)
+        if self._calls == self.WARM_UP + 1:
+            self._capture()
+        if self._graph is None:
+            return self._step(ids, progress)
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._loss = self._step(self._ids, self._progress)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason}")
+        else:
+            self._graph = graph
+
+
 def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len].
 
@@ -117,7 +196,8 @@ def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     head = model.get_output_embeddings()
     if head is None or head.weight.requires_grad or not _head_is_plain(model, ids[:1, :2]):
         return model(input_ids=ids, labels=ids, use_cache=False).loss
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    decoder = model.get_decoder()
+    hidden = decoder(ids, attention_mask=unpadded(ids), use_cache=False).last_hidden_state
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, ids[:, 1:].flatten())
 
 
@@ -132,6 +212,14 @@ def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         _PLAIN[model] = torch.equal(logits, F.linear(hidden, model.get_output_embeddings().weight))
     return _PLAIN[model]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):  # in place, where a CUDA graph reads it
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _rate(settings: TrainSettings, progress: float) -> float:
@@ -175,8 +263,9 @@ def _restore(
         return 0
     with torch.no_grad():
         theta.copy_(state["theta"])
+    counter_device = theta.device if optimizer.param_groups[0]["capturable"] else "cpu"
     optimizer.state[theta] = {
-        "step": state["step"].float(),
+        "step": state["step"].float().to(counter_device),
         "exp_avg": state["exp_avg"].to(theta.device),
         "exp_avg_sq": state["exp_avg_sq"].to(theta.device),
     }

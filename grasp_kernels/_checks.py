@@ -35,4 +35,6 @@ def check_gate(z: Tensor, size: int, meaning: str, **tensors: Tensor) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that an active autocast region asks for on the device of x, None outside of one."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -64,7 +64,7 @@ def backward(
     batch, heads, length, size = q.shape
     kv_heads = k.shape[1]
     queries = heads // kv_heads
-    dz = _gate_gradient(grad, raw, z)
+    dz = gate_gradient(grad, raw, z)
     kept = max_kept
     if kept is None or not z.is_cuda:  # a count makes a GPU wait
         count = int(z.count_nonzero())
@@ -97,7 +97,7 @@ def backward(
     return dq, dk, dv, dz
 
 
-def _gate_gradient(grad: Tensor, raw: Tensor, z: Tensor) -> Tensor:
+def gate_gradient(grad: Tensor, raw: Tensor, z: Tensor) -> Tensor:
     if runs_triton(grad):
         return kernels("attention").delta(grad, raw, z)[1]
     products = (_wide(grad) * _wide(raw)).sum((0, 2, 3))

@@ -99,6 +99,11 @@ def gated_attention(
     return _attention(q, k, v, z, causal, scale, key_mask, max_kept, triton)[0]
 
 
+def has_backend(q: Tensor) -> bool:
+    """Whether `gated_attention` serves q [B, H, S, D] without a key_mask, wherever it lies."""
+    return _sdpa.supports(q, None) or (runs_triton(q) and q.shape[-1] <= 128)
+
+
 def _choose_triton(
     backend: str,
     q: Tensor,
@@ -194,6 +199,16 @@ def _(grad, q, k, v, z, raw, lse, key_mask, causal, scale, max_kept, triton):
     return _heads_last(q), _heads_last(k), _heads_last(v), z.new_empty(z.shape)
 
 
+@torch.library.custom_op("grasp::gated_attention_gate_backward", mutates_args=())
+def _gate_backward(grad: Tensor, raw: Tensor, z: Tensor) -> Tensor:
+    return _sdpa.gate_gradient(grad, raw, z)
+
+
+@_gate_backward.register_fake
+def _(grad, raw, z):
+    return z.new_empty(z.shape)
+
+
 def _heads_last(x: Tensor) -> Tensor:
     batch, heads, length, size = x.shape
     return x.new_empty(batch, length, heads, size).transpose(1, 2)
@@ -208,6 +223,9 @@ def _save(ctx, inputs, output):
 
 
 def _vjp(ctx, grad, *_):
+    if not any(ctx.needs_input_grad[:3]):  # the first layer of a frozen model
+        _, _, _, z, raw, *_ = ctx.saved_tensors
+        return None, None, None, _gate_backward(grad, raw, z), None, None, None, None, None
     gradients = _attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return (*gradients, None, None, None, None, None)
 

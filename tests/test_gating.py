@@ -9,7 +9,7 @@ from families import FAMILIES, tiny_model
 
 from grasp.budget import Budget
 from grasp.fold import fold_mask, fold_scales
-from grasp.gating import gated
+from grasp.gating import gated, unpadded
 from grasp.projection import Projection
 from grasp.units import UnitSpace, decoder_layers
 
@@ -119,3 +119,38 @@ def test_the_fused_ffn_is_what_runs(monkeypatch):
     with gated(model, UnitSpace.of(model)):
         logits(model)
     assert len(calls) == len(decoder_layers(model))
+
+
+@families
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_attention_kernel_is_what_a_gpu_runs(family, counted, monkeypatch):
+    """Its CPU path gives what PyTorch's attention and a product give, gradients too."""
+    model = tiny_model(family)
+    space = UnitSpace.of(model)
+    mask = Projection(space, Budget("keep", 0.4, 8))(torch.randn(space.size))
+
+    def outcome():
+        z = (mask * 1.1).requires_grad_()
+        gates.set(z, gates.count(z) if counted else None)
+        out = logits(model, attention_mask=unpadded(IDS))
+        return out, torch.autograd.grad(out.square().sum(), z)[0]
+
+    with gated(model, space) as gates:
+        assert gates.count(mask) == [int(part.sum()) for part in mask.split(gates._sizes)]
+        want = outcome()
+        calls = []
+        monkeypatch.setattr("grasp.gating._takes_kernel", lambda *_: calls.append(1) or True)
+        got = outcome()
+    assert len(calls) == len(decoder_layers(model))
+    assert close(got[0], want[0]) and close(got[1], want[1])
+    assert (got[1] != 0).all()
+
+
+def test_a_mask_of_ones_says_so_without_being_read():
+    model = tiny_model("mistral", sliding_window=7)
+    want = logits(model)
+    with gated(model, UnitSpace.of(model)):
+        assert torch.equal(logits(model, attention_mask=unpadded(IDS)), want)
+    model.to("meta")
+    with gated(model, UnitSpace.of(model)):  # where to read a value raises
+        logits(model, IDS.to("meta"), attention_mask=unpadded(IDS.to("meta")))

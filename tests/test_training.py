@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -19,7 +21,7 @@ from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
 from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores
 from grasp.select.magnitude import magnitude_scores
-from grasp.training import Journal, TrainSettings, next_token_loss, train_gates
+from grasp.training import CapturedStep, Journal, Step, TrainSettings, next_token_loss, train_gates
 from grasp.units import LayerUnits, UnitSpace
 
 BLOCKS = torch.randint(3, 250, (12, 16), generator=torch.Generator().manual_seed(3))
@@ -86,17 +88,21 @@ def learn(
     return projection, learn_scores(model, projection, start, BLOCKS, settings, journal)
 
 
+def at(progress):
+    return torch.tensor(progress, dtype=torch.float64)
+
+
 def test_budget_holds_at_every_step_and_anneals():
     journal = Memory()
     projection, _ = learn(journal)
     whole = projection.space.cost
     for record in journal.records:
-        allowed = annealed(projection.limit, whole, (record["step"] - 1) / 24, 0.5)
+        allowed = annealed(projection.limit, whole, at((record["step"] - 1) / 24), 0.5)
         assert record["cost"] <= allowed
     unspent = [projection.limit - r["cost"] for r in journal.records[12:]]
     assert min(unspent) >= 0 and max(unspent) < projection.budget.step(projection.space)
-    assert annealed(projection.limit, whole, 0.0, 0.5) == whole
-    assert annealed(projection.limit, whole, 0.0, 0.0) == projection.limit
+    assert annealed(projection.limit, whole, at(0), 0.5) == whole
+    assert annealed(projection.limit, whole, at(0), 0.0) == projection.limit
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.017), ("constant", 1.0)])
@@ -264,20 +270,95 @@ def test_magnitude_by_definition():
 
 
 class HostReads(TorchDispatchMode):
-    """Counts reads of tensor values by the host, each of which waits for an accelerator."""
+    """Counts reads of values by the host, and shapes that hang on values: a GPU waits for each."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        self.count += func.overloadpacket.__name__.startswith(self.NAMES)
         return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_makes_a_gpu_wait(monkeypatch):
+    """On tensors without values, where to read one or to copy one away raises."""
+    adam = sys.modules[torch.optim.Adam.__module__]
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["meta"])
+    model = tiny_model("llama")
+    next_token_loss(model, BLOCKS)  # the head is tried out with values
+    model.to("meta")
+    space = UnitSpace.of(model)
+    projection = Projection(space, Budget("keep", 0.5, 8), device="meta")
+    whole = projection.budget.cost(space)
+
+    def straight_through(scores, progress):
+        mask = projection(scores, annealed(projection.limit, whole, progress, 0.5))
+        p = torch.sigmoid(scores / TAU)
+        return mask + (p - p.detach())
+
+    theta = torch.zeros(space.size, device="meta", requires_grad=True)
+    adamw = torch.optim.AdamW([theta], capturable=True)
+    adamw.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    inputs = BLOCKS[:3].to("meta"), at(0.1).to("meta")
+    with gated(model, space) as gates:
+        step = Step(model, gates, theta, straight_through, adamw, batch_size=2)
+        with HostReads() as reads:
+            assert step(*inputs).device.type == "meta"
+        assert reads.count == 0 and theta.grad is not None
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            step(*inputs, count=True)
+
+
+@contextmanager
+def one_step(device):
+    model = tiny_model("llama").to(device)
+    space = UnitSpace.of(model)
+    theta = torch.zeros(space.size, device=device, requires_grad=True)
+    on_gpu = device == "cuda"
+    rate = torch.tensor(0.01, device=device) if on_gpu else 0.01
+    adamw = torch.optim.AdamW([theta], lr=rate, capturable=on_gpu)
+    with gated(model, space) as gates:
+        yield Step(model, gates, theta, lambda theta, progress: 1 + theta * progress, adamw, 2)
+
+
+def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    notes = []
+    with one_step("cpu") as plain, one_step("cpu") as captured:
+        replayed = CapturedStep(captured, notes.append)
+        for number, rows in enumerate((2, 2, 2, 2, 2, 1)):
+            ids, progress = BLOCKS[number : number + rows], at(number / 6)
+            assert torch.equal(plain(ids, progress), replayed(ids, progress))
+    assert torch.equal(plain.theta, captured.theta)
+    assert notes == [
+        "steps run one kernel at a time, not as a CUDA graph: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_captured_step_is_the_step():
+    notes = []
+    with one_step("cuda") as plain, one_step("cuda") as captured:
+        replayed = CapturedStep(captured, notes.append)
+        for number in range(8):
+            ids, progress = BLOCKS[number : number + 2].cuda(), at(number / 8).cuda()
+            torch.testing.assert_close(plain(ids, progress), replayed(ids, progress))
+    torch.testing.assert_close(plain.theta, captured.theta)
+    assert notes == []
 
 
 def test_steps_read_the_loss_once_each_on_a_cpu():
     model = tiny_model("llama")
     space = UnitSpace.of(model)
+    next_token_loss(model, BLOCKS)
     with gated(model, space) as gates, HostReads() as reads:
         train_gates(
             model,
@@ -288,5 +369,5 @@ def test_steps_read_the_loss_once_each_on_a_cpu():
             TrainSettings(1),
             Journal(),
         )
-    # the loss of each step; and of each layer's FFN how many channels it keeps
-    assert reads.count <= 4 * (1 + len(space.layers))
+    # the loss of each step and Adam's counter; and of each layer's FFN how many channels it keeps
+    assert reads.count <= 4 * (2 + len(space.layers))

@@ -44,9 +44,10 @@ def learn_scores(
 ) -> Tensor:
     """Learned scores, fp32 [units], from `start` on; blocks int64 [samples, seq_len]."""
     space, whole = projection.space, projection.budget.cost(projection.space)
-    mask, limit = torch.ones(space.size, dtype=torch.bool, device=start.device), whole
+    mask = torch.ones(space.size, dtype=torch.bool, device=start.device)
+    limit = torch.tensor(whole)
 
-    def straight_through(scores: Tensor, progress: float) -> Tensor:
+    def straight_through(scores: Tensor, progress: Tensor) -> Tensor:
         nonlocal mask, limit
         limit = annealed(projection.limit, whole, progress, settings.anneal)
         mask = projection(scores, limit)
@@ -62,15 +63,17 @@ def learn_scores(
             blocks,
             settings.train,
             journal,
-            info=lambda: kept_by_kind(projection, mask, limit),
+            info=lambda: kept_by_kind(projection, mask, int(limit)),
         )
 
 
-def annealed(limit: int, whole: int, progress: float, anneal: float) -> int:
-    """Budget at `progress` in [0, 1): from `whole` down to `limit` along a cubic, then constant."""
-    if progress >= anneal:
-        return limit
-    return limit + int((whole - limit) * (1 - progress / anneal) ** 3)
+def annealed(limit: int, whole: int, progress: Tensor, anneal: float) -> Tensor:
+    """Budget at `progress`, an fp64 scalar in [0, 1): from `whole` to `limit` along a cubic.
+
+    It reaches `limit` at `anneal`; an int64 scalar on the device, so that no host waits for it.
+    """
+    left = (1 - progress / anneal).clamp(min=0) if anneal else torch.zeros_like(progress)
+    return limit + ((whole - limit) * left**3).long()
 
 
 def kept_by_kind(projection: Projection, mask: Tensor, limit: int) -> dict[str, Any]:

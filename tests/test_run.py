@@ -454,7 +454,7 @@ def test_a_full_disk(tiny, text, tmp_path, learned, file_bytes, stage):
 def test_memory_that_runs_out(tiny, text, tmp_path):
     out, stderr = tmp_path / "out", tmp_path / "stderr"
     options = dict(SMALL, seq_len=256, samples=16, batch_size=16, start="equal")
-    attempt = start(command(tiny, out, calibration=text, **options), stderr, more_memory=30_000_000)
+    attempt = start(command(tiny, out, calibration=text, **options), stderr, more_memory=2_000_000)
     attempt.join()
     said = stderr.read_text()
     assert attempt.exitcode == 1 and "Traceback" not in said

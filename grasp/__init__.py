@@ -26,6 +26,7 @@ _HOMES = {
     "load": "grasp.models",
     "plan": "grasp.planning",
     "prune": "grasp.pipeline",
+    "prune_each": "grasp.pipeline",
     "sparsify": "grasp.sparsity.pipeline",
     "verify": "grasp.checkpoint.verify",
 }

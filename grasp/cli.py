@@ -86,7 +86,9 @@ def parse_ratios(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of numbers: write 0.8,0.5") from None
+        raise typer.BadParameter(
+            f"{text!r} is no number and no list: write 0.5 or 0.8,0.5", param_hint="'--keep'"
+        ) from None
 
 
 Model = Annotated[
@@ -137,7 +139,12 @@ RemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the mod
 def prune_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the result; must not exist.")],
-    keep: Keep = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATIOS", help="Part of the prunable parameters to keep, or several [0.5]."
+        ),
+    ] = None,
     params: Params = None,
     kv_cache: KvCache = None,
     ffn_multiple: FfnMultiple = 32,
@@ -181,19 +188,28 @@ def prune_command(
     """Select, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
     options = dict(locals())
     del options["as_json"]
-    from grasp.pipeline import prune
+    from grasp.pipeline import prune, prune_each
     from grasp.report import measured_on, size_rows
 
+    ratios = parse_ratios(keep) if keep else [None]
     with _progress() as show:
-        result = prune(**options, show=show)
+        if len(ratios) == 1:
+            results = [prune(**options | {"keep": ratios[0]}, show=show)]
+        elif params is None and kv_cache is None:
+            del options["params"], options["kv_cache"]
+            results = prune_each(**options | {"keep": ratios}, show=show)
+        else:
+            raise typer.BadParameter("several --keep go without --params and --kv-cache")
     if as_json:
-        print(json.dumps(result.summary, indent=2))
+        summaries = [result.summary for result in results]
+        print(json.dumps(summaries if len(ratios) > 1 else summaries[0], indent=2))
         return
-    table = Table("", "dense", "pruned", "", title=Text(str(result.folder)))
-    for row in size_rows(result.summary):
-        table.add_row(*row)
-    out_console.print(table)
-    _line(measured_on(result.summary))
+    for result in results:
+        table = Table("", "dense", "pruned", "", title=Text(str(result.folder)))
+        for row in size_rows(result.summary):
+            table.add_row(*row)
+        out_console.print(table)
+    _line(measured_on(results[0].summary))
 
 
 @app.command("compare")

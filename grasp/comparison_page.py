@@ -70,7 +70,7 @@ def perplexity_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
         seconds = mean(c["choosing"]["seconds"] + c["making"]["seconds"] for c in cells)
         peak = max(c[stage]["peak_memory"] for c in cells for stage in ("choosing", "making"))
         values = [[c["perplexity"]["value"] for c in by_budget[part]] for part in budgets]
-        texts = [f"{_span(v)}, {mean(v) / dense:.2f} ×" for v in values]
+        texts = [f"{span(v)}, {mean(v) / dense:.2f} ×" for v in values]
         rows.append([method, *texts, f"{seconds:,.0f}", f"{peak / 1e9:.2f} GB"])
     return head, rows
 
@@ -184,7 +184,7 @@ def _accuracy(records: list[Record], task: str, metric: str) -> str:
     return f"{mean(s['value'] for s in scores):.4f}" + (f" ± {mean(errors):.4f}" if errors else "")
 
 
-def _span(values: list[float]) -> str:
+def span(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"

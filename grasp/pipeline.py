@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from grasp.fold import fold_mask, fold_scales
 from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, pick_device
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
-from grasp.report import layer_figure, model_card
+from grasp.report import layer_figure, model_card, read_summary
 from grasp.report_page import report_page
 from grasp.run import Run, Show, disk_errors, memory_errors, open_run
 from grasp.select import select
@@ -82,7 +83,38 @@ def prune(
     if as_published:
         config = config.as_published()
     with open_job(config, out, config.to_json(), show) as run:
-        return _prune(config, run)
+        return _prune(config, {"": config.budget}, run)[0]
+
+
+def prune_each(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: Sequence[float],
+    ffn_multiple: int = 32,
+    kv_multiple: int = 1,
+    layout: Layout = "per-layer",
+    as_published: bool = False,
+    show: Show = lambda record: None,
+    **options: Any,
+) -> list[PruneResult]:
+    """`prune` for several budgets from one choice: out/keep-0.8 and so on, in the order given.
+
+    Units are scored once, learned gates under the smallest budget, and the scores are projected
+    to each; refit, scales and evaluation are each budget's own. In memory at one time: two models.
+    All else as `prune`.
+    """
+    asked = list(dict.fromkeys(keep))
+    budget = Budget.of(
+        keep=min(asked), ffn_multiple=ffn_multiple, kv_multiple=kv_multiple, layout=layout
+    )
+    config = configure(model, budget, options)
+    if as_published:
+        config = config.as_published()
+    with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
+        return _prune(
+            config, {f"keep-{part}": replace(config.budget, asked=part) for part in asked}, run
+        )
 
 
 def configure(
@@ -109,21 +141,38 @@ def open_job(
         yield run
 
 
-def _prune(config: PruneConfig, run: Run) -> PruneResult:
+def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[PruneResult]:
+    """Choose once, by `config`, and make a checkpoint for each of `budgets`.
+
+    They are in folders of these names; the one named "" is the result itself.
+    """
     model, start = begin(config, run)
+    for budget in budgets.values():
+        budget.limit(start.space)
     if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
     dense = measure_dense(model, start, config, run)
     blocks = start.blocks(config)
-    projection = start.projection(config)
-    mask = projection.mask(select(model, projection, blocks, config, run.stage))
-    model = shrink(model, mask, blocks, config, start.stored_dtype, run)
-    summary = finish(model, mask, config, start, run, run.checkpoint)
-    summary["results"] |= {"dense": dense, "seconds": run.seconds()}
-    stored = _add_results(run.checkpoint, summary, run.records())
-    run.log(event="finished", folder=str(run.out), **summary["results"])
+    scores = select(model, start.projection(config), blocks, config, run.stage)
+    results = []
+    for name, budget in budgets.items():
+        own = replace(config, budget=budget)
+        mask = start.projection(own).mask(scores)
+        folder = run.finished(name) if name else run.checkpoint
+        if not folder.exists():
+            part = run.part(name) if name else run
+            pruned = copy.deepcopy(model) if name else model
+            pruned = shrink(pruned, mask, blocks, own, start.stored_dtype, part)
+            summary = finish(pruned, mask, own, start, part, run.checkpoint)
+            summary["budget"]["chosen_for"] = config.budget.asked
+            summary["results"] |= {"dense": dense, "seconds": run.seconds()}
+            _add_results(run.checkpoint, summary, part.records())
+            part.log(event="finished", folder=str(run.out / name), **summary["results"])
+            if name:
+                run.finish(name)
+        results.append(PruneResult(run.out / name, mask, read_summary(folder)))
     run.publish()
-    return PruneResult(run.out, mask, stored)
+    return results
 
 
 @dataclass(frozen=True)
@@ -400,15 +449,12 @@ def _measure(
     ).to_json()
 
 
-def _add_results(
-    folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _add_results(folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """The whole grasp.json. Results come last: they are measured on what reads from disk."""
     with disk_errors(folder):
         stored = json.loads((folder / "grasp.json").read_text())
-        stored["results"] = summary["results"]
+        stored |= {"budget": summary["budget"], "results": summary["results"]}
         write_json(folder / "grasp.json", stored)
         (folder / "README.md").write_text(model_card(summary), encoding="utf-8")
         layer_figure(summary).savefig(folder / "layers.png", dpi=120)
         (folder / "report.html").write_text(report_page(summary, records), encoding="utf-8")
-    return stored

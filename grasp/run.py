@@ -31,7 +31,9 @@ from grasp.errors import GraspError
 from grasp.training import Journal
 
 SAVE_EVERY = 20.0  # seconds
-OWN_FILES = {"checkpoint", "config.json", "facts", "inputs.json", "lock", "log.jsonl", "state"}
+OWN_FILES = {
+    *("checkpoint", "config.json", "facts", "finished", "inputs.json", "lock", "log.jsonl", "state")
+}
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -77,7 +79,11 @@ class Run:
         self._show(record)
 
     def records(self) -> list[dict[str, Any]]:
-        """The whole log so far; a last line cut off by a crash is left out."""
+        """The log so far, of a part without what belongs to others."""
+        return [r for r in self._log() if self._part is None or r.get("part") in (None, self._part)]
+
+    def _log(self) -> list[dict[str, Any]]:
+        """A last line cut off by a crash is left out."""
         records = []
         for line in (self.folder / "log.jsonl").read_text().splitlines():
             try:
@@ -91,18 +97,30 @@ class Run:
         stopped does not count."""
         worked = [
             b["time"] - a["time"]
-            for a, b in pairwise([*self.records(), {"time": time.time()}])
+            for a, b in pairwise([*self._log(), {"time": time.time()}])
             if b.get("event") != "resumed" and self._part in (None, b.get("part"))
         ]
         return round(sum(worked), 1)
 
+    def finished(self, name: str) -> Path:
+        """Where one of several checkpoints waits for the others."""
+        return self.folder / "finished" / name
+
+    def finish(self, name: str) -> None:
+        """Set the checkpoint aside as one of several; it survives a stop."""
+        with disk_errors(self.folder):
+            self.finished(name).parent.mkdir(exist_ok=True)
+            _sync_all(self.checkpoint)
+            os.rename(self.checkpoint, self.finished(name))
+
     def publish(self) -> None:
-        """Put the finished checkpoint in its place and remove the run's folder."""
+        """Put the finished checkpoint, or all of several, in place and remove the run's folder."""
+        several = self.folder / "finished"
+        result = several if several.exists() else self.checkpoint
         with disk_errors(self.out):
-            shutil.copyfile(self.folder / "log.jsonl", self.checkpoint / "log.jsonl")
-            for path in self.checkpoint.rglob("*.*"):
-                _sync(path)
-            os.rename(self.checkpoint, self.out)
+            shutil.copyfile(self.folder / "log.jsonl", result / "log.jsonl")
+            _sync_all(result)
+            os.rename(result, self.out)
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps the open lock
 
 
@@ -282,6 +300,12 @@ def _write(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
         _sync(beside)
         os.replace(beside, path)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in folder.rglob("*.*"):
+        if path.is_file():
+            _sync(path)
 
 
 def _sync(path: Path) -> None:

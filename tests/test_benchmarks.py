@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import save_tiny, tiny_model
 
-from benchmarks import ablation, gate_step, published
+from benchmarks import ablation, budgets, gate_step, published
 from grasp.budget import Budget
 from grasp.config import PruneConfig
 from grasp.gating import gated
@@ -166,3 +166,15 @@ def test_ablation_rows_resume(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ablation.main([*options, "--seq-len", "16"])
     assert "other settings" in capsys.readouterr().err
+
+
+def test_budgets_from_one_run_beside_each_alone(tiny, text, tmp_path, capsys):
+    options = ["--model", tiny, "--text", text, "--eval-text", text, "--out", tmp_path / "out"]
+    options += ["--samples", 4, "--seq-len", 32, "--epochs", 1, "--device", "cpu"]
+    options += ["--eval-windows", 2, "--eval-seq-len", 64, "--keep", "0.7,0.5"]
+    for _ in range(2):  # nothing is run again: an existing result would be refused
+        budgets.main(list(map(str, options)))
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 0.")]
+    assert [row[0] for row in rows[:2]] == ["| 0.7", "| 0.5"]
+    assert rows[1][1] == rows[1][2] and rows[1][3] == "1.000 |"

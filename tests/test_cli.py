@@ -95,7 +95,11 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
     [
         (["prune", "MODEL"], "Missing option '--out'."),
         (["prune", "--out=x"], "Missing argument 'MODEL'."),
-        (["prune", "MODEL", "--out=x", "--keep=half"], "Invalid value for '--keep': "),
+        (["prune", "MODEL", "--out=x", "--keep=half"], "Invalid value for '--keep': 'half' is no"),
+        (
+            ["prune", "MODEL", "--out=x", "--keep=0.8,0.5", "--params=1B"],
+            "several --keep go without --params and --kv-cache",
+        ),
         (
             ["prune", "MODEL", "--out=x", "--method=magic"],
             "'magic' is not one of 'learned', 'fisher'",
@@ -324,6 +328,14 @@ def test_prune(call, tiny, text, tmp_path):
     # where stderr is no terminal, a line for each stage
     stages = [line.partition(":")[0] for line in err.splitlines()]
     assert stages == ["evaluate dense", "fisher", "learn", "calibrate", "evaluate pruned"]
+
+
+def test_prune_several(call, tiny, text, tmp_path):
+    options = ["--keep=0.7,0.5", f"--out={tmp_path / 'out'}", f"--calibration={text}", *AT_ONCE]
+    code, said, err = call("prune", tiny, *options, "--json")
+    assert code == 0, err
+    assert [summary["budget"]["asked"] for summary in json.loads(said)] == [0.7, 0.5]
+    assert call("show", tmp_path / "out" / "keep-0.7")[0] == 0
 
 
 def test_prune_json(call, tiny, text, tmp_path):

@@ -94,7 +94,7 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
         (["--methods=magic"], "--methods 'magic': choose from learned, fisher", 1),
         (["--methods=fisher+magic"], "--methods 'fisher+magic': choose from learned", 1),
         (["--keep=0.5,2"], "--keep 2.0 is not a ratio: choose one in (0, 1]", 1),
-        (["--keep=half"], "'half' is no list of numbers: write 0.8,0.5", 2),
+        (["--keep=half"], "'half' is no number and no list: write 0.5 or 0.8,0.5", 2),
         (["--seeds=x"], "'x' is no list of whole numbers", 2),
         (["--seeds=-1"], "--seed -1 is outside 0 to 4294967295", 1),
         (["--limit=3"], "--limit and --tasks-data are for --tasks, which is not given", 2),

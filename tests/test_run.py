@@ -340,6 +340,56 @@ def test_refit_end_to_end(tiny, text, tmp_path, dtype):
     assert not torch.equal(weight, weight.bfloat16().float())  # nothing was rounded
 
 
+@pytest.fixture(scope="module")
+def several(tiny, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("several") / "out"
+    return grasp.prune_each(tiny, out, keep=(0.7, 0.5), calibration=text, **SMALL)
+
+
+def test_several_budgets_from_one_choice(tiny, text, tmp_path, learned, several):
+    """The smallest is what it is alone; the others are its scores under their own budgets."""
+    larger, smallest = several
+    assert [r.folder.name for r in several] == ["keep-0.7", "keep-0.5"]
+    assert torch.equal(smallest.mask.keep, learned.mask.keep)
+    assert contents(smallest.folder)[1] == contents(learned.folder)[1]
+    for result, asked in zip(several, (0.7, 0.5), strict=True):
+        budget = result.summary["budget"]
+        assert budget["obtained"] <= budget["limit"] < budget["obtained"] + 32 * 3
+        assert (budget["asked"], budget["chosen_for"]) == (asked, 0.5)
+        assert grasp.load(result.folder, device="cpu")[0] is not None
+        assert "report.html" in os.listdir(result.folder)
+    log = records(larger.folder.parent)
+    learning = [r["step"] for r in log if r.get("stage") == "learn"]
+    assert learning == list(range(1, 17))  # once
+    options = dict(AT_ONCE, calibration=text, method="fisher")
+    masks = [r.mask for r in grasp.prune_each(tiny, tmp_path / "f", keep=(0.7, 0.5), **options)]
+    alone = [grasp.prune(tiny, tmp_path / str(k), keep=k, **options).mask for k in (0.7, 0.5)]
+    assert [m.digest() for m in masks] == [m.digest() for m in alone]
+
+
+def test_several_budgets_stopped_and_resumed(tiny, text, tmp_path, several, monkeypatch):
+    """A finished budget is not made again."""
+    out, shrink, left = tmp_path / "out", pipeline.shrink, [2]
+
+    def stop(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return shrink(*args)
+
+    monkeypatch.setattr(pipeline, "shrink", stop)
+    options = dict(SMALL, keep=(0.7, 0.5), calibration=text)
+    with pytest.raises(KeyboardInterrupt):
+        grasp.prune_each(tiny, out, **options)
+    assert not out.exists()
+    again = grasp.prune_each(tiny, out, **options)
+    for one, other in zip(again, several, strict=True):
+        assert contents(one.folder) == contents(other.folder)
+    made = [r["part"] for r in records(out) if r.get("stage") == "calibrate" and r["step"] == 1]
+    assert made == ["keep-0.7", "keep-0.5"]
+    assert not run_folder(out).exists()
+
+
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 @pytest.mark.parametrize(
     "asked", [{"keep": 0.6}, {"params": 90_000}, {"kv_cache": 0.5}], ids=lambda asked: str(*asked)

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import grasp
+from benchmarks import sparse_lora, sparsity
 from grasp.checkpoint import verify
+from grasp.config import SparsifyConfig
 from grasp.errors import GraspError
 from grasp.sparsity import methods
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
@@ -353,3 +355,37 @@ def test_the_command_line(call, tiny, text, tmp_path):
         "sparsify", tiny, f"--out={out}", f"--calibration={text}", "--method=wanda", *small
     )
     assert code == 0 and "zeros in linears, 2:4" in said and "Perplexity: words.txt" in said
+
+
+# --- after it ---
+
+
+def test_lora_learns_beside_weights_that_stay_sparse(sparse):
+    model, _ = grasp.load(sparse.folder, device="cpu")
+    pattern, base = Pattern.parse("2:4"), {n: m.weight for n, m in linears_of(model).items()}
+    masks = {name: weight != 0 for name, weight in base.items()}
+    adapted = sparse_lora.add_lora(model, rank=4, seed=0)
+    losses = sparse_lora.train(adapted, BLOCKS[:1], steps=6, lr=1e-2)
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(weight != 0, masks[name]) for name, weight in base.items())
+    plain = copy.deepcopy(adapted).merge_and_unload()
+    assert not any(pattern.holds(m.weight) for m in linears_of(plain).values())
+    merged = linears_of(sparse_lora.merge_under_mask(adapted, masks))
+    assert all(pattern.holds(m.weight) for m in merged.values())
+    for name, linear in linears_of(plain).items():
+        assert torch.equal(merged[name].weight, linear.weight * masks[name])
+
+
+def test_the_benchmark_goes_on_where_it_was(tiny, text, tmp_path, capsys):
+    out = tmp_path / "sparsity.json"
+    options = ["--model", str(tiny), "--text", str(text), "--eval-text", str(text), "--samples=4"]
+    options += ["--seq-len=32", "--eval-windows=2", "--eval-seq-len=64", "--device=cpu"]
+    options += ["--out", str(out)]
+    sparsity.main([*options, "--rows=wanda,wanda++/rounds=0"])
+    first = json.loads(out.read_text())["rows"]
+    sparsity.main([*options, "--rows=wanda,magnitude"])
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[:2] == first and [r["row"] for r in rows[1:]] == ["wanda++/rounds=0", "magnitude"]
+    assert len({r["perplexity"] for r in rows}) == 3
+    assert "| 2:4 | magnitude |" in capsys.readouterr().out
+    assert sparsity.row_config("wanda++/lr=0.1", SparsifyConfig("m")).lr == 0.1

@@ -25,7 +25,18 @@ from grasp.budget import Budget, Layout
 from grasp.comparison_page import figure, page
 from grasp.config import Method, PruneConfig
 from grasp.errors import GraspError
-from grasp.pipeline import Start, begin, configure, finish, measure_dense, open_job, shrink
+from grasp.models import cast
+from grasp.pipeline import (
+    Start,
+    begin,
+    configure,
+    finish,
+    measure_dense,
+    open_job,
+    pruned_summary,
+    shrink,
+    working_dtype,
+)
 from grasp.projection import Projection
 from grasp.run import Run, Show, disk_errors, peak_memory, reset_peak_memory
 from grasp.select import CRITERIA, select
@@ -111,7 +122,8 @@ def compare(
             cell.config.budget.limit(start.space)
         if start.ruler is None:
             raise GraspError("the samples leave no text to evaluate on: give --eval-text")
-        perplexity = measure_dense(dense, start, base, run)
+        perplexity = measure_dense(dense, start, run)
+        cast(dense, working_dtype(base))
 
         def score(name: str) -> dict[str, Any] | None:
             if not tasks:
@@ -188,7 +200,8 @@ class _Grid:
         pruned = shrink(dense, mask, blocks, config, self._start.stored_dtype, part)
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
-        found = finish(pruned, mask, config, self._start, run, folder)
+        summary = pruned_summary(config, self._start, mask)
+        found = finish(pruned, mask, summary, self._start, run, folder)
         tasks = self._score(str(folder))
         shutil.rmtree(run.checkpoint)
         perplexity = found["results"]["pruned"]

@@ -151,7 +151,8 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         budget.limit(start.space)
     if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
-    dense = measure_dense(model, start, config, run)
+    dense = measure_dense(model, start, run)
+    cast(model, working_dtype(config))
     blocks = start.blocks(config)
     scores = select(model, start.projection(config), blocks, config, run.stage)
     results = []
@@ -163,10 +164,12 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part = run.part(name) if name else run
             pruned = copy.deepcopy(model) if name else model
             pruned = shrink(pruned, mask, blocks, own, start.stored_dtype, part)
-            summary = finish(pruned, mask, own, start, part, run.checkpoint)
+            summary = pruned_summary(own, start, mask)
             summary["budget"]["chosen_for"] = config.budget.asked
+            summary = finish(pruned, mask, summary, start, part, run.checkpoint)
             summary["results"] |= {"dense": dense, "seconds": run.seconds()}
-            _add_results(run.checkpoint, summary, part.records())
+            add_results(run.checkpoint, summary)
+            _add_reports(run.checkpoint, summary, part.records())
             part.log(event="finished", folder=str(run.out / name), **summary["results"])
             if name:
                 run.finish(name)
@@ -185,7 +188,7 @@ class Start:
     corpus: Corpus
     ruler: Ruler | None
 
-    def blocks(self, config: PruneConfig) -> Tensor:
+    def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
         """The calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
         return token_blocks(
             self.corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed
@@ -197,32 +200,47 @@ class Start:
 
 def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """The model as it is stored, the texts; what can be refused before the long work is refused."""
+    model, tokenizer = load_dense(config)
+    _check_layout(config, model)
+    config.budget.limit(UnitSpace.of(model))
+    return model, read_texts(config, model, tokenizer, run)
+
+
+def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, Any]:
+    """The model as it is stored, and its tokenizer. Raises GraspError where it cannot be pruned."""
     model, tokenizer = load_model(
         config.model,
         dtype=None,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-    space = UnitSpace.of(model)
+    UnitSpace.of(model)
     _check_weights(config, model)
-    _check_layout(config, model)
-    config.budget.limit(space)
+    return model, tokenizer
+
+
+def read_texts(
+    config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
+) -> Start:
+    """Read or sample the calibration text, and read what to evaluate on."""
     eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
     ruler = _ruler(config, eval_text, corpus, _longest(model))
-    start = Start(space, tokenizer, model.dtype, corpus, ruler)
+    start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, ruler)
     start.blocks(config)
-    return model, start
+    return start
 
 
-def measure_dense(
-    model: PreTrainedModel, start: Start, config: PruneConfig, run: Run
-) -> dict[str, Any] | None:
-    """Bind the run to its inputs, measure the model, and cast it to the dtype to work in."""
+def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
+    """Bind the run to its inputs and measure the model, which this may leave in fp32."""
     run.same_inputs(_inputs(model, start.corpus, start.ruler))
-    dense = run.remember("dense", partial(_measure, start.ruler, model, "dense", run))
-    cast(model, getattr(torch, TORCH_NAMES[config.dtype]))
-    return dense
+    return run.remember("dense", partial(_measure, start.ruler, model, "dense", run))
+
+
+def working_dtype(config: PruneConfig) -> torch.dtype:
+    """What gates and scales learn in."""
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[config.dtype])
+    return dtype
 
 
 def shrink(
@@ -253,7 +271,7 @@ def shrink(
 def finish(
     model: PreTrainedModel,
     mask: Mask,
-    config: PruneConfig,
+    summary: dict[str, Any],
     start: Start,
     run: Run,
     folder: Path,
@@ -262,7 +280,7 @@ def finish(
 
     Returns the summary with those results. `model` itself is used up.
     """
-    summary = _summary(config, start.corpus, mask)
+    device = str(model.device)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
     folder.mkdir(parents=True)
     saved = save_checkpoint(model, start.tokenizer, folder, kept=kept, grasp_json=summary)
@@ -271,7 +289,7 @@ def finish(
     _release(model)
     pruned = None
     if start.ruler:
-        reread, _ = load_model(folder, dtype=torch.float32, device=config.device)
+        reread, _ = load_model(folder, dtype=torch.float32, device=device)
         pruned = _measure(start.ruler, reread, "pruned", run)
     return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
 
@@ -300,10 +318,22 @@ def _as_stored(
     return model
 
 
-def _summary(config: PruneConfig, corpus: Corpus, mask: Mask) -> dict[str, Any]:
+def pruned_summary(config: PruneConfig, start: Start, mask: Mask) -> dict[str, Any]:
     """All of grasp.json but the kept indices and the results."""
-    before, after = mask.space, mask.pruned_space()
     budget = config.budget
+    obtained = {
+        "kind": budget.kind,
+        "asked": budget.asked,
+        "limit": budget.limit(mask.space),
+        "obtained": budget.cost(mask.pruned_space()),
+        "of": budget.cost(mask.space),
+    }
+    return {**summary_of(config, start, mask), "budget": obtained}
+
+
+def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -> dict[str, Any]:
+    """What grasp.json says of any checkpoint: how it was made, and its sizes."""
+    before, after = mask.space, mask.pruned_space()
     return {
         "format": 1,
         "grasp_version": version("grasp"),
@@ -315,14 +345,7 @@ def _summary(config: PruneConfig, corpus: Corpus, mask: Mask) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "calibration": corpus.to_json(),
-        "budget": {
-            "kind": budget.kind,
-            "asked": budget.asked,
-            "limit": budget.limit(before),
-            "obtained": budget.cost(after),
-            "of": budget.cost(before),
-        },
+        "calibration": start.corpus.to_json(),
         "params": {
             "prunable_before": before.prunable_params,
             "prunable_after": after.prunable_params,
@@ -449,12 +472,16 @@ def _measure(
     ).to_json()
 
 
-def _add_results(folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def add_results(folder: Path, summary: dict[str, Any]) -> None:
     """The whole grasp.json. Results come last: they are measured on what reads from disk."""
     with disk_errors(folder):
         stored = json.loads((folder / "grasp.json").read_text())
-        stored |= {"budget": summary["budget"], "results": summary["results"]}
+        stored["results"] = summary["results"]
         write_json(folder / "grasp.json", stored)
+
+
+def _add_reports(folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    with disk_errors(folder):
         (folder / "README.md").write_text(model_card(summary), encoding="utf-8")
         layer_figure(summary).savefig(folder / "layers.png", dpi=120)
         (folder / "report.html").write_text(report_page(summary, records), encoding="utf-8")

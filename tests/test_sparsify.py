@@ -286,7 +286,7 @@ def test_a_weight_that_came_back_is_found(sparse, tmp_path):
     weight = tensors["model.layers.1.mlp.up_proj.weight"]
     weight[weight == 0] = 1e-3
     save_file(tensors, file, metadata={"format": "pt"})
-    check = verify._check_sparsity(tmp_path, sparse.summary["sparsity"])
+    check = verify.check_sparsity(tmp_path, sparse.summary["sparsity"])
     assert not check.passed and check.detail == "model.layers.1.mlp.up_proj.weight is not 2:4"
 
 

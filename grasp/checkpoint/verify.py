@@ -58,7 +58,7 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
 
     checks = [_check_files(folder, hashes), _check_tensors(folder)]
     if "sparsity" in grasp_json:
-        checks.append(_check_sparsity(folder, grasp_json["sparsity"]))
+        checks.append(check_sparsity(folder, grasp_json["sparsity"]))
     ways = {"with import grasp": "grasp", "without grasp": "remote"}
     if not own_code:
         ways = {"as the stock class": "stock"}
@@ -125,7 +125,7 @@ def _check_tensors(folder: Path) -> Check:
     return Check("tensors", count > 0, f"{count} tensors, all finite")
 
 
-def _check_sparsity(folder: Path, sparsity: dict[str, Any]) -> Check:
+def check_sparsity(folder: Path, sparsity: dict[str, Any]) -> Check:
     """The matrices of the decoder blocks have the zeros of the pattern, and as many as written."""
     from safetensors import safe_open
 

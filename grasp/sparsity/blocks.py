@@ -126,6 +126,8 @@ def sparsify_blocks(
         for name, linear in linears.items():
             weight = linear.weight if done is None else done[name]
             linear.weight.copy_(weight.to(linear.weight.device, dtype))  # the next block sees it
+            if not pattern.holds(linear.weight):
+                raise ValueError(f"{name} of block {index} does not hold {pattern.text}")
         error = block.advance()
         cast(layer, dtype)
         if done is None:

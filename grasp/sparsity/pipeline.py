@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-from grasp.checkpoint.hf import save_checkpoint, write_json
+from grasp.checkpoint.verify import check_sparsity
 from grasp.config import SparsifyConfig
-from grasp.data import Corpus, token_blocks
 from grasp.errors import GraspError
-from grasp.models import cast, load_model, pick_device
+from grasp.models import cast, pick_device
 from grasp.pipeline import (
-    _calibration_text,
-    _check_weights,
-    _eval_text,
-    _inputs,
-    _longest,
-    _measure,
-    _ruler,
+    add_results,
+    finish,
+    load_dense,
+    measure_dense,
+    read_texts,
+    summary_of,
 )
-from grasp.run import Run, Show, disk_errors, memory_errors, open_run
+from grasp.projection import Mask
+from grasp.report import read_summary
+from grasp.run import Run, Show, memory_errors, open_run
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import method_of
 from grasp.sparsity.pattern import Pattern
-from grasp.units import UnitSpace
 
 
 @dataclass(frozen=True)
@@ -70,102 +64,41 @@ def sparsify(
 
 
 def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
-    model, tokenizer = load_model(
-        config.model,
-        dtype=None,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    stored_dtype, space, pattern = model.dtype, UnitSpace.of(model), Pattern.parse(config.pattern)
-    _check_weights(config, model)
-    for name, linear in linears_of(model).items():
+    model, tokenizer = load_dense(config)
+    pattern, linears = Pattern.parse(config.pattern), linears_of(model)
+    for name, linear in linears.items():
         pattern.check(name, linear.in_features)
-    zeros = count_zeros(model)
-    eval_text = _eval_text(config, tokenizer)
-    corpus = _calibration_text(config, model, tokenizer, run)
-    blocks = token_blocks(corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed)
-    ruler = _ruler(config, eval_text, corpus, _longest(model))
-    if ruler is None:
+    sparsity = {
+        "pattern": config.pattern,
+        "weights": sum(linear.weight.numel() for linear in linears.values()),
+        "zeros_before": _zeros(model),
+    }
+    start = read_texts(config, model, tokenizer, run)
+    if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
-    run.same_inputs(_inputs(model, corpus, ruler))
-    dense = run.remember("dense", partial(_measure, ruler, model, "dense", run))
+    dense = measure_dense(model, start, run)
 
-    errors = sparsify_blocks(
-        cast(model, stored_dtype),
+    sparsity["errors"] = sparsify_blocks(
+        cast(model, start.stored_dtype),
         pattern,
         method_of(config),
-        blocks,
+        start.blocks(config),
         seed=config.seed,
         stage=run.stage,
     )
-    check_pattern(model, pattern)
-    sparsity = {
-        "pattern": config.pattern,
-        "weights": sum(linear.weight.numel() for linear in linears_of(model).values()),
-        "zeros_before": zeros,
-        "zeros_after": count_zeros(model),
-        "errors": errors,
-    }
-    summary = _summary(config, corpus, space, sparsity)
-    kept = [(list(range(layer.ffn)), list(range(layer.kv_groups))) for layer in space.layers]
-    run.checkpoint.mkdir()
-    saved = save_checkpoint(model, tokenizer, run.checkpoint, kept=kept, grasp_json=summary)
-    del model
-
-    reread, _ = load_model(run.checkpoint, dtype=torch.float32, device=config.device)
-    check_pattern(reread, pattern)
-    summary["results"] = {
-        "dense": dense,
-        "pruned": _measure(ruler, reread, "sparse", run),
-        "seconds": run.seconds(),
-        **asdict(saved),
-    }
-    with disk_errors(run.checkpoint):
-        stored = json.loads((run.checkpoint / "grasp.json").read_text())
-        stored["results"] = summary["results"]
-        write_json(run.checkpoint / "grasp.json", stored)
+    sparsity["zeros_after"] = _zeros(model)
+    everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
+    summary = {**summary_of(config, start, everything), "sparsity": sparsity}
+    summary = finish(model, everything, summary, start, run, run.checkpoint)
+    written = check_sparsity(run.checkpoint, sparsity)
+    if not written.passed:
+        raise GraspError(f"{run.checkpoint} does not hold the pattern: {written.detail}")
+    summary["results"] |= {"dense": dense, "seconds": run.seconds()}
+    add_results(run.checkpoint, summary)
     run.log(event="finished", folder=str(run.out), **summary["results"])
     run.publish()
-    return SparsifyResult(run.out, stored)
+    return SparsifyResult(run.out, read_summary(run.out))
 
 
-def count_zeros(model: PreTrainedModel) -> int:
+def _zeros(model: PreTrainedModel) -> int:
     return sum(int((linear.weight == 0).sum()) for linear in linears_of(model).values())
-
-
-def check_pattern(model: PreTrainedModel, pattern: Pattern) -> None:
-    """Raises GraspError where a linear does not have the zeros of the pattern."""
-    for name, linear in linears_of(model).items():
-        if not pattern.holds(linear.weight):
-            raise GraspError(f"{name} does not hold the pattern {pattern.text}: please report this")
-
-
-def _summary(
-    config: SparsifyConfig, corpus: Corpus, space: UnitSpace, sparsity: dict[str, Any]
-) -> dict[str, Any]:
-    """All of grasp.json but the kept indices, which are all, and the results."""
-    params, cache = (space.prunable_params, space.total_params), space.kv_cache_bytes_per_token()
-    widths = [[layer.ffn, layer.kv_groups] for layer in space.layers]
-    return {
-        "format": 1,
-        "grasp_version": version("grasp"),
-        "model": config.model,
-        "recipe": config.to_json(),
-        "seed": config.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "calibration": corpus.to_json(),
-        "sparsity": sparsity,
-        "params": {
-            "prunable_before": params[0],
-            "prunable_after": params[0],
-            "total_before": params[1],
-            "total_after": params[1],
-        },
-        "kv_cache_bytes_per_token": {"before": cache, "after": cache},
-        "widths": {"before": widths, "after": widths},
-        "results": {},
-    }

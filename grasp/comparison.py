@@ -39,7 +39,7 @@ from grasp.pipeline import (
 )
 from grasp.projection import Projection
 from grasp.run import Run, Show, disk_errors, peak_memory, reset_peak_memory
-from grasp.select import CRITERIA, select
+from grasp.select import select
 from grasp.zero_shot import evaluate_tasks
 
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
@@ -65,9 +65,9 @@ class Cell:
     def choice(self) -> str:
         """What its scores depend on."""
         method, seed = self.config.method, self.config.seed
-        if method in CRITERIA or method == "random":
-            return f"choice of {method}, seed {seed}"
-        return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
+        if method == "learned":
+            return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
+        return f"choice of {method}, seed {seed}"
 
 
 @dataclass(frozen=True)

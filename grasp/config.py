@@ -11,11 +11,13 @@ from grasp.sparsity.pattern import Pattern
 
 Method = Literal[
     "learned",
+    "free",
     "fisher",
     "taylor",
     "output-approximation",
     "flap",
     "wanda-sp",
+    "wanda++",
     "magnitude",
     "random",
 ]

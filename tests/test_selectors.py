@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import get_args
 
 import pytest
@@ -145,6 +146,46 @@ def test_taylor(family):
             torch.testing.assert_close(groups[k], want, rtol=1e-3, atol=1e-9)
 
 
+@families
+def test_wanda_plus_plus(family):
+    model, plain = tiny_model(family), tiny_model(family).requires_grad_()
+    space = UnitSpace.of(model)
+    for index, modules, channels, groups in by_module(plain, scores("wanda++", model)):
+        seen = {}
+        layer = plain.model.layers[index]
+        layer.register_forward_hook(lambda _, args, output, seen=seen: seen.update(out=output))
+        linears = (modules.mlp.down_proj, modules.attention.o_proj)
+        power = [0.0, 0.0]
+        for block in BLOCKS:
+            plain(input_ids=block[None])
+            gradients = torch.autograd.grad(seen["out"].norm(), [x.weight for x in linears])
+            power = [p + g.square() / len(BLOCKS) for p, g in zip(power, gradients, strict=True)]
+        column = []
+        for linear, squares in zip(linears, power, strict=True):
+            x, _ = passing(plain, linear)
+            x = (x.square().sum(0) / len(BLOCKS)).sqrt()
+            column.append(((100 * squares.sqrt() + x) * linear.weight.abs()).mean(0).detach())
+        assert_ranks(channels, column[0])
+        heads = [sum(column[1][j] for j in own) for own in columns_of(space, index)]
+        assert_ranks(groups, torch.stack(heads))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_free_scores_know_no_budget(tiny, text, tmp_path):
+    """They learn on the dense model, with every gate open, and are those of any budget."""
+    options = dict(samples=4, seq_len=32, epochs=2, scale_epochs=0, eval_windows=2, device="cpu")
+    options |= dict(calibration=text, ffn_multiple=1, method="free")
+    whole = grasp.prune_each(tiny, tmp_path / "both", keep=(0.7, 0.4), **options)
+    alone = grasp.prune(tiny, tmp_path / "alone", keep=0.7, **options)
+    assert whole[0].mask.digest() == alone.mask.digest()
+    assert not (whole[1].mask.keep & ~whole[0].mask.keep).any()
+    log = (tmp_path / "alone" / "log.jsonl").read_text().splitlines()
+    learning = [r for r in map(json.loads, log) if r.get("stage") == "learn"]
+    assert len(learning) == 8 and all(r["cost"] == r["limit"] == r["of"] for r in learning)
+    fisher = grasp.prune(tiny, tmp_path / "fisher", keep=0.4, **options | {"method": "fisher"})
+    assert fisher.mask.digest() != whole[1].mask.digest()  # where it starts from
+
+
 def test_taylor_leaves_the_model_as_it_was():
     model = tiny_model("llama")
     norm = model.model.norm.weight.requires_grad_()
@@ -234,10 +275,11 @@ def test_every_method_prunes(method, tiny, biased, text, tmp_path):
     assert result.summary["recipe"]["method"] == method
     assert grasp.load(result.folder)[0] is not None
     stage = [r for r in records if r.get("stage") == method]
-    if method not in ("learned", "magnitude", "random"):
-        assert [r["step"] for r in stage] == [1, 2, 3, 4]
+    if method not in ("learned", "free", "magnitude", "random"):
+        steps = 3 if method == "wanda++" else 4  # layers, or samples
+        assert [r["step"] for r in stage] == list(range(1, steps + 1))
         assert all(r["loss"] > 0 and r["tokens_per_second"] > 0 for r in stage)
 
 
 def test_every_method_is_listed():
-    assert {*CRITERIA, "learned", "random"} == set(get_args(Method))
+    assert {*CRITERIA, "learned", "free", "random"} == set(get_args(Method))

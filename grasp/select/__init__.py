@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from grasp.select.learned import LearnSettings, learn_scores
 from grasp.select.magnitude import magnitude_scores
 from grasp.select.output_approximation import output_approximation_scores
 from grasp.select.taylor import taylor_scores
+from grasp.select.wanda_plus_plus import wanda_plus_plus_scores
 from grasp.select.wanda_sp import wanda_sp_scores
 from grasp.training import Journal, TrainSettings
 from grasp.units import UnitSpace
@@ -35,6 +37,7 @@ CRITERIA = {
     "output-approximation": Criterion(output_approximation_scores),
     "flap": Criterion(flap_scores),
     "wanda-sp": Criterion(wanda_sp_scores),
+    "wanda++": Criterion(wanda_plus_plus_scores),
     "magnitude": Criterion(lambda model, space, *_: magnitude_scores(model, space), 0),
 }
 
@@ -66,4 +69,8 @@ def select(
     settings = LearnSettings(
         TrainSettings.of(config, config.epochs), config.anneal, config.gate_site
     )
+    if config.method == "free":
+        # nothing is closed while they learn: the dense model, the same gradients, one projection
+        open_budget = replace(config.budget, kind="keep", asked=1.0)
+        projection = Projection(space, open_budget, seed=config.seed, device=config.device)
     return learn_scores(model, projection, start, blocks, settings, stage("learn"))

@@ -113,7 +113,7 @@ def sparsify_blocks(
     dense = torch.empty_like(hidden)
     errors: list[float] = []
     for index, (layer, kwargs) in enumerate(zip(layers, options, strict=True)):
-        journal, kwargs = stage(f"block {index}"), tree_map(_fp32, kwargs)
+        journal, kwargs = stage(f"block {index}"), tree_map(fp32, kwargs)
         cast(layer, torch.float32)
 
         def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
@@ -144,5 +144,5 @@ def sparsify_blocks(
     return errors
 
 
-def _fp32(value: Any) -> Any:
+def fp32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -23,6 +23,8 @@ from grasp.sparsity.blocks import Block, Method
 from grasp.sparsity.pattern import Pattern
 from grasp.sparsity.sparsegpt import sparsegpt
 
+ALPHA = 100.0  # Wanda++'s weight of gradients beside activations
+
 
 def method_of(config: SparsifyConfig) -> Method:
     methods: dict[str, Method] = {
@@ -54,6 +56,28 @@ def by_sparsegpt(block: Block, pattern: Pattern, generator: torch.Generator) -> 
         linear.weight.copy_(sparsegpt(linear.weight, grams[name], pattern))
 
 
+@torch.enable_grad()
+def regional_factors(block: Block, alpha: float = ALPHA) -> list[Tensor]:
+    """alpha G_ij + ||X_j|| of each linear, fp32 [out, in]; runs the dense block.
+
+    G is the gradient of ||f(x)||, f the block, root mean square over samples.
+    """
+    samples = len(block.hidden)
+    weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
+    powers = {name: torch.zeros_like(m.weight[0]) for name, m in block.linears.items()}
+    gradients = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+
+    def add_gradients(output: Tensor) -> None:
+        of_sample = torch.autograd.grad(torch.linalg.vector_norm(output), weights)
+        for total, gradient in zip(gradients, of_sample, strict=True):
+            total += gradient.square() / samples
+
+    block.run_dense(lambda name, x: powers[name].add_(x.square().sum(0) / samples), add_gradients)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return [alpha * g.sqrt() + p.sqrt() for g, p in zip(gradients, powers.values(), strict=True)]
+
+
 def by_wanda_plus_plus(
     block: Block,
     pattern: Pattern,
@@ -61,30 +85,18 @@ def by_wanda_plus_plus(
     *,
     rounds: int,
     lr: float,
-    alpha: float = 100.0,
+    alpha: float = ALPHA,
     drawn: int = 32,
 ) -> None:
-    """G is the gradient of ||f(x)||, f the dense block, root mean square over samples.
+    """`regional_factors` choose what to prune.
 
     Each of the `rounds` prunes and then takes a step of RMSprop for each of `drawn` samples, on the
     squared error to the dense outputs. The steps move pruned weights too, so that they may come
     back; the last thing is to prune.
     """
+    factors = regional_factors(block, alpha)
     samples = len(block.hidden)
     weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
-    powers = {name: torch.zeros_like(m.weight[0]) for name, m in block.linears.items()}
-    gradients = [torch.zeros_like(weight) for weight in weights]
-
-    def add_gradients(output: Tensor) -> None:
-        of_sample = torch.autograd.grad(torch.linalg.vector_norm(output), weights)
-        for total, gradient in zip(gradients, of_sample, strict=True):
-            total += gradient.square() / samples
-
-    with torch.enable_grad():
-        block.run_dense(
-            lambda name, x: powers[name].add_(x.square().sum(0) / samples), add_gradients
-        )
-    factors = [alpha * g.sqrt() + p.sqrt() for g, p in zip(gradients, powers.values(), strict=True)]
 
     def prune() -> None:
         for weight, factor in zip(weights, factors, strict=True):

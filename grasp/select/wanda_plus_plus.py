@@ -1,0 +1,62 @@
+"""Wanda++ on units: mean over rows of (alpha G_ij + ||X_j||) |W_ij|, G a block's own gradient.
+
+Source: Wanda++ (arXiv 2503.04992), the regional gradient score of `grasp sparsify`, which scores
+weights; summed here over a unit's columns of down_proj and o_proj, as Wanda-sp does with Wanda's
+score, at the same ratio in every module. G is that of the norm of the decoder block's output. Its
+regional optimisation belongs to sparse weights and is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from grasp.layerwise import first_hidden, layer_options
+from grasp.models import cast
+from grasp.select.activations import uniform_ratio
+from grasp.sparsity.blocks import Block, fp32
+from grasp.sparsity.methods import regional_factors
+from grasp.training import Journal, finite_mean
+from grasp.units import UnitSpace, decoder_layers
+
+
+@torch.no_grad()
+def wanda_plus_plus_scores(
+    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len].
+
+    In memory at one time: a decoder block in fp32 with two gradients of its down_proj and o_proj,
+    and all hidden states before and after it.
+    """
+    done = journal.load()
+    if done is not None:
+        return done["wanda++"].to(model.device)
+    layers, dtype, modules_of = model.get_decoder().layers, model.dtype, decoder_layers(model)
+    options = layer_options(model, blocks[:1])
+    hidden = first_hidden(model, blocks).float()
+    dense = torch.empty_like(hidden)
+    raw = []
+    for index, (layer, kwargs, modules) in enumerate(zip(layers, options, modules_of, strict=True)):
+        kwargs = tree_map(fp32, kwargs)
+
+        def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
+            return layer(x, **kwargs)
+
+        cast(layer, torch.float32)
+        linears = {"down_proj": modules.mlp.down_proj, "o_proj": modules.attention.o_proj}
+        factors = regional_factors(Block(linears, run, hidden, dense))
+        units = (space.layers[index].ffn, space.layers[index].kv_groups)
+        for linear, factor, n in zip(linears.values(), factors, units, strict=True):
+            raw.append((factor * linear.weight.abs()).mean(0).view(n, -1).sum(1))
+        cast(layer, dtype)
+        hidden, dense = dense, hidden
+        norm = finite_mean([hidden.norm(dim=(1, 2)).mean()], index + 1)
+        journal.progress(index + 1, len(layers), norm, blocks.numel())
+    scores = uniform_ratio(raw)
+    journal.save(lambda: {"wanda++": scores}, final=True)
+    return scores

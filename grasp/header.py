@@ -42,18 +42,50 @@ class Family:
     head_dim: int | None = None  # where the config names none; None: hidden_size / heads
     norms: int = 2  # in a layer, of the hidden size
     tied: bool = False  # embeddings, where the config does not say
+    gguf: str = "llama"  # llama.cpp's architecture for equal widths
+    deci_lacks: str | None = None  # why its architecture for widths by layer computes otherwise
 
 
+# the only list of families beside modeling_grasp.STOCK, whose file travels without this one
 FAMILIES = {
     "llama": Family("attention_bias", "attention_bias", "mlp_bias"),
     "mistral": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family("attention_bias", "attention_bias", qk_norm=True, head_dim=128),
+    "qwen2": Family(qkv_bias=True, gguf="qwen2"),
+    "qwen3": Family(
+        "attention_bias",
+        "attention_bias",
+        qk_norm=True,
+        head_dim=128,
+        gguf="qwen3",
+        deci_lacks="norms on q and k",
+    ),
     "phi3": Family(),
-    "gemma": Family("attention_bias", "attention_bias", head_dim=256, tied=True),
-    "gemma2": Family("attention_bias", "attention_bias", head_dim=256, norms=4, tied=True),
+    "gemma": Family(
+        "attention_bias",
+        "attention_bias",
+        head_dim=256,
+        tied=True,
+        gguf="gemma",
+        deci_lacks="GeGLU",
+    ),
+    "gemma2": Family(
+        "attention_bias",
+        "attention_bias",
+        head_dim=256,
+        norms=4,
+        tied=True,
+        gguf="gemma2",
+        deci_lacks="GeGLU",
+    ),
     "gemma3_text": Family(
-        "attention_bias", "attention_bias", qk_norm=True, head_dim=256, norms=4, tied=True
+        "attention_bias",
+        "attention_bias",
+        qk_norm=True,
+        head_dim=256,
+        norms=4,
+        tied=True,
+        gguf="gemma3",
+        deci_lacks="GeGLU",
     ),
 }
 

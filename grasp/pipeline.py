@@ -23,8 +23,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp.budget import Budget, Layout
 from grasp.calibrate import learn_scales
-from grasp.checkpoint.hf import environment, save_checkpoint, write_json
-from grasp.checkpoint.modeling_grasp import FAMILIES
+from grasp.checkpoint.hf import check_layout, environment, save_checkpoint, write_json
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
@@ -201,8 +200,9 @@ class Start:
 def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """The model as it is stored, the texts; what can be refused before the long work is refused."""
     model, tokenizer = load_dense(config)
-    _check_layout(config, model)
-    config.budget.limit(UnitSpace.of(model))
+    space = UnitSpace.of(model)
+    config.budget.limit(space)
+    check_layout(model.config, space, config.budget)
     return model, read_texts(config, model, tokenizer, run)
 
 
@@ -384,15 +384,6 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
     family = model.config.model_type.removeprefix("grasp_")
     if family not in CONFIG_MAPPING:
         raise GraspError(f"{family} is not in this transformers: its result could not be saved")
-
-
-def _check_layout(config: PruneConfig, model: PreTrainedModel) -> None:
-    family = model.config.model_type.removeprefix("grasp_")
-    if config.budget.layout == "per-layer" and family not in FAMILIES:
-        raise GraspError(
-            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
-            "use --layout uniform"
-        )
 
 
 def _eval_text(config: PruneConfig | SparsifyConfig, tokenizer: Any) -> Corpus | None:

@@ -265,8 +265,15 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
             stock += " (Mistral's, the same decoder, for head counts that Llama's refuses)"
         names = ("transformers", "vLLM", "llama.cpp", "SGLang, TensorRT-LLM, MLX")
         return [Runtime(name, True, stock) for name in names]
-    ours = header.family in FAMILIES
+    family = FAMILIES.get(header.family)
+    ours = family is not None
     no_class = f"no class with per-layer widths for {header.family}; use --layout uniform"
+    llama_cpp = no_class
+    if family is not None:
+        llama_cpp = "grasp export --to gguf writes its per-layer architecture, deci"
+        if family.deci_lacks:
+            llama_cpp = f"deci, its per-layer architecture, has no {family.deci_lacks}"
+            llama_cpp += "; use --layout uniform"
     return [
         Runtime("transformers, after import grasp", ours, "grasp's class" if ours else no_class),
         Runtime(
@@ -282,15 +289,7 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
             if ours
             else no_class,
         ),
-        Runtime(
-            "llama.cpp",
-            ours and not header.qk_norm,
-            "deci, its per-layer architecture, has no norms on q and k; use --layout uniform"
-            if header.qk_norm
-            else "grasp export --to gguf writes its per-layer architecture, deci"
-            if ours
-            else no_class,
-        ),
+        Runtime("llama.cpp", family is not None and not family.deci_lacks, llama_cpp),
         Runtime("transformers, stock class", False, "one width for all layers; --layout uniform"),
         Runtime(
             "SGLang, TensorRT-LLM, MLX",

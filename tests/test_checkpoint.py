@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from grasp.checkpoint.hf import save_checkpoint
+from grasp.budget import Budget
+from grasp.checkpoint.hf import check_layout, save_checkpoint
 from grasp.checkpoint.verify import verify
 from grasp.errors import GraspError
 from grasp.fold import fold_mask
@@ -114,6 +116,25 @@ def test_generation_with_caches_and_attention_backends(family, tmp_path):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.2, 1.4, 1.6],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("length", [20, 200])
+def test_longrope(length, tmp_path):
+    model, kept = pruned("phi3", UNEVEN, rope_parameters=LONGROPE, hidden=128)
+    save(model, kept, tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 3 + length)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("rope", ["llama3", "dynamic", "yarn"])
 def test_rope_scaling(rope, tmp_path):
     parameters = {
@@ -185,6 +206,25 @@ def test_awkward_heads_with_biases_have_no_stock_class(bias, tmp_path):
     model, kept = pruned("llama", AWKWARD, **{bias: True})
     with pytest.raises(GraspError, match="no other stock class has its biases: use --layout per"):
         save(model, kept, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "kv_multiple", "said"),
+    [
+        ("llama", {}, 1, None),
+        ("llama", {"mlp_bias": True}, 1, "6 query heads do not divide the hidden size 64"),
+        ("gemma2", {}, 1, r"gemma2 takes no layers of 6 query heads \(.*not a multiple.*--layout"),
+        ("gemma2", {}, 2, None),
+        ("phi3", {}, 1, None),
+        ("phi3", {"rope_parameters": LONGROPE, "hidden": 128}, 1, "takes no layers of 2 .*factor"),
+    ],
+)
+def test_widths_without_a_stock_class_are_refused_at_once(family, options, kv_multiple, said):
+    model = tiny_model(family, **options)
+    budget = Budget("keep", 0.5, layout="uniform", kv_multiple=kv_multiple)
+    refusal = pytest.raises(GraspError, match=said) if said else nullcontext()
+    with refusal:
+        check_layout(model.config, UnitSpace.of(model), budget)
 
 
 def test_llama_biases_survive_per_layer(tmp_path):

@@ -11,6 +11,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+import torch.nn.functional as F
 import xllamacpp
 from families import tiny_tokenizer
 from gguf import GGMLQuantizationType as Ggml
@@ -68,18 +69,21 @@ def byte_level(*steps, vocab=VOCAB - 8, ignore_merges=False, normalizer=None, wo
     return fast(raw, vocab, pre_tokenizers.ByteLevel.alphabet())
 
 
-def sentencepiece(*, metaspace, vocab=VOCAB - 8):
-    """A BPE with byte fallback, spaces written as Llama 2 (normalizer) or Mistral does."""
+def sentencepiece(*, metaspace, prefix=True, vocab=VOCAB - 8):
+    """A BPE with byte fallback, spaces written as Llama 2, Mistral (`metaspace`) or Gemma does."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     if metaspace:
         raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    elif not prefix:
+        raw.normalizer = normalizers.Replace(" ", "▁")
+        raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     else:
         raw.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    raw.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    raw.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     trained = fast(raw, vocab - 256, [])
     spec = json.loads(trained.backend_tokenizer.to_str())
     table = {text: i for i, text in enumerate([*SPECIAL, *byte_tokens])}
@@ -202,6 +206,27 @@ def test_uniform_widths_are_the_familys_own(family, architecture, tmp_path):
     check_same(done.path, model)
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_gemma(family, tmp_path):
+    options = dict(tied=True, layers=7, query_pre_attn_scalar=16)
+    model = save(tmp_path / "model", family, 7 * EVEN[:1], **options)
+    done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
+    assert (done.architecture, done.note) == (family.removesuffix("_text"), None)
+    for layer in model.model.layers:  # llama.cpp takes its GELU from a table of 16-bit values
+        layer.mlp.act_fn.act = lambda x: F.gelu(x.half().float(), approximate="tanh").half().float()
+    check_same(done.path, model, tolerance=2e-3)
+
+
+@pytest.mark.parametrize(("widths", "architecture"), [(UNEVEN, "deci"), (EVEN, "llama")])
+def test_fused_projections_are_taken_apart(widths, architecture, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    options = dict(rope_parameters=rope, sliding_window=None)
+    model = save(tmp_path / "model", "phi3", widths, **options)
+    done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
+    assert (done.architecture, done.note) == (architecture, None)
+    check_same(done.path, model)
+
+
 @pytest.mark.parametrize("widths", [UNEVEN, EVEN], ids=["deci", "llama"])
 def test_every_bias_of_llama(widths, tmp_path):
     model = save(tmp_path / "model", "llama", widths, attention_bias=True, mlp_bias=True)
@@ -309,6 +334,7 @@ TOKENIZERS = {
     "tekken": lambda: by_regex(TEKKEN, ignore_merges=True),
     "llama": lambda: sentencepiece(metaspace=False),
     "mistral": lambda: sentencepiece(metaspace=True),
+    "gemma": lambda: sentencepiece(metaspace=False, prefix=False),
 }
 
 
@@ -319,8 +345,9 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
     assert VOCAB - 30 < len(tokenizer) <= VOCAB
     save(tmp_path / "model", "llama", UNEVEN, tokenizer)
     done = export(tmp_path / "model", tmp_path / "model.gguf")
-    key = "model" if name in ("llama", "mistral") else "pre"
-    assert field(done.path, f"tokenizer.ggml.{key}") == name.replace("mistral", "llama")
+    spm = name in ("llama", "mistral", "gemma")
+    key, value = ("model", "llama") if spm else ("pre", name)
+    assert field(done.path, f"tokenizer.ggml.{key}") == value
 
     _, loaded = load_model(tmp_path / "model", dtype=None)
     texts = [*TEXT[:2], *HARD, "a<tool>b <tool> c", "</s>"]
@@ -410,6 +437,10 @@ def test_tokenizers_that_llama_cpp_lacks(tokenizer, said, tmp_path):
             "dynamic can",
         ),
         ("qwen3", EVEN, {"attention_bias": True}, "q_proj.bias has no place in .* qwen3"),
+        ("phi3", UNEVEN, {}, "8 of 16 values of a head are rotated"),
+        ("gemma", UNEVEN, {"tied": True}, "gemma with widths .* has no GeGLU: prune with --lay"),
+        ("gemma2", EVEN, {"tied": True}, "query_pre_attn_scalar 40 cannot .* gemma2 with 16"),
+        ("gemma3_text", EVEN, {}, "tie_word_embeddings False cannot be exported"),
     ],
 )
 def test_models_that_llama_cpp_cannot_compute(family, widths, options, said, tmp_path):

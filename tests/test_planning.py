@@ -21,6 +21,7 @@ from grasp.budget import Budget
 from grasp.checkpoint.modeling_grasp import FAMILIES as GRASP_CLASSES
 from grasp.errors import GraspError
 from grasp.gating import gated
+from grasp.header import FAMILIES as HEADER_FAMILIES
 from grasp.header import from_config, read_header
 from grasp.planning import learning_memory, obtained, params_left, plan
 from grasp.projection import Mask, Projection
@@ -90,6 +91,10 @@ def test_a_config_tells_what_the_model_is(tmp_path, family, tied, biased):
     assert header.space.total_params == sum(p.numel() for p in model.parameters())
     assert (header.family, header.source) == (family, "config.json")
     assert header == read_header(str(tmp_path / "config.json"))
+
+
+def test_both_lists_of_families_agree():
+    assert GRASP_CLASSES.keys() == HEADER_FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", GRASP_CLASSES)

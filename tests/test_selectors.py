@@ -76,6 +76,25 @@ def assert_ranks(found, raw):
     torch.testing.assert_close(found, (order + 0.5) / len(raw))
 
 
+@pytest.mark.parametrize("method", CRITERIA)
+def test_fused_projections_score_as_separate_ones(method):
+    """Mistral and a Phi-3 that rotates whole heads are the same decoder."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    separate = tiny_model("mistral")
+    fused = tiny_model("phi3", rope_parameters=rope, sliding_window=None, rms_norm_eps=1e-6)
+    weights = separate.state_dict()
+    for i in range(3):
+        for module, name, parts in (
+            ("self_attn", "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+            ("mlp", "gate_up_proj", ("gate_proj", "up_proj")),
+        ):
+            prefix = f"model.layers.{i}.{module}"
+            rows = [weights.pop(f"{prefix}.{part}.weight") for part in parts]
+            weights[f"{prefix}.{name}.weight"] = torch.cat(rows)
+    fused.load_state_dict(weights)
+    torch.testing.assert_close(scores(method, fused), scores(method, separate))
+
+
 @families
 def test_wanda_sp(family):
     model = tiny_model(family)

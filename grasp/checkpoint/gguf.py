@@ -21,16 +21,19 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.gguf_vocabulary import add_vocabulary
 from grasp.errors import GraspError
+from grasp.header import FAMILIES
 from grasp.run import check_room
-from grasp.units import UnitSpace
+from grasp.units import UnitSpace, decoder_layers
 
 TYPES = {"f32": Ggml.F32, "f16": Ggml.F16, "bf16": Ggml.BF16, "q8_0": Ggml.Q8_0}
 FILE_TYPES = gguf.LlamaFileType.__members__  # MOSTLY_Q4_K_M and the like
 
-FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # Each of these rotates a head's values in neighbouring pairs (transformers: first half with second
 # half, so the rows of q and k change places) and reads rope factors and every bias.
 LLAMA_LIKE = ("llama", "deci")
+GEMMA = ("gemma", "gemma2", "gemma3")  # their norms scale by 1 + weight
+SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # its last layer sees all tokens
+LARGEST = {"gemma2": 46, "gemma3": 62}
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
 
 
@@ -101,50 +104,82 @@ def write_gguf(
 def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
     """The architecture of llama.cpp that computes what this model does. Raises GraspError."""
     config: Any = model.config
-    family = config.model_type.removeprefix("grasp_")
-    if family not in FAMILIES:
+    name = config.model_type.removeprefix("grasp_")
+    if name not in FAMILIES:
         raise GraspError(
-            f"{family} cannot be exported to GGUF by grasp: it writes {', '.join(FAMILIES)}"
+            f"{name} cannot be exported to GGUF by grasp: it writes {', '.join(FAMILIES)}"
         )
-    if config.hidden_act not in ("silu", "swish"):
+    family = FAMILIES[name]
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in (("gelu_pytorch_tanh",) if family.gguf in GEMMA else ("silu", "swish")):
         raise GraspError(
-            f"hidden_act {config.hidden_act} cannot be exported: llama.cpp computes {family} "
-            "with silu, whatever the file says"
+            f"hidden_act {activation} cannot be exported: llama.cpp computes another one for "
+            f"{name}, whatever the file says"
         )
-    rope, rotary = _rope(model), _rotary(model)
+    rope, inv_freq = _rope(model), _inv_freq(model)
     if rope["rope_type"] not in STATIC_ROPE:
         raise GraspError(
             f"rope_type {rope['rope_type']} cannot be exported: llama.cpp computes one of "
-            f"{', '.join(STATIC_ROPE)} for {family}"
+            f"{', '.join(STATIC_ROPE)} for {name}"
         )
-    if 2 * len(rotary.inv_freq) != space.layers[0].head_dim:
+    if 2 * len(inv_freq) != space.layers[0].head_dim:
         raise GraspError(
-            f"{2 * len(rotary.inv_freq)} of {space.layers[0].head_dim} values of a head are "
+            f"{2 * len(inv_freq)} of {space.layers[0].head_dim} values of a head are "
             "rotated: llama.cpp rotates all of them"
         )
 
     uniform = all(layer == space.layers[0] for layer in space.layers)
-    scaled = rope["rope_type"] != "default"  # qwen2 and qwen3 read no rope factors
-    own = FAMILIES[family]
-    if uniform and (own in LLAMA_LIKE or not scaled):
-        return own
-    if own == "qwen3":
+    scaled = rope["rope_type"] != "default"  # only these two read rope factors
+    if uniform and (family.gguf in LLAMA_LIKE or not scaled):
+        if family.gguf in GEMMA:
+            _check_gemma(config, space, family.gguf)
+        return family.gguf
+    if family.deci_lacks:
         why = f"rope_type {rope['rope_type']}" if uniform else "widths that differ by layer"
         fix = "" if uniform else ": prune with --layout uniform"
         raise GraspError(
-            f"qwen3 with {why} cannot be exported: that takes llama.cpp's architecture deci, "
-            f"which has no norms on q and k{fix}"
+            f"{name} with {why} cannot be exported: that takes llama.cpp's architecture deci, "
+            f"which has no {family.deci_lacks}{fix}"
         )
     return "deci"
 
 
-def _rotary(model: PreTrainedModel) -> Any:
-    return model.get_decoder().rotary_emb
+def _check_gemma(config: Any, space: UnitSpace, architecture: str) -> None:
+    """What llama.cpp has constants for, not keys. Source: its src/models/gemma*.cpp."""
+    computed: dict[str, Any] = {"tie_word_embeddings": True}
+    if architecture != "gemma":
+        period = SLIDING_PERIOD[architecture]
+        kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
+        computed["layer_types"] = [kinds[i % period] for i in range(len(space.layers))]
+        # the largest models, known by their layers, divide by the heads that are left
+        heads = space.layers[0].kv_groups * space.layers[0].group_size
+        largest = len(space.layers) == LARGEST[architecture]
+        scalar = space.hidden_size // heads if largest else space.layers[0].head_dim
+        computed["query_pre_attn_scalar"] = scalar
+    if architecture == "gemma3":
+        sliding = config.rope_parameters["sliding_attention"]
+        computed |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        computed["rope_parameters"] = {
+            **config.rope_parameters,
+            "sliding_attention": {**sliding, "rope_type": "default"},
+        }
+    for name, value in computed.items():
+        if (has := getattr(config, name)) != value:
+            raise GraspError(
+                f"{name} {has} cannot be exported: llama.cpp computes {architecture} with {value}"
+            )
+
+
+def _inv_freq(model: PreTrainedModel) -> Tensor:
+    """Of full attention, which Gemma 3 holds before that of sliding layers."""
+    rotary: Any = model.get_decoder().rotary_emb
+    return next(rotary.buffers())
 
 
 def _rope(model: PreTrainedModel) -> dict[str, Any]:
-    config: Any = model.config
-    return {"rope_type": "default", **config.rope_parameters}
+    """Of full attention, where sliding layers have another."""
+    parameters: Any = model.config.rope_parameters
+    return {"rope_type": "default", **parameters.get("full_attention", parameters)}
 
 
 def _add_config(writer: gguf.GGUFWriter, model: PreTrainedModel, space: UnitSpace) -> str | None:
@@ -170,16 +205,23 @@ def _add_config(writer: gguf.GGUFWriter, model: PreTrainedModel, space: UnitSpac
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(_rope(model)["rope_theta"])
-    attention_scaling = _rotary(model).attention_scaling
+    attention_scaling = getattr(model.get_decoder().rotary_emb, "attention_scaling", 1.0)
     if attention_scaling != 1.0:
         writer.add_rope_scaling_attn_factors(attention_scaling)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(Path(config.name_or_path).name or writer.arch)
 
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     longest = config.max_position_embeddings
-    if window and window < longest:
+    if writer.arch in SLIDING_PERIOD:
+        writer.add_sliding_window(window)
+        if writer.arch == "gemma2":
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        else:
+            writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    elif window and window < longest:
         writer.add_context_length(window)
         return (
             f"context length {window} instead of {longest}: llama.cpp attends to all tokens here, "
@@ -193,7 +235,7 @@ def _tensors(
     model: PreTrainedModel, space: UnitSpace, architecture: str
 ) -> Iterator[tuple[str, Tensor]]:
     """(name in GGUF, tensor) in the order of the file."""
-    rope, inv_freq = _rope(model), _rotary(model).inv_freq
+    rope, inv_freq = _rope(model), _inv_freq(model)
     if rope["rope_type"] != "default":
         exponents = torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq)
         unscaled = rope["rope_theta"] ** -exponents
@@ -201,14 +243,33 @@ def _tensors(
 
     kinds = {kind: number for number, kind in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], len(space.layers))
-    for name, parameter in model.named_parameters():  # tied tensors once
+    for name, tensor in _parameters(model):
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None or (name.endswith("bias") and not _reads_bias(architecture, name)):
             raise GraspError(f"{name} has no place in llama.cpp's architecture {architecture}")
-        tensor = parameter.data
+        if architecture in GEMMA and "norm." in name:
+            tensor = tensor + 1
         if architecture in LLAMA_LIKE and (".q_proj." in name or ".k_proj." in name):
             tensor = _neighbours(tensor, space.layers[0].head_dim)
         yield target, tensor
+
+
+def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, tied ones once, under the names of separate projections."""
+    parts: dict[int, list[tuple[str, Tensor]]] = {}
+    for m in decoder_layers(model):
+        for name, rows in (("q", m.q), ("k", m.k), ("v", m.v), ("gate", m.gate), ("up", m.up)):
+            weight, bias = rows.linear.weight, rows.linear.bias
+            parts.setdefault(id(weight), []).append((f"{name}_proj.weight", rows.weight))
+            if bias is not None:
+                parts.setdefault(id(bias), []).append((f"{name}_proj.bias", rows.bias))
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in parts:
+            yield name, parameter.data
+            continue
+        module = name.rsplit(".", 2)[0]
+        for part, tensor in parts[id(parameter)]:
+            yield f"{module}.{part}", tensor.data
 
 
 def _reads_bias(architecture: str, name: str) -> bool:

@@ -166,14 +166,16 @@ def _rule(step: Spec) -> str:
 def _space_prefix(spec: Spec) -> tuple[bool, bool]:
     """Whether this SentencePiece tokenizer puts a space before the text, and even where one is
     there. Raises GraspError."""
-    prefix, always = False, True
+    prefix, always, replaced = False, True, False
     steps = _steps(spec["normalizer"], "normalizers")
     for step in steps + _steps(spec["pre_tokenizer"], "pretokenizers"):
         match step:
             case {"type": "Prepend", "prepend": "▁"}:
                 prefix = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
-                pass
+                replaced = True
+            case {"type": "Split", "pattern": {"String": " "}} if replaced:
+                pass  # Gemma's: no space is left to split at
             case {
                 "type": "Metaspace",
                 "replacement": "▁",

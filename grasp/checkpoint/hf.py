@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from grasp.budget import Budget
 from grasp.checkpoint.modeling_grasp import FAMILIES
 from grasp.errors import GraspError
 from grasp.units import LayerUnits, UnitSpace
@@ -116,9 +118,22 @@ def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel,
     return target, note
 
 
+def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> None:
+    """Raises GraspError if some widths that `budget` allows have no class to be saved as."""
+    if budget.layout == "per-layer":
+        _own_classes(_family(config))
+        return
+    for groups in range(budget.kv_multiple, space.layers[0].kv_groups + 1, budget.kv_multiple):
+        _config(config, space.resized([(layer.ffn, groups) for layer in space.layers]))
+
+
+def _family(config: PreTrainedConfig) -> str:
+    return config.model_type.removeprefix("grasp_")  # a pruned model may be pruned again
+
+
 def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfig, str | None]:
     """A config of the class that can express the widths of `space`, and why, if not its own."""
-    family = config.model_type.removeprefix("grasp_")  # a pruned model may be pruned again
+    family = _family(config)
     values = {k: v for k, v in config.to_dict().items() if k not in _WRITTEN_ANEW}
     values["head_dim"] = space.layers[0].head_dim
     widths = [_widths(layer) for layer in space.layers]
@@ -126,16 +141,17 @@ def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfi
         values |= widths[0]
         if family == "llama" and values["hidden_size"] % values["num_attention_heads"]:
             return _mistral_config(values)
-        return CONFIG_MAPPING[family](**values), None
+        try:
+            return CONFIG_MAPPING[family](**values), None
+        except StrictDataclassError as error:  # a rule on head counts
+            reason = str(error.__cause__ or error)
+            raise GraspError(
+                f"{family} takes no layers of {values['num_attention_heads']} query heads "
+                f"({reason}): use --layout per-layer, or a --kv-multiple that avoids them"
+            ) from None
 
-    if family not in FAMILIES:
-        raise GraspError(
-            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
-            "use --layout uniform"
-        )
-    config_class: Any
-    config_class, model_class, causal_class = FAMILIES[family]
-    classes = (config_class, model_class, causal_class)
+    classes = _own_classes(family)
+    config_class: Any = classes[0]
     auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     auto_map = {a: f"modeling_grasp.{c.__name__}" for a, c in zip(auto_names, classes, strict=True)}
     return (
@@ -147,6 +163,15 @@ def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfi
         ),
         None,
     )
+
+
+def _own_classes(family: str) -> tuple[Any, Any, Any]:
+    if family not in FAMILIES:
+        raise GraspError(
+            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
+            "use --layout uniform"
+        )
+    return FAMILIES[family]
 
 
 def _widths(layer: LayerUnits) -> dict[str, int]:

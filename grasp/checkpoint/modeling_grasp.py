@@ -42,7 +42,10 @@ class PerLayerConfig:
                 )
 
     def validate_rope(self: Any) -> None:
-        PreTrainedConfig.validate_rope(self)  # Phi-3's divides the hidden size by heads
+        # Rules on long rope divide the hidden size by heads: those of the model before pruning.
+        whole = copy.copy(self)
+        vars(whole).pop("_heterogeneity_spec", None)
+        super(PerLayerConfig, whole).validate_rope()  # type: ignore[misc]
 
 
 class LayerConfig:

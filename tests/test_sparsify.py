@@ -167,6 +167,11 @@ def test_regional_optimisation_brings_outputs_closer_and_weights_back():
     assert not torch.equal(other.get_parameter(name), optimised.get_parameter(name))
 
 
+def test_a_learning_rate_too_large():
+    with pytest.raises(GraspError, match=r"not finite in decoder block 0: .* a smaller --lr"):
+        sparsified(tiny_model("llama"), partial(by_wanda_plus_plus, rounds=1, lr=1e30))
+
+
 # --- SparseGPT ---
 
 

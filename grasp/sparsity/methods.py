@@ -39,14 +39,14 @@ def method_of(config: SparsifyConfig) -> Method:
 def by_magnitude(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
     block.run_dense()
     for linear in block.linears.values():
-        linear.weight *= pattern.keep(linear.weight.abs())
+        _prune(linear.weight, pattern, linear.weight.abs())
 
 
 def by_wanda(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
     powers = {name: torch.zeros_like(m.weight[0]) for name, m in block.linears.items()}
     block.run_dense(lambda name, x: powers[name].add_(x.square().sum(0)))
     for name, linear in block.linears.items():
-        linear.weight *= pattern.keep(powers[name].sqrt() * linear.weight.abs())
+        _prune(linear.weight, pattern, powers[name].sqrt() * linear.weight.abs())
 
 
 def by_sparsegpt(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
@@ -100,7 +100,7 @@ def by_wanda_plus_plus(
 
     def prune() -> None:
         for weight, factor in zip(weights, factors, strict=True):
-            weight *= pattern.keep(factor * weight.abs())
+            _prune(weight, pattern, factor * weight.abs())
 
     optimizer = torch.optim.RMSprop(weights, lr=lr)
     for _ in range(rounds):
@@ -114,3 +114,7 @@ def by_wanda_plus_plus(
     prune()
     for weight in weights:
         weight.requires_grad_(False).grad = None
+
+
+def _prune(weight: Tensor, pattern: Pattern, scores: Tensor) -> None:
+    weight.masked_fill_(~pattern.keep(scores), 0.0)

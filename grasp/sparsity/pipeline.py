@@ -92,7 +92,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     summary = finish(model, everything, summary, start, run, run.checkpoint)
     written = check_sparsity(run.checkpoint, sparsity)
     if not written.passed:
-        raise GraspError(f"{run.checkpoint} does not hold the pattern: {written.detail}")
+        raise GraspError(f"{run.checkpoint} is not as written ({written.detail}): check the disk")
     summary["results"] |= {"dense": dense, "seconds": run.seconds()}
     add_results(run.checkpoint, summary)
     run.log(event="finished", folder=str(run.out), **summary["results"])

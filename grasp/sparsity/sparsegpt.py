@@ -38,7 +38,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
             if j % group == 0:
                 here = slice(j, j + group)
                 keep = pattern.keep((part[:, here] / factor.diagonal()[here]).square(), first + j)
-            kept = part[:, j] * keep[:, j % group]
+            kept = part[:, j].where(keep[:, j % group], 0.0)
             errors[:, j] = (part[:, j] - kept) / factor[j, j]
             part[:, j:] -= errors[:, j, None] * factor[j, j:]
             weight[:, first + j] = kept

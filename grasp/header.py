@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,71 +23,51 @@ LONG_ARRAY = 4096  # a tokenizer's; the model's own arrays have an item a layer
 
 
 @dataclass(frozen=True)
-class Header:
-    space: UnitSpace
-    family: str  # model_type, without the prefix of grasp's own classes
-    vocab_size: int
-    qk_norm: bool
-    source: str  # what was read
-
-
-@dataclass(frozen=True)
 class Family:
     """Which projections have a bias (True, False or the config's switch), and what else differs."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
+    fused_qkv: bool = False
     qk_norm: bool = False
     head_dim: int | None = None  # where the config names none; None: hidden_size / heads
     norms: int = 2  # in a layer, of the hidden size
+    geglu: bool = False
+    softcap: bool = False  # on attention scores
     tied: bool = False  # embeddings, where the config does not say
     gguf: str = "llama"  # llama.cpp's architecture for equal widths
-    deci_lacks: str | None = None  # why its architecture for widths by layer computes otherwise
+
+    @property
+    def deci_lacks(self) -> str | None:
+        """What llama.cpp's architecture for widths that differ by layer would have to compute."""
+        return "GeGLU" if self.geglu else "norms on q and k" if self.qk_norm else None
 
 
+_BIAS = ("attention_bias", "attention_bias")
+_GEMMA = Family(*_BIAS, head_dim=256, geglu=True, tied=True, gguf="gemma")
 # the only list of families beside modeling_grasp.STOCK, whose file travels without this one
 FAMILIES = {
-    "llama": Family("attention_bias", "attention_bias", "mlp_bias"),
+    "llama": Family(*_BIAS, "mlp_bias"),
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True, gguf="qwen2"),
-    "qwen3": Family(
-        "attention_bias",
-        "attention_bias",
-        qk_norm=True,
-        head_dim=128,
-        gguf="qwen3",
-        deci_lacks="norms on q and k",
-    ),
-    "phi3": Family(),
-    "gemma": Family(
-        "attention_bias",
-        "attention_bias",
-        head_dim=256,
-        tied=True,
-        gguf="gemma",
-        deci_lacks="GeGLU",
-    ),
-    "gemma2": Family(
-        "attention_bias",
-        "attention_bias",
-        head_dim=256,
-        norms=4,
-        tied=True,
-        gguf="gemma2",
-        deci_lacks="GeGLU",
-    ),
-    "gemma3_text": Family(
-        "attention_bias",
-        "attention_bias",
-        qk_norm=True,
-        head_dim=256,
-        norms=4,
-        tied=True,
-        gguf="gemma3",
-        deci_lacks="GeGLU",
-    ),
+    "qwen3": Family(*_BIAS, qk_norm=True, head_dim=128, gguf="qwen3"),
+    "phi3": Family(fused_qkv=True),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, norms=4, softcap=True, gguf="gemma2"),
+    "gemma3_text": replace(_GEMMA, norms=4, qk_norm=True, gguf="gemma3"),
 }
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
+
+
+@dataclass(frozen=True)
+class Header:
+    space: UnitSpace
+    family: str  # model_type, without the prefix of grasp's own classes
+    facts: Family
+    vocab_size: int
+    source: str  # what was read
+    rope: str = "default"  # its type, and "partial" where a part of each head stays as it is
 
 
 def read_header(spec: str) -> Header:
@@ -141,7 +121,14 @@ def from_config(config: Mapping[str, Any]) -> Header:
     embeddings = 1 if config.get("tie_word_embeddings", family.tied) else 2
     fixed += hidden * (embeddings * vocab + 1)  # one norm at the end
     space = UnitSpace(hidden, tuple(layers), fixed)
-    return Header(space, name, vocab, family.qk_norm, "config.json")
+    return Header(space, name, family, vocab, "config.json", _rope(config))
+
+
+def _rope(config: Mapping[str, Any]) -> str:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return kind if part == 1.0 else f"partial {kind}"
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
@@ -167,7 +154,8 @@ def _from_structure(config: Mapping[str, Any], model_type: str) -> Header:
     space = UnitSpace.of(model)
     vocab = model.get_input_embeddings().weight.shape[0]
     qk_norm = any(name.endswith("q_norm.weight") for name, _ in model.named_parameters())
-    return Header(space, model_type, vocab, qk_norm, "transformers, on the meta device")
+    facts = Family(qk_norm=qk_norm)
+    return Header(space, model_type, facts, vocab, "transformers, on the meta device")
 
 
 def _from_gguf(path: Path) -> Header:
@@ -218,8 +206,9 @@ def _from_gguf(path: Path) -> Header:
         ) from None
     total = sum(map(prod, shapes.values()))
     space = UnitSpace(hidden, layers, total - UnitSpace(hidden, layers, 0).total_params)
-    qk_norm = "blk.0.attn_q_norm.weight" in shapes
-    return Header(space, family, vocab_size, qk_norm, "GGUF header")
+    names = {facts.gguf: name for name, facts in reversed(FAMILIES.items())}
+    name = names.get(family, family)
+    return Header(space, name, FAMILIES.get(name, Family()), vocab_size, "GGUF header")
 
 
 def _gguf_layer(shapes: Mapping[str, list[int]], block: str, head_dim: int) -> LayerUnits:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from grasp.budget import Budget, Layout
 from grasp.errors import GraspError
-from grasp.header import FAMILIES, Header, read_header
+from grasp.header import FAMILIES, STATIC_ROPE, Header, read_header
 from grasp.units import FFN_COST, UnitSpace
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -37,11 +37,12 @@ class Size(NamedTuple):
 class Memory:
     """Estimated peak bytes while gates learn, on top of what the runtime itself takes.
 
-    Assumes frozen weights without gradients, no gradient checkpointing, flash-style attention and
-    the fused gated FFN, and every gate open, as in the first step. `activations` is what a layer
-    saves for its backward pass, times layers and tokens of a batch: two FFN widths, queries, keys,
-    values and attention output in the model's dtype, the input of each norm in fp32. `logits` is
-    them in the model's dtype, their log-softmax and its gradient in fp32.
+    Assumes frozen weights without gradients, no gradient checkpointing, and every gate open, as in
+    the first step. `activations` is what a layer saves for its backward pass, times layers and
+    tokens of a batch: two FFN widths (four with GeGLU, which is not fused), queries, keys, values
+    and attention output in the model's dtype, the input of each norm in fp32. Attention is
+    flash-style, but for a softcap on its scores, which are then saved for all pairs of tokens.
+    `logits` is them in the model's dtype, their log-softmax and its gradient in fp32.
     """
 
     weights: int
@@ -187,7 +188,7 @@ def plan(
         kv_bytes_per_token=Size(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
-        memory=learning_memory(header, seq_len * batch_size, width),
+        memory=learning_memory(header, seq_len * batch_size, seq_len, width),
         evaluation_memory=4 * space.total_params,
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
@@ -242,14 +243,18 @@ def _times(factor: int, values: Range) -> Range:
     return Range(factor * values.least, factor * values.most)
 
 
-def learning_memory(header: Header, tokens: int, width: int) -> Memory:
-    """Estimate for a batch of `tokens` tokens in a dtype of `width` bytes (see `Memory`)."""
-    space, saved = header.space, 0
+def learning_memory(header: Header, tokens: int, seq_len: int, width: int) -> Memory:
+    """Estimate for a batch of `tokens` in sequences of `seq_len`, in a dtype of `width` bytes."""
+    space, facts, saved = header.space, header.facts, 0
     for layer in space.layers:
         keys = layer.kv_groups * layer.head_dim
         queries = layer.group_size * keys
-        saved += width * (2 * layer.ffn + 2 * queries + 2 * keys) + 2 * 4 * space.hidden_size
-        saved += 4 * (queries + keys) * header.qk_norm
+        saved += width * (4 if facts.geglu else 2) * layer.ffn + 4 * facts.norms * space.hidden_size
+        if facts.softcap:  # keys and values repeated; scores after tanh and softmax
+            saved += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
+        else:  # values are a part of the fused output, which stays whole
+            saved += width * (2 + facts.fused_qkv) * (queries + keys)
+        saved += 4 * (queries + keys) * facts.qk_norm
     return Memory(
         weights=width * space.total_params,
         activations=tokens * saved,
@@ -259,21 +264,29 @@ def learning_memory(header: Header, tokens: int, width: int) -> Memory:
 
 def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
     """Which runtimes load the result. Sources: docs of each, and runs on transformers 5.14-5.23."""
+    family = FAMILIES.get(header.family)
+    no_rope = None
+    if header.rope not in STATIC_ROPE:
+        no_rope = f"its architectures for {header.family} have no rope of type {header.rope}"
     if budget.layout == "uniform":
         stock = "equal widths in all layers: a stock class, no code of grasp's"
         if header.family == "llama":  # whose config wants heads that divide the hidden size
             stock += " (Mistral's, the same decoder, for head counts that Llama's refuses)"
-        names = ("transformers", "vLLM", "llama.cpp", "SGLang, TensorRT-LLM, MLX")
-        return [Runtime(name, True, stock) for name in names]
-    family = FAMILIES.get(header.family)
+        return [
+            Runtime("transformers", True, stock),
+            Runtime("vLLM", True, stock),
+            Runtime("llama.cpp", no_rope is None, no_rope or stock),
+            Runtime("SGLang, TensorRT-LLM, MLX", True, stock),
+        ]
     ours = family is not None
     no_class = f"no class with per-layer widths for {header.family}; use --layout uniform"
-    llama_cpp = no_class
-    if family is not None:
-        llama_cpp = "grasp export --to gguf writes its per-layer architecture, deci"
-        if family.deci_lacks:
-            llama_cpp = f"deci, its per-layer architecture, has no {family.deci_lacks}"
-            llama_cpp += "; use --layout uniform"
+    no_gguf = no_rope
+    if family is None:
+        no_gguf = no_class
+    elif family.deci_lacks:
+        no_gguf = f"deci, its per-layer architecture, has no {family.deci_lacks}"
+        no_gguf += "; use --layout uniform"
+    gguf = "grasp export --to gguf writes its per-layer architecture, deci"
     return [
         Runtime("transformers, after import grasp", ours, "grasp's class" if ours else no_class),
         Runtime(
@@ -289,7 +302,7 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
             if ours
             else no_class,
         ),
-        Runtime("llama.cpp", family is not None and not family.deci_lacks, llama_cpp),
+        Runtime("llama.cpp", no_gguf is None, no_gguf or gguf),
         Runtime("transformers, stock class", False, "one width for all layers; --layout uniform"),
         Runtime(
             "SGLang, TensorRT-LLM, MLX",

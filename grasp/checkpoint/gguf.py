@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.gguf_vocabulary import add_vocabulary
 from grasp.errors import GraspError
-from grasp.header import FAMILIES
+from grasp.header import FAMILIES, STATIC_ROPE
 from grasp.run import check_room
 from grasp.units import UnitSpace, decoder_layers
 
@@ -34,7 +34,6 @@ LLAMA_LIKE = ("llama", "deci")
 GEMMA = ("gemma", "gemma2", "gemma3")  # their norms scale by 1 + weight
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # its last layer sees all tokens
 LARGEST = {"gemma2": 46, "gemma3": 62}
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
 
 
 def check_type(type: str, out: Path) -> None:

@@ -355,7 +355,11 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
         assert "space before text that begins with one" in done.note
         texts = [text for text in texts if "> " not in text and not text.startswith(" ")]
     assert len(texts) >= 4
+    assert (done.note is not None and "(NFC)" in done.note) == (name == "qwen2")
     with llama_cpp(done.path) as post:
+        if name == "qwen2":
+            found = post("/tokenize", content="e\u0301", add_special=True)["tokens"]
+            assert found != loaded("e\u0301").input_ids == loaded("\u00e9").input_ids
         for text in texts:
             found = post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
             assert found == loaded(text).input_ids, text

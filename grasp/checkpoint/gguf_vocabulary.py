@@ -84,6 +84,8 @@ def _add_byte_level(writer: gguf.GGUFWriter, spec: Spec, size: int) -> str | Non
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in merges])
+    if any(step["type"] == "NFC" for step in _steps(spec["normalizer"], "normalizers")):
+        return "llama.cpp does not compose letters and accents (NFC), this tokenizer does"
     return None
 
 

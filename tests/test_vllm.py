@@ -1,0 +1,62 @@
+"""What vLLM's Transformers backend reads of a checkpoint, and the plugin that names it to vLLM.
+
+vLLM itself is not here: docs/runtimes.md says what was run with it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from families import FAMILIES
+from test_checkpoint import IDS, UNEVEN, pruned, save
+from transformers import AutoConfig, AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from grasp.checkpoint.modeling_grasp import FAMILIES as OURS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_layer_says_its_heads(family, tmp_path, monkeypatch):
+    """An attention function that is set in the config, as vLLM's is, sees every layer's own."""
+    model, kept = pruned(family, UNEVEN)
+    save(model, kept, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    layers = [(own.num_attention_heads, own.num_key_value_heads) for own in config.per_layer_config]
+    assert config.is_heterogeneous and layers == [(2 * kv, kv) for _, kv in UNEVEN]
+    assert (config.num_hidden_layers, config.head_dim) == (3, 16)
+
+    seen = {}
+
+    def attend(module, query, key, value, *_rest, **_options):
+        seen[module.layer_idx] = (query.shape[1], key.shape[1])
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "theirs", attend)
+    config._attn_implementation = "theirs"
+    decoder = AutoModel.from_config(config)
+    decoder(IDS, use_cache=False)
+    assert [seen[i] for i in range(3)] == layers
+    assert decoder.is_backend_compatible()
+    assert decoder.tp_plan == model.model.tp_plan != {}
+
+
+def test_the_plugin_names_every_class(monkeypatch):
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    group = "vllm.general_plugins"
+    (plugin,) = re.findall(rf'^\[project.entry-points."{group}"\]\ngrasp = "(.+)"$', project, re.M)
+    named = {}
+    registry = SimpleNamespace(register_model=named.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    register = EntryPoint("grasp", plugin, group).load()
+    register()
+    register()  # vLLM calls it in every process
+    assert named.keys() == {causal_class.__name__ for _, _, causal_class in OURS.values()}
+    (backend,) = set(named.values())
+    assert backend == "vllm.model_executor.models.transformers:TransformersForCausalLM"
+    for config_class, model_class, _ in OURS.values():
+        assert AutoModel._model_mapping[config_class] is model_class

@@ -84,6 +84,11 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         choices = {"ties": "position", "floors": "outside", **choice}
         return Row(f"published/{name}", "published", config, **choices)
 
+    def faster(batch: int) -> Row:
+        """A batch whose rate grows with it: scores can move as far in fewer steps."""
+        alone, lr = f"ours/batch_size={batch}", batch * ours.lr
+        return Row(f"{alone}+lr={lr}", alone, replace(ours, batch_size=batch, lr=lr))
+
     return [
         Row("ours", "ours", ours),
         off("ties=position", ties="position"),
@@ -94,7 +99,10 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("schedule=cosine", replace(ours, schedule="cosine")),
         off("lr=0.02", replace(ours, lr=0.02)),
         off("refit", replace(ours, refit=True)),
+        off("batch_size=2", replace(ours, batch_size=2)),
+        faster(2),
         off("batch_size=4", replace(ours, batch_size=4)),
+        faster(4),
         off(f"epochs={2 * ours.epochs}", replace(ours, epochs=2 * ours.epochs)),
         off("ffn_multiple=32", replace(ours, budget=blocked)),
         Row("published", "ours", paper, ties="position", floors="outside"),

@@ -19,6 +19,7 @@ from grasp.budget import Layout
 from grasp.config import (
     Dtype,
     GateSite,
+    MemoryMode,
     Method,
     PruneConfig,
     Schedule,
@@ -123,6 +124,9 @@ EvalText = Annotated[
 EvalSeqLen = Annotated[int, typer.Option(help="Tokens per window of --eval-text.")]
 EvalWindows = Annotated[int | None, typer.Option(help="First windows only [all].")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the frozen model.")]
+MemoryOption = Annotated[
+    MemoryMode, typer.Option(help="Layers computed again to save memory: none, every second, all.")
+]
 Tasks = Annotated[
     str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, as piqa,arc_easy.")
 ]
@@ -180,6 +184,7 @@ def prune_command(
     eval_seq_len: EvalSeqLen = PruneConfig.eval_seq_len,
     eval_windows: EvalWindows = None,
     dtype: DtypeOption = PruneConfig.dtype,
+    memory: MemoryOption = PruneConfig.memory,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Fixes everything that is drawn.")] = 0,
     trust_remote_code: RemoteCode = False,
@@ -329,6 +334,7 @@ def plan_command(
         float | None, typer.Option(help="Speed of your machine, for a time estimate.")
     ] = None,
     dtype: DtypeOption = "bf16",
+    memory: MemoryOption = "fast",
     as_json: Json = False,
 ) -> None:
     """What pruning will give and take, from config.json alone."""

@@ -25,6 +25,7 @@ from grasp.budget import Budget, Layout
 from grasp.comparison_page import figure, page
 from grasp.config import Method, PruneConfig
 from grasp.errors import GraspError
+from grasp.memory import memory_mode
 from grasp.models import cast
 from grasp.pipeline import (
     Start,
@@ -186,7 +187,8 @@ class _Grid:
         if cell.choice not in self._chosen:
             part = self._run.part(cell.choice)
             reset_peak_memory()
-            scores = select(self._dense, projection, blocks, cell.config, part.stage)
+            with memory_mode(self._dense, cell.config):
+                scores = select(self._dense, projection, blocks, cell.config, part.stage)
             self._chosen[cell.choice] = scores, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.choice]
 

@@ -25,6 +25,7 @@ Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
 Dtype = Literal["auto", "fp32", "bf16"]
+MemoryMode = Literal["auto", "fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
 
@@ -53,6 +54,7 @@ class PruneConfig:
     eval_seq_len: int = 2048
     eval_windows: int | None = None
     dtype: Dtype = "auto"
+    memory: MemoryMode = "auto"
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
@@ -88,7 +90,8 @@ class PruneConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What decides the result: a run may go on under another `memory`."""
+        return {name: value for name, value in asdict(self).items() if name != "memory"}
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _attention_forward(
 
 
 def _takes_kernel(module: Any, query: Tensor, attention_mask: Tensor | None) -> bool:
-    """Plain causal attention on a GPU; on a CPU, PyTorch's attention and a product are as fast."""
+    """Plain causal attention on a GPU; on a CPU, PyTorch's attention and a product are faster."""
     plain = module.config._attn_implementation == SDPA and attention_mask is None
     return plain and query.device.type != "cpu" and has_backend(query)
 

@@ -29,6 +29,7 @@ from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
 from grasp.fold import fold_mask, fold_scales
+from grasp.memory import memory_mode
 from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, pick_device
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
@@ -153,7 +154,10 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     dense = measure_dense(model, start, run)
     cast(model, working_dtype(config))
     blocks = start.blocks(config)
-    scores = select(model, start.projection(config), blocks, config, run.stage)
+    with memory_mode(model, config) as mode:
+        if config.memory == "auto" and mode != "fast":
+            run.log(event="note", text=f"--memory {mode}, for what is free on {config.device}")
+        scores = select(model, start.projection(config), blocks, config, run.stage)
     results = []
     for name, budget in budgets.items():
         own = replace(config, budget=budget)
@@ -259,7 +263,8 @@ def shrink(
     scales = None
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
-        scales = learn_scales(model, blocks, settings, run.stage("calibrate"))
+        with memory_mode(model, config):
+            scales = learn_scales(model, blocks, settings, run.stage("calibrate"))
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
         _release(model)
         model = _as_stored(config, mask, fitted)

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from grasp.budget import Budget, Layout
+from grasp.config import MemoryMode
 from grasp.errors import GraspError
 from grasp.header import FAMILIES, STATIC_ROPE, Header, read_header
 from grasp.units import FFN_COST, UnitSpace
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
+LOGITS_AT_ONCE = 2**25  # as grasp_kernels.linear_cross_entropy makes them
 
 
 class Range(NamedTuple):
@@ -37,21 +40,24 @@ class Size(NamedTuple):
 class Memory:
     """Estimated peak bytes while gates learn, on top of what the runtime itself takes.
 
-    Assumes frozen weights without gradients, no gradient checkpointing, and every gate open, as in
-    the first step. `activations` is what a layer saves for its backward pass, times layers and
-    tokens of a batch: two FFN widths (four with GeGLU, which is not fused), queries, keys, values
-    and attention output in the model's dtype, the input of each norm in fp32. Attention is
-    flash-style, but for a softcap on its scores, which are then saved for all pairs of tokens.
-    `logits` is them in the model's dtype, their log-softmax and its gradient in fp32.
+    Assumes frozen weights without gradients, the loss in chunks, and every gate open, as in the
+    first step. `activations` is what is kept for the backward pass, times the tokens of a batch: of
+    a layer two FFN widths (four with GeGLU, which is not fused), queries, keys, values and
+    attention output in the model's dtype, the input of each norm in fp32; of a layer that is
+    computed again its input alone, until its turn comes. Attention is flash-style, but for a
+    softcap on its scores, which are then saved for all pairs of tokens. `workspace` is what the
+    loss or an FFN's backward pass needs for a moment, whichever comes at the dearer time; `gates`
+    are the scores with all that AdamW and the projection hold.
     """
 
     weights: int
     activations: int
-    logits: int
+    workspace: int
+    gates: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.logits
+        return self.weights + self.activations + self.workspace + self.gates
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ def plan(
     epochs: int = 4,
     tokens_per_second: float | None = None,
     dtype: str = "bf16",
+    memory: MemoryMode = "fast",
 ) -> Plan:
     """Plan `grasp prune` with the same options (see `Budget` for keep, params and kv_cache).
 
@@ -150,6 +157,8 @@ def plan(
     """
     if dtype not in DTYPE_BYTES:
         raise GraspError(f"--dtype {dtype} cannot be planned: choose {' or '.join(DTYPE_BYTES)}")
+    if memory not in ("fast", *RECOMPUTE_EVERY):
+        raise GraspError(f"--memory {memory} cannot be planned: choose fast, balanced or low")
     for option, value in (
         ("--seq-len", seq_len),
         ("--batch-size", batch_size),
@@ -188,7 +197,7 @@ def plan(
         kv_bytes_per_token=Size(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
-        memory=learning_memory(header, seq_len * batch_size, seq_len, width),
+        memory=learning_memory(header, seq_len * batch_size, seq_len, width, memory),
         evaluation_memory=4 * space.total_params,
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
@@ -243,23 +252,35 @@ def _times(factor: int, values: Range) -> Range:
     return Range(factor * values.least, factor * values.most)
 
 
-def learning_memory(header: Header, tokens: int, seq_len: int, width: int) -> Memory:
+def learning_memory(
+    header: Header, tokens: int, seq_len: int, width: int, mode: MemoryMode
+) -> Memory:
     """Estimate for a batch of `tokens` in sequences of `seq_len`, in a dtype of `width` bytes."""
-    space, facts, saved = header.space, header.facts, 0
+    space, facts, saved = header.space, header.facts, []
     for layer in space.layers:
         keys = layer.kv_groups * layer.head_dim
         queries = layer.group_size * keys
-        saved += width * (4 if facts.geglu else 2) * layer.ffn + 4 * facts.norms * space.hidden_size
+        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * facts.norms * space.hidden_size
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
-            saved += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
+            own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
         else:  # values are a part of the fused output, which stays whole
-            saved += width * (2 + facts.fused_qkv) * (queries + keys)
-        saved += 4 * (queries + keys) * facts.qk_norm
-    return Memory(
-        weights=width * space.total_params,
-        activations=tokens * saved,
-        logits=tokens * header.vocab_size * (width + 4 + 4),
+            own += width * (2 + facts.fused_qkv) * (queries + keys)
+        saved.append(own + 4 * (queries + keys) * facts.qk_norm)
+    kept = list(saved)
+    if every := RECOMPUTE_EVERY.get(mode):
+        kept[::every] = [width * space.hidden_size] * len(kept[::every])
+    logits = tokens * header.vocab_size * (width + 8)  # of a head that caps them: whole
+    if not facts.softcap:  # in fp32, and beside it in a narrower dtype
+        held = min(tokens * header.vocab_size, max(LOGITS_AT_ONCE, header.vocab_size))
+        logits = held * (4 + width % 4)
+    in_loss = tokens * sum(kept), logits
+    widest = 6 * max(layer.ffn for layer in space.layers) + space.hidden_size
+    in_layer = (
+        tokens * max(sum(kept[:index]) + own for index, own in enumerate(saved)),
+        tokens * width * widest,
     )
+    activations, workspace = max(in_loss, in_layer, key=sum)
+    return Memory(width * space.total_params, activations, workspace, gates=40 * space.size)
 
 
 def _runtimes(header: Header, budget: Budget) -> list[Runtime]:

@@ -509,6 +509,9 @@ def test_memory_that_runs_out(tiny, text, tmp_path):
     said = stderr.read_text()
     assert attempt.exitcode == 1 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: out of memory on cpu (")
-    fix = "lower --batch-size (now 16) or --seq-len (now 256), or use --dtype bf16"
-    assert said.endswith(f"): {fix}; with other options, start anew: remove {out}.run\n")
-    assert not out.exists()
+    fix = "run the same with --memory low (now fast): it goes on where it stopped"
+    assert said.endswith(f"): {fix}\n") and not out.exists()
+
+    again = grasp.prune(tiny, out, calibration=text, **options, memory="low")
+    events = [json.loads(line).get("event") for line in (out / "log.jsonl").open()]
+    assert again.mask.keep.any() and "resumed" in events

@@ -1,0 +1,90 @@
+"""Memory modes: less kept, the same result; what the plan says is what a step takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import tiny_model
+from torch.profiler import ProfilerActivity, profile
+
+from grasp.budget import Budget
+from grasp.config import PruneConfig
+from grasp.errors import GraspError
+from grasp.gating import gated
+from grasp.header import from_config
+from grasp.memory import choose, memory_mode
+from grasp.planning import learning_memory
+from grasp.training import next_token_loss
+from grasp.units import UnitSpace
+
+MODES = ("fast", "balanced", "low")
+SIZES = {"hidden": 128, "ffn": 352, "heads": 8, "kv_heads": 4, "head_dim": 16, "layers": 8}
+
+
+def config(mode, **options):
+    return PruneConfig("m", Budget("keep", 0.5), memory=mode, device="cpu", **options)
+
+
+def gradient(model, ids):
+    space = UnitSpace.of(model)
+    z = torch.ones(space.size, requires_grad=True)
+    with gated(model, space) as gates:
+        gates.set(z)
+        return torch.autograd.grad(next_token_loss(model, ids), z)[0]
+
+
+def peak_bytes(run):
+    """The most that PyTorch held at one time of what it has allocated since the call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(held.cumsum(0).max())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("family", "vocab"), [("llama", 256), ("qwen3", 256), ("llama", 16_384)])
+def test_the_plan_is_within_a_tenth_of_what_a_step_takes(family, vocab, mode):
+    model = tiny_model(family, vocab=vocab, **SIZES)
+    ids = torch.randint(3, 250, (1, 256))
+    planned = learning_memory(from_config(model.config.to_dict()), 256, 256, 4, mode)
+    with memory_mode(model, config(mode)):
+        gradient(model, ids)
+        measured = peak_bytes(lambda: gradient(model, ids))
+    assert measured == pytest.approx(planned.total - planned.weights, rel=0.1)
+
+
+def test_every_mode_computes_the_same_and_leaves_nothing():
+    model, ids = tiny_model("llama"), torch.randint(3, 250, (2, 16))
+    before = [set(vars(m)) for m in model.modules()]
+    want = gradient(model, ids)
+    for mode in MODES:
+        with memory_mode(model, config(mode)):
+            assert torch.equal(gradient(model, ids), want)
+    assert [set(vars(m)) for m in model.modules()] == before
+
+
+def test_auto_takes_the_fastest_mode_that_fits(monkeypatch):
+    model = tiny_model("llama", vocab=256, **SIZES)
+    asked = config("auto", seq_len=128, batch_size=2)
+    with memory_mode(model, asked) as mode:
+        assert mode == "fast"
+    header = from_config(model.config.to_dict())
+    needs = [learning_memory(header, 256, 128, 4, mode) for mode in MODES]
+    needs = [(memory.total - memory.weights) / 0.9 for memory in needs]
+    assert needs == sorted(needs, reverse=True)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 200)
+    for free, mode in ((needs[0], "fast"), (needs[1], "balanced"), (needs[2], "low"), (0, "low")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free - 99, None))
+        assert choose(model, asked) == mode
+
+
+def test_a_full_memory_names_the_mode_to_try():
+    model = tiny_model("llama")
+    said = r"out of memory on cpu \(full\): run the same with --memory low \(now fast\): it goes on"
+    with pytest.raises(GraspError, match=said), memory_mode(model, config("auto")):
+        raise MemoryError("full")
+    with pytest.raises(MemoryError), memory_mode(model, config("low")):
+        raise MemoryError("full")

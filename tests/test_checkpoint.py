@@ -227,6 +227,29 @@ def test_widths_without_a_stock_class_are_refused_at_once(family, options, kv_mu
         check_layout(model.config, UnitSpace.of(model), budget)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("StableLm", "StableLmForCausalLM does not take"), ("Helium", "no grouped heads")],
+)
+def test_a_class_that_sizes_heads_by_itself_is_refused_at_once(name, said, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "another", (name, {}))
+    model = tiny_model("another", hidden=128)
+    with pytest.raises(GraspError, match=said):
+        check_layout(model.config, UnitSpace.of(model), Budget("keep", 0.5, layout="uniform"))
+
+
+@pytest.mark.parametrize("name", ["Glm4", "Granite", "Cohere2"])
+def test_another_family_is_known_by_its_structure(name, tmp_path, monkeypatch):
+    """GLM-4, for one, has a fused gate_up_proj beside separate q, k and v."""
+    monkeypatch.setitem(FAMILIES, "another", (name, {"pad_token_id": 2}))
+    model = tiny_model("another")
+    check_layout(model.config, UnitSpace.of(model), Budget("keep", 0.5, layout="uniform"))
+    model, kept = pruned("another", EVEN)
+    assert save(model, kept, tmp_path / "out").architecture == f"{name}ForCausalLM"
+    loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
 def test_llama_biases_survive_per_layer(tmp_path):
     model, kept = pruned("llama", UNEVEN, attention_bias=True, mlp_bias=True)
     save(model, kept, tmp_path / "out")

@@ -125,6 +125,11 @@ def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> 
         return
     for groups in range(budget.kv_multiple, space.layers[0].kv_groups + 1, budget.kv_multiple):
         _config(config, space.resized([(layer.ffn, groups) for layer in space.layers]))
+    least = space.resized([(budget.ffn_multiple, budget.kv_multiple)] * len(space.layers))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(config, least)[0])
+    if UnitSpace.of(model).layers != least.layers:
+        raise GraspError(f"{type(model).__name__} does not take the widths that its config names")
 
 
 def _family(config: PreTrainedConfig) -> str:

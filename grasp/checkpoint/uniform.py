@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,18 +55,16 @@ def _pad(model: PreTrainedModel, space: UnitSpace) -> None:
 
 def _add_rows(sizes: dict[Rows, int]) -> None:
     """Zeros below each projection, up to its new size, within the linear layer that holds it."""
-    weights: dict[Any, list[Tensor]] = {}
-    biases: dict[Any, list[Tensor]] = {}
+    below: dict[Any, list[tuple[Rows, int]]] = {}
     for rows, size in sizes.items():
-        below = size - rows.size
-        weights.setdefault(rows.linear, []).append(pad(rows.weight, (0, 0, 0, below)))
-        if rows.bias is not None:
-            biases.setdefault(rows.linear, []).append(pad(rows.bias, (0, below)))
-    for linear, parts in weights.items():
-        linear.weight = nn.Parameter(torch.cat(parts), requires_grad=False)
-        linear.out_features = len(linear.weight)
-        if linear in biases:
-            linear.bias = nn.Parameter(torch.cat(biases[linear]), requires_grad=False)
+        below.setdefault(rows.linear, []).append((rows, size - rows.size))
+    for linear, parts in below.items():
+        weight = torch.cat([pad(rows.weight, (0, 0, 0, zeros)) for rows, zeros in parts])
+        if linear.bias is not None:
+            bias = torch.cat([pad(rows.bias, (0, zeros)) for rows, zeros in parts])
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.out_features = len(weight)
 
 
 def _add_columns(linear: Any, columns: int) -> None:

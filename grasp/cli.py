@@ -178,6 +178,9 @@ def prune_command(
     refit: Annotated[
         bool, typer.Option("--refit", help="Least squares on what is kept, before scales.")
     ] = PruneConfig.refit,
+    bias: Annotated[
+        bool, typer.Option("--bias", help="Biases for the mean of what is dropped, as FLAP's.")
+    ] = PruneConfig.bias,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     as_published: Annotated[bool, typer.Option(help="The paper's own setting.")] = False,
     eval_text: EvalText = None,

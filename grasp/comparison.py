@@ -30,6 +30,7 @@ from grasp.models import cast
 from grasp.pipeline import (
     Start,
     begin,
+    check_budget,
     configure,
     finish,
     measure_dense,
@@ -97,8 +98,8 @@ def compare(
 ) -> Comparison:
     """Perplexity, and accuracy on `tasks`, of each of `methods` at each budget with each seed.
 
-    A method is one of `--method`, with `+refit` where that is wanted. `options` are the other
-    fields of `PruneConfig`, the same for all; `tasks`, `tasks_data` and `limit` are those of
+    A method is one of `--method`, with `+refit` or `+bias` where that is wanted. `options` are the
+    other fields of `PruneConfig`, the same for all; `tasks`, `tasks_data` and `limit` are those of
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. Interrupted, the same call goes on, with the same methods, budgets
     and seeds or with others. In memory at one time: the dense model and a pruned one. Raises
@@ -120,7 +121,7 @@ def compare(
     with open_job(base, out, asked, show) as run:
         dense, start = begin(base, run)
         for cell in cells:
-            cell.config.budget.limit(start.space)
+            check_budget(cell.config, dense)
         if start.ruler is None:
             raise GraspError("the samples leave no text to evaluate on: give --eval-text")
         perplexity = measure_dense(dense, start, run)
@@ -162,14 +163,16 @@ def compare(
 
 
 def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
-    """`config` with the method that `name` is in --methods, as fisher+refit. Raises GraspError."""
-    method, *more = name.split("+")
-    if method not in get_args(Method) or more not in ([], ["refit"]):
+    """`config` with what `name` is in --methods, as fisher or fisher+refit. Raises GraspError."""
+    more = next((option for option in ("refit", "bias") if name.endswith(f"+{option}")), "")
+    method = name.removesuffix(f"+{more}") if more else name
+    if method not in get_args(Method):
         raise GraspError(
-            f"--methods {name!r}: choose from {', '.join(get_args(Method))}, each as it is or with "
-            "+refit"
+            f"--methods {name!r}: choose from {', '.join(get_args(Method))}, each as it is, with "
+            "+refit or with +bias"
         )
-    return replace(config, method=method, refit=bool(more), seed=seed)  # type: ignore[arg-type]
+    choice: Any = {"method": method, "refit": more == "refit", "bias": more == "bias"}
+    return replace(config, seed=seed, **choice)
 
 
 class _Grid:
@@ -202,7 +205,7 @@ class _Grid:
         pruned = shrink(dense, mask, blocks, config, self._start.stored_dtype, part)
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
-        summary = pruned_summary(config, self._start, mask)
+        summary = pruned_summary(config, self._start, mask, pruned)
         found = finish(pruned, mask, summary, self._start, run, folder)
         tasks = self._score(str(folder))
         shutil.rmtree(run.checkpoint)
@@ -231,7 +234,9 @@ def _cost(part: Run) -> Cost:
 def _shared(config: PruneConfig) -> dict[str, Any]:
     """What is the same for all cells."""
     shared = config.to_json()
-    del shared["method"], shared["refit"], shared["seed"], shared["budget"]["asked"]
+    for own in ("method", "refit", "bias", "seed"):
+        del shared[own]
+    del shared["budget"]["asked"]
     return shared
 
 

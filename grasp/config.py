@@ -49,6 +49,7 @@ class PruneConfig:
     anneal: float = 0.5
     gate_site: GateSite = "output"
     refit: bool = False
+    bias: bool = False
     scale_epochs: int = 1
     eval_text: str | None = None
     eval_seq_len: int = 2048
@@ -75,6 +76,8 @@ class PruneConfig:
         _check_draw(self.seed, self.lr)
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
+        if self.refit and self.bias:
+            raise GraspError("--refit and --bias make up for the same loss: give one of them")
 
     def as_published(self) -> PruneConfig:
         """With the paper's choices where our defaults are others; ties and floors stay ours."""
@@ -87,6 +90,7 @@ class PruneConfig:
             anneal=0.0,
             gate_site="kv",
             refit=False,
+            bias=False,
         )
 
     def to_json(self) -> dict[str, Any]:

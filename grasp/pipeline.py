@@ -24,6 +24,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from grasp.budget import Budget, Layout
 from grasp.calibrate import learn_scales
 from grasp.checkpoint.hf import check_layout, environment, save_checkpoint, write_json
+from grasp.compensate import add_biases, mean_biases, with_biases
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
@@ -148,7 +149,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     """
     model, start = begin(config, run)
     for budget in budgets.values():
-        budget.limit(start.space)
+        check_budget(replace(config, budget=budget), model)
     if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
     dense = measure_dense(model, start, run)
@@ -167,7 +168,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part = run.part(name) if name else run
             pruned = copy.deepcopy(model) if name else model
             pruned = shrink(pruned, mask, blocks, own, start.stored_dtype, part)
-            summary = pruned_summary(own, start, mask)
+            summary = pruned_summary(own, start, mask, pruned)
             summary["budget"]["chosen_for"] = config.budget.asked
             summary = finish(pruned, mask, summary, start, part, run.checkpoint)
             summary["results"] |= {"dense": dense, "seconds": run.seconds()}
@@ -204,10 +205,16 @@ class Start:
 def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """The model as it is stored, the texts; what can be refused before the long work is refused."""
     model, tokenizer = load_dense(config)
+    check_budget(config, model)
+    return model, read_texts(config, model, tokenizer, run)
+
+
+def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
+    """Refuse a budget that the model cannot meet, and a result that no class could carry."""
     space = UnitSpace.of(model)
     config.budget.limit(space)
-    check_layout(model.config, space, config.budget)
-    return model, read_texts(config, model, tokenizer, run)
+    saved_as = with_biases(model.config) if config.bias else model.config
+    check_layout(saved_as, space, config.budget)
 
 
 def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, Any]:
@@ -255,11 +262,15 @@ def shrink(
     stored_dtype: torch.dtype,
     run: Run,
 ) -> PreTrainedModel:
-    """Refit, cut, calibrate: the pruned model in `stored_dtype`. `model` itself is used up."""
+    """Compensate or refit, cut, calibrate: the pruned model in `stored_dtype`. `model` itself is
+    used up."""
+    biases = mean_biases(model, mask, blocks, run.stage("bias")) if config.bias else None
     fitted = None
     if config.refit:
         fitted = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
     fold_mask(model, mask)
+    if biases:
+        add_biases(model, biases)
     scales = None
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
@@ -267,7 +278,7 @@ def shrink(
             scales = learn_scales(model, blocks, settings, run.stage("calibrate"))
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
         _release(model)
-        model = _as_stored(config, mask, fitted)
+        model = _as_stored(config, mask, fitted, biases)
     if scales is not None:
         fold_scales(model, scales)
     return cast(model, stored_dtype)
@@ -305,7 +316,10 @@ def _release(model: Any) -> None:
 
 
 def _as_stored(
-    config: PruneConfig, mask: Mask, fitted: list[tuple[Tensor, Tensor]] | None
+    config: PruneConfig,
+    mask: Mask,
+    fitted: list[tuple[Tensor, Tensor]] | None,
+    biases: list[Tensor] | None,
 ) -> PreTrainedModel:
     """The pruned model from the weights on disk: a narrower dtype has rounded those in memory."""
     model, _ = load_model(
@@ -320,11 +334,15 @@ def _as_stored(
             for modules, (o_proj, down_proj) in zip(decoder_layers(model), fitted, strict=True):
                 modules.attention.o_proj.weight.copy_(o_proj)
                 modules.mlp.down_proj.weight.copy_(down_proj)
+    if biases:
+        add_biases(model, biases)
     return model
 
 
-def pruned_summary(config: PruneConfig, start: Start, mask: Mask) -> dict[str, Any]:
-    """All of grasp.json but the kept indices and the results."""
+def pruned_summary(
+    config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel
+) -> dict[str, Any]:
+    """All of the pruned `model`'s grasp.json but the kept indices and the results."""
     budget = config.budget
     obtained = {
         "kind": budget.kind,
@@ -333,7 +351,9 @@ def pruned_summary(config: PruneConfig, start: Start, mask: Mask) -> dict[str, A
         "obtained": budget.cost(mask.pruned_space()),
         "of": budget.cost(mask.space),
     }
-    return {**summary_of(config, start, mask), "budget": obtained}
+    summary = summary_of(config, start, mask)
+    summary["params"]["total_after"] = UnitSpace.of(model).total_params  # with biases, if any
+    return {**summary, "budget": obtained}
 
 
 def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -> dict[str, Any]:

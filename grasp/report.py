@@ -119,10 +119,11 @@ def how_made(summary: Summary) -> str:
     """Two sentences on the method and what it did not do."""
     recipe = summary["recipe"]
     method = "GRASPrune (arXiv 2604.19398)" if recipe["method"] == "learned" else recipe["method"]
-    refit = ", what stayed was refitted by least squares" if recipe["refit"] else ""
+    after = ", what stayed was refitted by least squares" if recipe["refit"] else ""
+    after += ", biases make up for the mean of what went" if recipe.get("bias") else ""
     return (
         f"Made by grasp {summary['grasp_version']}: FFN channels and KV groups were removed under "
-        f"a hard budget, chosen by {method}{refit}. Nothing was fine-tuned; the weights are dense."
+        f"a hard budget, chosen by {method}{after}. Nothing was fine-tuned; the weights are dense."
     )
 
 

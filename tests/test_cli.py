@@ -102,7 +102,7 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
         ),
         (
             ["prune", "MODEL", "--out=x", "--method=magic"],
-            "'magic' is not one of 'learned', 'fisher'",
+            "'magic' is not one of 'learned', 'free'",
         ),
         (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option: --kep"),
         (["plan", "MODEL", "--params=7X"], "'7X' is no number: write 3500000000, 3.5B or 120M"),

@@ -91,7 +91,7 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message", "code"),
     [
-        (["--methods=magic"], "--methods 'magic': choose from learned, fisher", 1),
+        (["--methods=magic"], "--methods 'magic': choose from learned, free", 1),
         (["--methods=fisher+magic"], "--methods 'fisher+magic': choose from learned", 1),
         (["--keep=0.5,2"], "--keep 2.0 is not a ratio: choose one in (0, 1]", 1),
         (["--keep=half"], "'half' is no number and no list: write 0.5 or 0.8,0.5", 2),
@@ -116,7 +116,8 @@ def test_command_line_with_tasks(call, tiny, text, tmp_path):
     ]
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (tmp_path / "piqa.validation.jsonl").write_text(lines)
-    options = ["--keep=0.5", "--seeds=0", "--methods=random", "--samples=4", "--seq-len=32"]
+    methods = "--methods=random,wanda++,flap+bias"
+    options = ["--keep=0.5", "--seeds=0", methods, "--samples=4", "--seq-len=32"]
     options += ["--scale-epochs=0", "--eval-windows=2", "--device=cpu", f"--calibration={text}"]
     options += [
         "--tasks=piqa",
@@ -126,6 +127,11 @@ def test_command_line_with_tasks(call, tiny, text, tmp_path):
     ]
     code, out, err = call("compare", tiny, *options)
     assert code == 0, err
-    assert "random" in out and "Mean of seeds 0 (least to most)" in out
+    assert (
+        "random" in out
+        and "wanda++" in out
+        and "flap+bias" in out
+        and "Mean of seeds 0 (least to most)" in out
+    )
     page = (tmp_path / "out" / "README.md").read_text()
     assert "## piqa, acc_norm" in page and "±" in page

@@ -1,0 +1,81 @@
+"""FLAP's biases: what they hold, that they help, who carries them and who is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import save_tiny, tiny_model
+
+import grasp
+from grasp.budget import Budget
+from grasp.compensate import add_biases, mean_biases
+from grasp.errors import GraspError
+from grasp.fold import fold_mask
+from grasp.projection import Projection
+from grasp.training import Journal
+from grasp.units import UnitSpace, decoder_layers
+
+BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
+SMALL = dict(samples=4, seq_len=32, eval_windows=2, device="cpu", method="flap", ffn_multiple=8)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_first_module_keeps_its_mean_output(biased):
+    """Its input is the dense model's: with the bias, its mean output is the dense one."""
+    model = tiny_model("llama", attention_bias=biased, mlp_bias=biased)
+    space = UnitSpace.of(model)
+    mask = Projection(space, Budget("keep", 0.5, 1)).mask(torch.rand(space.size))
+    pruned = copy.deepcopy(model)
+    fold_mask(pruned, mask)
+    add_biases(pruned, mean_biases(model, mask, BLOCKS, Journal()))
+
+    def mean_output(model):
+        seen = []
+        o_proj = decoder_layers(model)[0].attention.o_proj
+        with o_proj.register_forward_hook(lambda *x: seen.append(x[2])), torch.no_grad():
+            model(input_ids=BLOCKS)
+        return seen[0].mean((0, 1))
+
+    torch.testing.assert_close(mean_output(pruned), mean_output(model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_a_checkpoint_with_biases(tiny, text, tmp_path, layout, dtype):
+    # all KV groups in the uniform layout: LlamaConfig wants heads that divide the hidden size
+    groups = {"per-layer": 1, "uniform": 4}[layout]
+    options = dict(SMALL, layout=layout, kv_multiple=groups, dtype=dtype, calibration=text)
+    plain, ours = (grasp.prune(tiny, tmp_path / str(b), bias=b, **options) for b in (False, True))
+    assert plain.summary["mask_sha256"] == ours.summary["mask_sha256"]
+    values = [r.summary["results"]["pruned"]["value"] for r in (plain, ours)]
+    assert values[0] != values[1]
+    model, _ = grasp.load(ours.folder, device="cpu")
+    assert sum(p.numel() for p in model.parameters()) == ours.summary["params"]["total_after"]
+    assert ours.summary["params"]["total_after"] > plain.summary["params"]["total_after"]
+    assert model.model.layers[0].mlp.down_proj.bias.abs().max() > 0
+    assert not model.model.layers[0].mlp.up_proj.bias.any()
+    if dtype == "fp32":
+        assert grasp.verify(ours.folder).passed
+    assert "biases make up for the mean" in (ours.folder / "README.md").read_text()
+
+
+def test_who_cannot_carry_them(refused, tmp_path_factory, text):
+    model = save_tiny(tmp_path_factory.mktemp("qwen2") / "model", "qwen2")
+    options = [f"--calibration={text}", "--samples=4", "--seq-len=32", "--device=cpu"]
+    message = refused("prune", model, "--out=out", "--bias", "--method=flap", *options)
+    assert message.startswith("--bias: qwen2 has no class with biases in o_proj and down_proj")
+    message = refused("compare", model, "--out=out", "--methods=flap,flap+bias", *options)
+    assert message.startswith("--bias: qwen2 has no class")
+
+
+def test_a_layout_without_a_class_for_them_is_refused_at_once(refused, tiny, text):
+    options = [f"--calibration={text}", "--layout=uniform", "--bias", "--seq-len=32"]
+    message = refused("prune", tiny, "--out=out", *options, "--samples=4", "--device=cpu")
+    assert "no other stock class has its biases: use --layout per-layer" in message
+
+
+def test_not_with_refit(tiny, tmp_path):
+    with pytest.raises(GraspError, match="--refit and --bias make up for the same loss"):
+        grasp.prune(tiny, tmp_path / "out", bias=True, refit=True)

@@ -136,6 +136,9 @@ TasksData = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="First documents of each task only.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
+Record = Annotated[
+    bool, typer.Option("--record", help="Add it to MODEL's report.html, README.md and grasp.json.")
+]
 RemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 
 
@@ -372,6 +375,7 @@ def eval_command(
     bos: Annotated[bool, typer.Option(help="Put a BOS before each window.")] = False,
     batch_size: Annotated[int, typer.Option(help="Windows or answers per forward pass.")] = 1,
     device: Device = "auto",
+    record: Record = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -379,6 +383,8 @@ def eval_command(
     if not text and not tasks:
         raise typer.BadParameter("give --text, --tasks or both")
     _check_tasks(tasks, tasks_data, limit)
+    if record and not tasks:
+        raise typer.BadParameter("--record is for --tasks, which is not given")
     from grasp.evaluate import evaluate_text
     from grasp.run import memory_errors
     from grasp.zero_shot import evaluate_tasks
@@ -395,7 +401,9 @@ def eval_command(
         on_text: dict[str, Any] = dict(
             text_field=text_field, seq_len=seq_len, windows=windows, bos=bos
         )
-        on_tasks: dict[str, Any] = dict(against=against, data=tasks_data, limit=limit)
+        on_tasks: dict[str, Any] = dict(
+            against=against, data=tasks_data, limit=limit, record=record
+        )
         scores = evaluate_tasks(model, tasks, **on_tasks, **common) if tasks else None
         texts = [evaluate_text(name, text, **on_text, **common) for name in models if text]
     if as_json:
@@ -404,7 +412,7 @@ def eval_command(
     for name, result in zip(models, texts, strict=False):
         _line(f"{name}: {result}" if against else str(result))
     if scores:
-        table = Table("task", "metric", *map(escape, models))
+        table = Table(*map(escape, scores.head()))
         for row in scores.rows():
             table.add_row(*row)
         out_console.print(table)
@@ -430,6 +438,7 @@ def bench_command(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write a plot of tokens/s.")
     ] = None,
+    record: Record = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -447,13 +456,14 @@ def bench_command(
             dtype=dtype,
             device=device,
             plot=plot,
+            record=record,
             trust_remote_code=trust_remote_code,
             progress=lambda n, of: show({"stage": "bench", "step": n, "steps": of}),
         )
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
         return
-    table = Table("", *(escape(m.model) for m in result.models), *[""] * (against is not None))
+    table = Table(*map(escape, result.head()))
     for row in result.rows():
         table.add_row(*row)
     out_console.print(table)

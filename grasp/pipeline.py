@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
 import sys
@@ -23,7 +22,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp.budget import Budget, Layout
 from grasp.calibrate import learn_scales
-from grasp.checkpoint.hf import check_layout, environment, save_checkpoint, write_json
+from grasp.checkpoint.hf import check_layout, environment, save_checkpoint
 from grasp.compensate import add_biases, mean_biases, with_biases
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
@@ -34,9 +33,9 @@ from grasp.memory import memory_mode
 from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, pick_device
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
-from grasp.report import layer_figure, model_card, read_summary
-from grasp.report_page import report_page
-from grasp.run import Run, Show, disk_errors, memory_errors, open_run
+from grasp.report import read_summary
+from grasp.results import add_reports, add_results
+from grasp.run import Run, Show, memory_errors, open_run
 from grasp.select import select
 from grasp.training import TrainSettings
 from grasp.units import UnitSpace, decoder_layers
@@ -173,7 +172,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             summary = finish(pruned, mask, summary, start, part, run.checkpoint)
             summary["results"] |= {"dense": dense, "seconds": run.seconds()}
             add_results(run.checkpoint, summary)
-            _add_reports(run.checkpoint, summary, part.records())
+            add_reports(run.checkpoint, summary, part.records())
             part.log(event="finished", folder=str(run.out / name), **summary["results"])
             if name:
                 run.finish(name)
@@ -486,18 +485,3 @@ def _measure(
         windows=ruler.windows,
         progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
     ).to_json()
-
-
-def add_results(folder: Path, summary: dict[str, Any]) -> None:
-    """The whole grasp.json. Results come last: they are measured on what reads from disk."""
-    with disk_errors(folder):
-        stored = json.loads((folder / "grasp.json").read_text())
-        stored["results"] = summary["results"]
-        write_json(folder / "grasp.json", stored)
-
-
-def _add_reports(folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    with disk_errors(folder):
-        (folder / "README.md").write_text(model_card(summary), encoding="utf-8")
-        layer_figure(summary).savefig(folder / "layers.png", dpi=120)
-        (folder / "report.html").write_text(report_page(summary, records), encoding="utf-8")

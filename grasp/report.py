@@ -73,6 +73,19 @@ def how_measured(result: dict[str, Any]) -> str:
     )
 
 
+def weight_bytes(summary: Summary) -> tuple[int, int]:
+    """(dense, pruned), both in the dtype that the checkpoint is stored in."""
+    params, after = summary["params"], summary["results"]["weight_bytes"]
+    return after * params["total_before"] // params["total_after"], after
+
+
+def recorded(summary: Summary) -> list[tuple[str, dict[str, Any]]]:
+    """(title, what --record has stored) of the tasks and the speed that were measured since."""
+    titles = {"zero_shot": "Zero-shot tasks", "speed": "Speed"}
+    results = summary["results"]
+    return [(title, results[name]) for name, title in titles.items() if name in results]
+
+
 def model_card(summary: Summary) -> str:
     """README.md of a checkpoint, with the front matter that model hubs read."""
     recipe, budget = summary["recipe"], summary["budget"]
@@ -80,8 +93,17 @@ def model_card(summary: Summary) -> str:
     rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(summary)]
     layers = markdown_table(("layer", "FFN channels", "KV groups"), rows)
     settings = "\n".join(f"- {key}: `{value}`" for key, value in recipe.items())
+    measured = "".join(
+        f"## {title}\n\n{markdown_table(found['head'], found['rows'])}\n\n"
+        f"{found['measured_on']}\n\n"
+        for title, found in recorded(summary)
+    )
+    use = "\n\n".join(
+        f"{where}:\n\n```{language}\n{code}\n```" for where, language, code in how_to_run(summary)
+    )
     return f"""---
 library_name: transformers
+pipeline_tag: text-generation
 tags: [grasp, pruned]
 ---
 # {Path(summary["model"]).name}, pruned to {budget["obtained"] / budget["of"]:.2%}
@@ -92,11 +114,9 @@ tags: [grasp, pruned]
 
 {measured_on(summary)}
 
-## Use
+{measured}## Use
 
-```python
-{how_to_load(summary)}
-```
+{use}
 
 ## What was kept
 
@@ -127,14 +147,28 @@ def how_made(summary: Summary) -> str:
     )
 
 
-def how_to_load(summary: Summary) -> str:
-    """Python that loads the checkpoint: a stock class needs nothing of ours."""
+def how_to_run(summary: Summary) -> list[tuple[str, str, str]]:
+    """(where, language, code) for each runtime. A stock class needs nothing of ours."""
     ours = summary["results"]["architecture"].startswith("Grasp")
     first = "import grasp  # or pass trust_remote_code=True to both calls below\n" if ours else ""
-    return f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+    load = f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")"""
+    serve = "vllm serve PATH"
+    if ours:
+        serve += "  # with grasp installed beside it, or with --trust-remote-code"
+    gguf = """grasp export PATH --to gguf --out model.gguf
+llama-server -m model.gguf"""
+    ways = [
+        ("In transformers", "python", load),
+        ("In vLLM", "sh", serve),
+        ("In llama.cpp, where it can compute this family", "sh", gguf),
+    ]
+    if ours:
+        uniform = "grasp export PATH --to hf-uniform --out FOLDER"
+        ways.append(("In anything else, as a stock model padded with zeros", "sh", uniform))
+    return [*ways, ("To check it", "sh", "grasp verify PATH")]
 
 
 def layer_figure(summary: Summary) -> Figure:

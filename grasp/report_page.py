@@ -10,13 +10,23 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from grasp.report import Summary, how_made, how_to_load, layer_figure, measured_on, size_rows
+from grasp.report import (
+    Summary,
+    how_made,
+    how_to_run,
+    layer_figure,
+    measured_on,
+    recorded,
+    size_rows,
+    weight_bytes,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2733; --soft: #667085; --line: #e4e7ec; --page: #fff;
-  --accent: #2f6f9f }
+  --accent: #2f6f9f; --other: #c3c9d2 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #344054; --page: #14181f; --accent: #6fb1e0 }
+  :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #344054; --page: #14181f; --accent: #6fb1e0;
+    --other: #475467 }
 }
 body { margin: 0 auto; max-width: 58rem; padding: 2.5rem 1.25rem 4rem; background: var(--page);
   color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
@@ -33,13 +43,16 @@ figure { margin: 0; background: #fff }
 figure svg { width: 100%; height: auto; display: block }
 figcaption { color: #667085; font-size: .9rem }
 table { border-collapse: collapse; width: 100%; font-size: .92rem }
-td { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere }
+td, th { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  text-align: left; overflow-wrap: anywhere }
+th { color: var(--soft); font-weight: normal }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .6rem 1rem;
+  align-items: center; font-size: .92rem }
+.bars .bar { margin: .15rem 0; height: .55rem; background: none }
+.bars .bar + .bar i { background: var(--other) }
 pre { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto;
   font-size: .88rem }
 """
-SHELL = """grasp verify PATH
-grasp export PATH --to gguf --out model.gguf"""
 
 
 def report_page(summary: Summary, records: Sequence[dict[str, Any]]) -> str:
@@ -58,13 +71,14 @@ def report_page(summary: Summary, records: Sequence[dict[str, Any]]) -> str:
 <p class="soft">{escape(how_made(summary))}</p>
 <div class="tiles">{"".join(_tile(*row) for row in size_rows(summary))}</div>
 <p class="soft">{escape(measured_on(summary))}</p>
+<h2>Size and speed</h2>
+{_bars(summary)}
+{"".join(_recorded(*found) for found in recorded(summary))}
 <h2>What was kept</h2>
 <figure>{_svg(layer_figure(summary))}</figure>
 {_learning(records)}
 <h2>Use it</h2>
-<pre>{escape(how_to_load(summary))}</pre>
-<p class="soft">Check it, and write it for llama.cpp:</p>
-<pre>{SHELL}</pre>
+{"".join(_code(where, code) for where, _, code in how_to_run(summary))}
 <h2>Recipe</h2>
 <p class="soft">Calibrated on {escape(calibration["name"])}: {calibration["tokens"]:,} tokens read,
 {recipe["samples"]} blocks of {recipe["seq_len"]} used.</p>
@@ -82,6 +96,50 @@ def _tile(what: str, dense: str, pruned: str, ratio: str) -> str:
         f'<div class="tile"><span class="soft">{escape(what)}</span><b>{pruned}</b>'
         f'<span class="soft">dense {dense} · {ratio}</span>{share}</div>'
     )
+
+
+def _bars(summary: Summary) -> str:
+    """Pairs of bars, pruned above dense: bytes, and tokens per second where they were recorded."""
+    cache = summary["kv_cache_bytes_per_token"]
+    dense, pruned = weight_bytes(summary)
+    bars = [
+        _pair("weights", pruned, dense, "bytes"),
+        _pair("KV cache of a token", cache["after"], cache["before"], "bytes"),
+    ]
+    speed = summary["results"].get("speed")
+    if speed and len(speed["models"]) > 1:
+        for phase in ("prefill", "decode"):
+            for case in speed["cases"]:
+                shape = f"{phase}, {case['batch_size']} x {case['prompt_len']}"
+                ours, theirs = case[phase]["tokens_per_second"]
+                bars.append(_pair(shape, ours, theirs, "tokens/s"))
+    return f"""<div class="bars">{"".join(bars)}</div>
+<p class="soft">Blue: pruned; grey: dense.</p>"""
+
+
+def _pair(what: str, pruned: float, dense: float, unit: str) -> str:
+    widths = [100 * value / max(pruned, dense) for value in (pruned, dense)]
+    bars = "".join(f'<div class="bar"><i style="width: {w:.2f}%"></i></div>' for w in widths)
+    return (
+        f"<span>{escape(what)}</span><div>{bars}</div>"
+        f'<span>{pruned:,.0f} {unit}<br><span class="soft">dense {dense:,.0f} · '
+        f"{pruned / dense:.2f} x</span></span>"
+    )
+
+
+def _recorded(title: str, found: dict[str, Any]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in found["head"])
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in found["rows"]
+    )
+    return f"""<h2>{title}</h2>
+<table><tr>{head}</tr>{rows}</table>
+<p class="soft">{escape(found["measured_on"])}</p>
+"""
+
+
+def _code(where: str, code: str) -> str:
+    return f'<p class="soft">{escape(where)}:</p><pre>{escape(code)}</pre>'
 
 
 def _row(key: str, value: Any) -> str:

@@ -80,24 +80,14 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """The log so far, of a part without what belongs to others."""
-        return [r for r in self._log() if self._part is None or r.get("part") in (None, self._part)]
-
-    def _log(self) -> list[dict[str, Any]]:
-        """A last line cut off by a crash is left out."""
-        records = []
-        for line in (self.folder / "log.jsonl").read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        return read_log(self.folder / "log.jsonl", self._part)
 
     def seconds(self) -> float:
         """How long the run has worked, or up to its last record a part of it; the time that it lay
         stopped does not count."""
         worked = [
             b["time"] - a["time"]
-            for a, b in pairwise([*self._log(), {"time": time.time()}])
+            for a, b in pairwise([*read_log(self.folder / "log.jsonl"), {"time": time.time()}])
             if b.get("event") != "resumed" and self._part in (None, b.get("part"))
         ]
         return round(sum(worked), 1)
@@ -122,6 +112,18 @@ class Run:
             _sync_all(result)
             os.rename(result, self.out)
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps the open lock
+
+
+def read_log(file: Path, part: str | None = None) -> list[dict[str, Any]]:
+    """The records of a log, of a part without what belongs to others. No file is no record, and a
+    last line cut off by a crash is left out."""
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [r for r in records if part is None or r.get("part") in (None, part)]
 
 
 @contextmanager

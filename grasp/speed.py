@@ -16,6 +16,8 @@ from grasp.config import Dtype
 from grasp.data import Progress
 from grasp.errors import GraspError
 from grasp.models import pick_device
+from grasp.report import read_summary
+from grasp.results import add_measured
 from grasp.run import disk_errors, memory_errors
 from grasp.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
 
@@ -72,6 +74,9 @@ class Bench:
     settings: dict[str, Any]
     versions: dict[str, str]
 
+    def head(self) -> tuple[str, ...]:
+        return ("", *(model.model for model in self.models), *[""] * (len(self.models) > 1))
+
     def rows(self) -> list[tuple[str, ...]]:
         """(what, each model's, ratio if there are two) for a table."""
         sizes: list[tuple[str, Sequence[float]]] = [
@@ -124,6 +129,7 @@ def bench(
     device: str = "auto",
     plot: str | Path | None = None,
     trust_remote_code: bool = False,
+    record: bool = False,
     progress: Progress | None = None,
 ) -> Bench:
     """Time `model`, and `against` if given, in every batch size with every prompt length.
@@ -132,7 +138,8 @@ def bench(
     through the model's own forward and cache; the models take turns, in alternating order, after a
     warm-up each. Both are in memory at the same time. `dtype` is that of models in transformers
     (auto: bf16 on a GPU, fp32 on a CPU); a GGUF file has its own, and a cache in f16. `plot` names
-    a PNG of tokens per second.
+    a PNG of tokens per second. `record` adds the result to the files of `model`, a checkpoint of
+    grasp.
 
     Raises GraspError: a model that does not load, numbers it cannot take, a cache with which it
     computes something else, no llama.cpp for a .gguf file, memory that runs out.
@@ -148,6 +155,8 @@ def bench(
             given = ",".join(map(str, counts)) or "is empty"
             raise GraspError(f"{option} {given}: choose whole numbers from 1")
     plot = _plot_path(plot)
+    if record:
+        read_summary(Path(model))
     names = [model] if against is None else [model, against]
     device = pick_device(device)
     longest = max(prompt_lens) + tokens
@@ -200,6 +209,8 @@ def bench(
     if plot:
         with disk_errors(plot):
             _plot(result, plot)
+    if record:
+        add_measured(Path(model), "speed", result)
     return result
 
 

@@ -23,6 +23,8 @@ import torch
 from grasp.data import Progress, json_records
 from grasp.errors import GraspError
 from grasp.models import load_model, pick_device, resolve
+from grasp.report import read_summary
+from grasp.results import add_measured
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # lm-eval's own, for drawing few-shot examples
@@ -59,6 +61,9 @@ class ZeroShot:
     tasks: dict[str, dict[str, Any]]  # version, few_shot, documents, ..._available, data, sha256
     settings: dict[str, Any]
     versions: dict[str, str]
+
+    def head(self) -> tuple[str, ...]:
+        return ("task", "metric", *(model.model for model in self.models))
 
     def rows(self) -> list[tuple[str, ...]]:
         """(task, metric, score of each model) for a table."""
@@ -106,6 +111,7 @@ def evaluate_tasks(
     batch_size: int = 1,
     device: str = "auto",
     trust_remote_code: bool = False,
+    record: bool = False,
     progress: Progress | None = None,
 ) -> ZeroShot:
     """Score `model`, and `against` if given, on tasks of lm-eval ("piqa,arc_easy" or a list).
@@ -113,7 +119,8 @@ def evaluate_tasks(
     `data` is a folder of local documents, for the tasks of grasp/tasks; without it they come from
     the hub and any task of lm-eval may be named. `limit` takes the first so many documents of each.
     Models load as everywhere in grasp, in fp32 on a CPU and as stored on a GPU; log-probabilities
-    are fp32 on both. No chat template is used.
+    are fp32 on both. No chat template is used. `record` adds the scores to the files of `model`, a
+    checkpoint of grasp.
 
     Raises GraspError: lm-eval is not installed, an unknown task, documents that are missing,
     damaged or too long, a model that does not load or whose scores are not numbers.
@@ -127,12 +134,14 @@ def evaluate_tasks(
     models = [name for name in (model, against) if name is not None]
     for name in models:
         resolve(name)  # a mistyped one fails before anything is fetched
+    if record:
+        read_summary(Path(model))
     with _reported(progress):
         loaded = _load_tasks([name.strip() for name in names], data)
         results = [
             _evaluate(name, loaded, limit, batch_size, device, trust_remote_code) for name in models
         ]
-    return ZeroShot(
+    scores = ZeroShot(
         models=tuple(scores for scores, _ in results),
         tasks={
             name: _describe(name, task, results[0][1], data)
@@ -148,6 +157,9 @@ def evaluate_tasks(
         },
         versions={package: version(package) for package in VERSIONS},
     )
+    if record:
+        add_measured(Path(model), "zero_shot", scores)
+    return scores
 
 
 def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from test_zero_shot import PIQA, write
 
+import grasp
 from grasp.report_page import report_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -35,7 +38,7 @@ SUMMARY = {
     },
     "kv_cache_bytes_per_token": {"before": 64, "after": 48},
     "widths": {"before": [[96, 4], [96, 4]], "after": [[40, 2], [56, 4]]},
-    "results": {"architecture": "GraspLlamaForCausalLM"},
+    "results": {"architecture": "GraspLlamaForCausalLM", "weight_bytes": 2800},
 }
 RECORDS = [
     {"event": "started"},
@@ -84,6 +87,49 @@ def test_what_was_not_learned_or_measured_is_not_drawn():
     assert "2.00 x" in text and "words.txt, split test, 3 windows of 16 tokens" in text
     measured["results"]["architecture"] = "LlamaForCausalLM"
     assert "trust_remote_code" not in Reader(report_page(measured, RECORDS)).text
+
+
+def test_sizes_are_those_of_the_weights():
+    text = Reader(report_page(SUMMARY, RECORDS)).text
+    assert "2,800 bytes" in text and "dense 4,800 · 0.58 x" in text
+    assert "tokens/s" not in text and "Zero-shot" not in text
+
+
+def test_recorded_results_are_in_every_file(call, tiny, text, tmp_path):
+    out = tmp_path / "out"
+    options = dict(method="random", scale_epochs=0, samples=8, seq_len=32, eval_windows=1)
+    grasp.prune(tiny, out, calibration=text, device="cpu", **options)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    write(tmp_path, "piqa.validation", PIQA)
+    common = [out, "--against", tiny, "--device=cpu", "--record"]
+    shape = ["--batch-sizes=2", "--prompt-lens=6", "--tokens=2", "--repetitions=2"]
+    for command in (
+        ["eval", *common, "--tasks=piqa", "--tasks-data", tmp_path],
+        ["bench", *common, *shape],
+        ["bench", *common, *shape],  # the second takes the place of the first
+    ):
+        code, _, err = call(*command)
+        assert code == 0, err
+
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    changed = {name for name in after if after[name] != before[name]}
+    assert after.keys() == before.keys() and changed == {"README.md", "grasp.json", "report.html"}
+    stored = json.loads(after["grasp.json"])
+    assert stored.pop("results").items() >= json.loads(before["grasp.json"])["results"].items()
+    assert stored.items() <= json.loads(before["grasp.json"]).items()
+    page = Reader(after["report.html"].decode())
+    assert page.tags.count("svg") == 1  # nothing was learned
+    for shown in (page.text, after["README.md"].decode()):
+        assert "acc_norm" in shown and "prefill 2 x 6" in shown and "lm-eval" in shown
+        assert shown.count("Speed: batch x prompt") == 1
+    assert "prefill, 2 x 6" in page.text and "tokens/s" in page.text
+
+
+def test_only_a_checkpoint_has_a_record(refused, tiny):
+    assert "is not a checkpoint of grasp" in refused("bench", tiny, "--device=cpu", "--record")
+    assert refused("eval", tiny, "--text=x.txt", "--record", code=2) == (
+        "Invalid value: --record is for --tasks, which is not given"
+    )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

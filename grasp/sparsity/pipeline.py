@@ -15,7 +15,6 @@ from grasp.config import SparsifyConfig
 from grasp.errors import GraspError
 from grasp.models import cast, pick_device
 from grasp.pipeline import (
-    add_results,
     finish,
     load_dense,
     measure_dense,
@@ -24,6 +23,7 @@ from grasp.pipeline import (
 )
 from grasp.projection import Mask
 from grasp.report import read_summary
+from grasp.results import add_results
 from grasp.run import Run, Show, memory_errors, open_run
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import method_of

@@ -18,7 +18,8 @@ from grasp.training import Journal
 from grasp.units import UnitSpace, decoder_layers
 
 BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
-SMALL = dict(samples=4, seq_len=32, eval_windows=2, device="cpu", method="flap", ffn_multiple=8)
+SMALL = dict(samples=4, seq_len=32, eval_windows=2, device="cpu", method="flap")
+SMALL |= dict(keep=0.8, ffn_multiple=8)
 
 
 @pytest.mark.parametrize("biased", [False, True])

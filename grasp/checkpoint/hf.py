@@ -128,7 +128,7 @@ def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> 
     least = space.resized([(budget.ffn_multiple, budget.kv_multiple)] * len(space.layers))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(config, least)[0])
-    if UnitSpace.of(model).layers != least.layers:
+    if [_widths(n) for n in UnitSpace.of(model).layers] != [_widths(n) for n in least.layers]:
         raise GraspError(f"{type(model).__name__} does not take the widths that its config names")
 
 

@@ -68,6 +68,32 @@ QWEN25_7B = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
+PHI_4 = {
+    "model_type": "phi3",
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "vocab_size": 100352,
+}
+GEMMA_2_2B = {
+    "model_type": "gemma2",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 256000,
+}
+GEMMA_3_1B = GEMMA_2_2B | {
+    "model_type": "gemma3_text",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "vocab_size": 262144,
+}
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
 
 
@@ -120,6 +146,9 @@ def test_a_config_with_per_layer_widths(tmp_path, family):
         (LLAMA_31_8B, 8_030_261_248),
         (QWEN3_8B, 8_190_735_360),
         (QWEN25_7B, 7_615_616_512),
+        (PHI_4, 14_659_507_200),
+        (GEMMA_2_2B, 2_614_341_888),
+        (GEMMA_3_1B, 999_885_952),
         (SMOLLM2, 134_515_008),
     ],
 )

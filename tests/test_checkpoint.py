@@ -346,11 +346,11 @@ def test_verify_both_ways_in_fresh_processes(checkpoint):
 
 
 def test_verify_a_stock_checkpoint(tmp_path):
-    save(*pruned("llama", EVEN), tmp_path / "out")
+    save(*pruned("phi3", EVEN), tmp_path / "out")
     report = verify(tmp_path / "out")
     assert report.passed, failures(report)
     details = {check.name: check.detail for check in report.checks}
-    assert details["loads as the stock class"] == "modeling_llama.LlamaForCausalLM"
+    assert details["loads as the stock class"] == "modeling_phi3.Phi3ForCausalLM"
 
 
 def tampered(checkpoint, tmp_path, change):

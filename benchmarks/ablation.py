@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import published
-from benchmarks.gate_step import machine
+from benchmarks.gate_training import machine
 from grasp.budget import Budget
 from grasp.calibrate import learn_scales
 from grasp.config import PruneConfig

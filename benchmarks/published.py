@@ -6,7 +6,8 @@ every step computes them for all weights; units are sorted by probability with t
 position; floors are added after the cut, beyond the budget, and every layer is asked on the host.
 grasp does none of this. Where the description leaves a choice, the cheaper one is taken: one score
 vector for all layers, two syncs a layer (the public code makes about six), and weight gradients
-that are dropped after each step, not summed. For families with Llama's attention, biased or not.
+that are dropped after each step, not summed. For families with Llama's attention, with or without
+biases (Qwen2) and norms on q and k (Qwen3).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from grasp.budget import Budget
 from grasp.calibrate import scale
-from grasp.errors import GraspError
 from grasp.gating import gated
 from grasp.projection import Mask
 from grasp.training import Journal, TrainSettings, next_token_loss, train_gates
@@ -122,13 +122,8 @@ def unit_costs(
 
 @contextmanager
 def training(model: PreTrainedModel, keep: float) -> Iterator[Trainer]:
-    """Patch this instance for a training, and take everything off again on leaving.
-
-    Raises GraspError for attention that is not Llama's.
-    """
+    """Patch this instance for a training, and take everything off again on leaving."""
     layers = decoder_layers(model)
-    if hasattr(layers[0].attention, "q_norm"):
-        raise GraspError("the published form here has no norms on q and k: choose another model")
     for m in layers:
         m.mlp.forward = partial(_ffn_forward, m.mlp)
         m.attention.forward = partial(_attention_forward, m.attention)
@@ -164,7 +159,10 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (p(hidden_states).view(heads).transpose(1, 2) for p in projections)
+    q, k, v = (p(hidden_states).view(heads) for p in projections)
+    if hasattr(attention, "q_norm"):  # Qwen3
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     gate = attention.published_gate[:, None, None]
     out, _ = sdpa_attention_forward(

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.ablation import RESULTS, write
-from benchmarks.gate_step import machine
+from benchmarks.gate_training import machine
 from grasp.data import read_corpus, token_blocks
 from grasp.evaluate import perplexity
 from grasp.models import load_model, pick_device

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.ablation import RESULTS, span, write
-from benchmarks.gate_step import machine
+from benchmarks.gate_training import machine
 from grasp.config import SparseMethod, SparsifyConfig
 from grasp.data import read_corpus, token_blocks
 from grasp.evaluate import perplexity

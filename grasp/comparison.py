@@ -41,7 +41,7 @@ from grasp.pipeline import (
 )
 from grasp.projection import Projection
 from grasp.run import Run, Show, disk_errors, peak_memory, reset_peak_memory
-from grasp.select import select
+from grasp.select import REWRITING, select
 from grasp.zero_shot import evaluate_tasks
 
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
@@ -67,9 +67,13 @@ class Cell:
     def choice(self) -> str:
         """What its scores depend on."""
         method, seed = self.config.method, self.config.seed
-        if method == "learned":
+        if method == "learned" or self.rewrites:
             return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
         return f"choice of {method}, seed {seed}"
+
+    @property
+    def rewrites(self) -> bool:
+        return self.config.method in REWRITING
 
 
 @dataclass(frozen=True)
@@ -185,24 +189,27 @@ class _Grid:
     def measure(self, cell: Cell) -> dict[str, Any]:
         return self._run.part(cell.name).remember("result", partial(self._measure, cell))
 
-    def _choose(self, cell: Cell, projection: Projection, blocks: Tensor) -> tuple[Tensor, Cost]:
+    def _choose(
+        self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
+    ) -> tuple[Tensor, Cost]:
         """Scores of all units, and what they cost."""
-        if cell.choice not in self._chosen:
+        if cell.rewrites or cell.choice not in self._chosen:
             part = self._run.part(cell.choice)
             reset_peak_memory()
-            with memory_mode(self._dense, cell.config):
-                scores = select(self._dense, projection, blocks, cell.config, part.stage)
+            with memory_mode(model, cell.config):
+                scores = select(model, projection, blocks, cell.config, part.stage)
             self._chosen[cell.choice] = scores, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.choice]
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         config, run, part = cell.config, self._run, self._run.part(cell.name)
         blocks, projection = self._start.blocks(config), self._start.projection(config)
-        scores, choosing = self._choose(cell, projection, blocks)
+        model = copy.deepcopy(self._dense) if cell.rewrites else self._dense
+        scores, choosing = self._choose(cell, model, projection, blocks)
         mask = projection.mask(scores)
         reset_peak_memory()
-        dense = copy.deepcopy(self._dense)
-        pruned = shrink(dense, mask, blocks, config, self._start.stored_dtype, part)
+        model = model if cell.rewrites else copy.deepcopy(model)
+        pruned = shrink(model, mask, blocks, config, self._start.stored_dtype, part)
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
         summary = pruned_summary(config, self._start, mask, pruned)

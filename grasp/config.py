@@ -15,6 +15,7 @@ Method = Literal[
     "fisher",
     "taylor",
     "output-approximation",
+    "greedy-output-approximation",
     "flap",
     "wanda-sp",
     "wanda++",

@@ -36,7 +36,7 @@ from grasp.refit import refit
 from grasp.report import read_summary
 from grasp.results import add_reports, add_results
 from grasp.run import Run, Show, memory_errors, open_run
-from grasp.select import select
+from grasp.select import REWRITING, select
 from grasp.training import TrainSettings
 from grasp.units import UnitSpace, decoder_layers
 
@@ -111,6 +111,8 @@ def prune_each(
     config = configure(model, budget, options)
     if as_published:
         config = config.as_published()
+    if config.method in REWRITING:
+        raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
     with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
         return _prune(
             config, {f"keep-{part}": replace(config.budget, asked=part) for part in asked}, run
@@ -214,6 +216,12 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
     config.budget.limit(space)
     saved_as = with_biases(model.config) if config.bias else model.config
     check_layout(saved_as, space, config.budget)
+    working = working_dtype(config)
+    if config.method in REWRITING and torch.promote_types(working, model.dtype) != working:
+        raise GraspError(
+            f"--method {config.method} rewrites weights, which {config.dtype} would round: use "
+            "--dtype fp32"
+        )
 
 
 def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, Any]:

@@ -67,23 +67,28 @@ def refit(
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     """The ridge solution on columns `kept` (int64) of `linear.weight` [out, in], in place.
 
-    gram: [in, in]. Solved in fp64; a factorisation that fails is tried again with ten times the
-    ridge, twice. Returns the columns in fp32. Raises GraspError where the Gram matrix is not finite
-    or has no factorisation.
+    gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve`.
     """
-    if not gram.isfinite().all():
-        raise GraspError("activations are not finite: use --dtype fp32, or leave --refit out")
     known = gram[kept].double()
-    among = known[:, kept]
-    # a channel that is never active gets a weight of 0
-    power = among.diagonal().clamp(min=gram.diagonal().mean() * 1e-9 + torch.finfo().tiny)
-    for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
-        factor, failed = torch.linalg.cholesky_ex(among + torch.diag(ridge * power))
-        if not failed:
-            break
-    else:
-        raise GraspError("refit found no solution: give more --samples, or leave --refit out")
-    columns = torch.cholesky_solve(known @ linear.weight.double().T, factor).T.float()
+    target = known @ linear.weight.double().T
+    columns = ridge_solve(known[:, kept], gram.diagonal().mean(), target).T.float()
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns
+
+
+def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
+    """(gram + D)^-1 target, fp64 [in, out], with D the ridge; gram: fp64 [in, in].
+
+    `power` is what a channel has on average. A factorisation that fails is tried again with ten
+    times the ridge, twice. Raises GraspError where gram is not finite or has no factorisation.
+    """
+    if not gram.isfinite().all():
+        raise GraspError("activations are not finite: use --dtype fp32, or leave --refit out")
+    # a channel that is never active gets a weight of 0
+    own = gram.diagonal().clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
+    for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge * own))
+        if not failed:
+            return torch.cholesky_solve(target, factor)
+    raise GraspError("refit found no solution: give more --samples, or leave --refit out")

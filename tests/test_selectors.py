@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import get_args
 
@@ -12,9 +13,11 @@ from families import save_tiny, tiny_model
 import grasp
 from grasp.budget import Budget
 from grasp.config import Method
+from grasp.fold import fold_mask
 from grasp.projection import Projection
-from grasp.select import CRITERIA
+from grasp.select import CRITERIA, REWRITING
 from grasp.select.activations import Moments, channel_moments, uniform_ratio
+from grasp.select.greedy_output_approximation import prune_greedily
 from grasp.training import Journal, next_token_loss
 from grasp.units import UnitSpace, decoder_layers
 
@@ -190,6 +193,40 @@ def test_wanda_plus_plus(family):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_greedy_output_approximation_recovers_and_cuts_as_it_goes(family):
+    dense, model = tiny_model(family), tiny_model(family)
+    space = UnitSpace.of(model)
+    projection = Projection(space, Budget("keep", 0.5, ffn_multiple=8))
+    blocks = torch.randint(3, 250, (24, 32), generator=torch.Generator().manual_seed(1))
+    found = prune_greedily(model, projection, blocks, Journal())
+    mask = projection.mask(found)
+    for modules, (ffn, kv) in zip(decoder_layers(model), mask.layers(), strict=True):
+        zero = (modules.mlp.down_proj.weight == 0).all(0)
+        assert torch.equal((~zero).nonzero().flatten(), ffn)  # what was cut is what the mask cuts
+        heads = (modules.attention.o_proj.weight == 0).all(0).view(4, -1).all(1)
+        assert torch.equal((~heads).nonzero().flatten(), kv)
+        assert len(ffn) == 48 and len(kv) == 2  # half of every module
+
+    def far(pruned):
+        with torch.no_grad():
+            return (pruned(input_ids=blocks).logits - dense(input_ids=blocks).logits).norm()
+
+    plain = copy.deepcopy(dense)
+    fold_mask(plain, mask)
+    assert far(model) < 0.9 * far(plain)  # the same units, without recovery
+
+
+def test_greedy_output_approximation_without_pruning_is_the_dense_model():
+    """Inputs are then the dense ones, and nothing is left to fit."""
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    projection = Projection(UnitSpace.of(model), Budget("keep", 1.0, 1))
+    blocks = torch.randint(3, 250, (24, 64), generator=torch.Generator().manual_seed(1))
+    prune_greedily(model, projection, blocks, Journal())
+    for a, b in zip(model.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_free_scores_know_no_budget(tiny, text, tmp_path):
     """They learn on the dense model, with every gate open, and are those of any budget."""
     options = dict(samples=4, seq_len=32, epochs=2, scale_epochs=0, eval_windows=2, device="cpu")
@@ -295,10 +332,11 @@ def test_every_method_prunes(method, tiny, biased, text, tmp_path):
     assert grasp.load(result.folder)[0] is not None
     stage = [r for r in records if r.get("stage") == method]
     if method not in ("learned", "free", "magnitude", "random"):
-        steps = 3 if method == "wanda++" else 4  # layers, or samples
+        by_layer = method in ("wanda++", *REWRITING)
+        steps = 3 if by_layer else 4  # samples
         assert [r["step"] for r in stage] == list(range(1, steps + 1))
         assert all(r["loss"] > 0 and r["tokens_per_second"] > 0 for r in stage)
 
 
 def test_every_method_is_listed():
-    assert {*CRITERIA, "learned", "free", "random"} == set(get_args(Method))
+    assert {*CRITERIA, *REWRITING, "learned", "free", "random"} == set(get_args(Method))

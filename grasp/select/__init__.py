@@ -14,6 +14,7 @@ from grasp.config import PruneConfig
 from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
 from grasp.select.flap import flap_scores
+from grasp.select.greedy_output_approximation import prune_greedily
 from grasp.select.learned import LearnSettings, learn_scores
 from grasp.select.magnitude import magnitude_scores
 from grasp.select.output_approximation import output_approximation_scores
@@ -40,6 +41,7 @@ CRITERIA = {
     "wanda++": Criterion(wanda_plus_plus_scores),
     "magnitude": Criterion(lambda model, space, *_: magnitude_scores(model, space), 0),
 }
+REWRITING = ("greedy-output-approximation",)  # methods that fit weights while they choose
 
 
 def select(
@@ -51,7 +53,8 @@ def select(
 ) -> Tensor:
     """Scores of all units by `config.method`, fp32 [units]; blocks int64 [samples, seq_len].
 
-    `stage(name)` gives the journal of a stage, so that each can be resumed.
+    Methods in `REWRITING` also fit the weights of `model`, for this budget alone. `stage(name)`
+    gives the journal of a stage, so that each can be resumed.
     """
     space = projection.space
 
@@ -64,6 +67,8 @@ def select(
         return drawn.to(model.device)
     if config.method in CRITERIA:
         return ranked(config.method)
+    if config.method == "greedy-output-approximation":
+        return prune_greedily(model, projection, blocks, stage(config.method))
     equal = torch.zeros(space.size, device=model.device)
     start = ranked("fisher") if config.start == "fisher" else equal
     settings = LearnSettings(

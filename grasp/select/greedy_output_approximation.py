@@ -1,0 +1,147 @@
+"""Greedy Output Approximation with its recovery: each module is refitted, scored and cut in turn.
+
+Source: Li, Dong, Lei (arXiv 2407.19126). In depth order, on what the pruned modules before it give:
+the first level of a module (q, k, v or gate, up) is fitted by least squares to the dense model's
+own outputs; then, on the inputs that follow from that, its second level (o_proj or down_proj); then
+its units are scored by their second moment (see output_approximation.py) and the lowest dropped, at
+the same ratio in every module. Heads become KV groups. Left out: head similarity, and leaving the
+blocks at both ends whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.fold import expand
+from grasp.layerwise import first_hidden, inputs_of, layer_options
+from grasp.projection import Projection
+from grasp.refit import ridge_solve
+from grasp.select.activations import uniform_ratio
+from grasp.training import Journal, finite_mean
+from grasp.units import Rows, decoder_layers
+
+
+@torch.no_grad()
+def prune_greedily(
+    model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """Scores fp32 [units] that `projection` turns into what was cut; blocks int64 [samples, len].
+
+    `model` keeps the recovered weights, with zeros in the dropped columns of o_proj and down_proj.
+    In memory at one time, besides: a dense decoder layer, the hidden states of all samples with and
+    without pruning, and two Gram matrices. Interrupted, it begins anew. Raises GraspError where
+    activations are not finite.
+    """
+    space = projection.space
+    sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+    # the scores are those of equal ratios whatever the order, so it is known how many units stay
+    ladder = uniform_ratio([torch.arange(n, device=model.device) for n in sizes])
+    kept = [int(part.sum()) for part in projection(ladder).split(sizes)]
+    scores = [torch.empty_like(rungs) for rungs in ladder.split(sizes)]
+    options, layers = layer_options(model, blocks[:1]), model.get_decoder().layers
+    dense = first_hidden(model, blocks)
+    pruned = dense.clone()
+
+    def cut(linear: nn.Linear, raw: Tensor, module: int) -> None:
+        order = raw.argsort(stable=True)
+        scores[module][order] = ladder.split(sizes)[module]
+        dropped = order[: len(order) - kept[module]]
+        linear.weight[:, expand(dropped, linear.in_features // len(raw))] = 0
+
+    for index, (layer, modules) in enumerate(zip(layers, decoder_layers(model), strict=True)):
+        pair = _Pair.of(layer, options[index], pruned, dense)
+        o_proj, down_proj = modules.attention.o_proj, modules.mlp.down_proj
+
+        pair.recover([modules.q.linear, modules.k.linear, modules.v.linear])
+        x = pair.recover([o_proj])
+        added = o_proj.weight.float().square().sum(0) * x.second_moment
+        cut(o_proj, added.view(space.layers[index].kv_groups, -1).sum(1), 2 * index + 1)
+
+        x = pair.recover([modules.gate.linear, modules.up.linear])
+        gate, up = (x.second_moment_after(rows) for rows in (modules.gate, modules.up))
+        pair.recover([down_proj])
+        down = down_proj.weight.float().square().sum(0)
+        cut(down_proj, down * up * down * gate / 2, 2 * index)
+
+        error = finite_mean([pair.advance()], index + 1)
+        journal.progress(index + 1, len(layers), error, blocks.numel())
+    return torch.cat(scores)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What entered a linear on all samples, in the pruned model."""
+
+    gram: Tensor  # fp32 [in, in]
+    total: Tensor  # fp32 [in]
+    tokens: int
+
+    @property
+    def second_moment(self) -> Tensor:
+        return self.gram.diagonal() / self.tokens
+
+    def second_moment_after(self, rows: Rows) -> Tensor:
+        """E[y^2] of a projection's outputs y."""
+        weight = rows.weight.float()
+        squares = (weight @ self.gram * weight).sum(1) / self.tokens
+        if rows.bias is None:
+            return squares
+        bias = rows.bias.float()
+        return squares + 2 * bias * (weight @ self.total) / self.tokens + bias**2
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A decoder layer that is being pruned, and its dense copy, each on its own inputs."""
+
+    layer: nn.Module
+    copy: nn.Module
+    kwargs: dict[str, Any]
+    pruned: Tensor  # [samples, len, hidden]
+    dense: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module, kwargs: dict[str, Any], pruned: Tensor, dense: Tensor) -> _Pair:
+        return cls(layer, copy.deepcopy(layer), kwargs, pruned, dense)
+
+    def run(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: layer(x, **self.kwargs)
+
+    def recover(self, linears: list[nn.Linear]) -> _Inputs:
+        """Fit linears that share their input, in place, to the outputs of their dense copies.
+
+        The ridge holds what changes of a weight, so that what the text does not show stays.
+        """
+        names = {module: name for name, module in self.layer.named_modules()}
+        of_copy = {linear: self.copy.get_submodule(names[linear]) for linear in linears}
+        width, device = linears[0].in_features, self.pruned.device
+        gram, cross = torch.zeros(2, width, width, device=device)
+        total = torch.zeros(width, device=device)
+        for x, y in zip(
+            inputs_of(linears[0], self.run(self.layer), self.pruned.split(1)),
+            inputs_of(of_copy[linears[0]], self.run(self.copy), self.dense.split(1)),
+            strict=True,
+        ):
+            x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
+            gram.addmm_(x.T, x)
+            cross.addmm_(x.T, y)
+            total += x.sum(0)
+        for linear in of_copy:
+            missing = (cross - gram).double() @ linear.weight.double().T  # [in, out]
+            change = ridge_solve(gram.double(), gram.diagonal().mean(), missing).T
+            linear.weight.copy_(linear.weight.double() + change)
+        return _Inputs(gram, total, self.pruned.shape[0] * self.pruned.shape[1])
+
+    def advance(self) -> Tensor:
+        """Both streams through their layer; returns how far they are apart, relative to dense."""
+        for layer, hidden in ((self.layer, self.pruned), (self.copy, self.dense)):
+            for x in hidden.split(1):
+                x.copy_(self.run(layer)(x))
+        return (self.pruned - self.dense).float().norm() / self.dense.float().norm()

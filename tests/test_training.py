@@ -21,8 +21,16 @@ from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
 from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores
 from grasp.select.magnitude import magnitude_scores
-from grasp.training import CapturedStep, Journal, Step, TrainSettings, next_token_loss, train_gates
-from grasp.units import LayerUnits, UnitSpace
+from grasp.training import (
+    CapturedStep,
+    Journal,
+    Step,
+    TrainSettings,
+    _epoch_order,
+    next_token_loss,
+    train_gates,
+)
+from grasp.units import LayerUnits, UnitSpace, decoder_layers
 
 BLOCKS = torch.randint(3, 250, (12, 16), generator=torch.Generator().manual_seed(3))
 
@@ -154,6 +162,64 @@ def test_loss_in_chunks_gives_the_same_curve(monkeypatch):
     learn(whole, start=start)
     for a, b in zip(chunked.records, whole.records, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["ffn"] == b["ffn"]
+
+
+class Recorded(Projection):
+    """Keeps the masks that it gives."""
+
+    def __call__(self, scores, limit=None):
+        mask = super().__call__(scores, limit)
+        self.masks = [*getattr(self, "masks", []), mask.clone()]
+        return mask
+
+
+def plain_training(model, projection, start, blocks, lr):
+    """The same training in plain PyTorch: hooks, the model's own loss, all of it dense."""
+    scores, losses, z = start.clone().requires_grad_(), [], None
+    adam = torch.optim.AdamW([scores], lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def gate(units, width):
+        return lambda _, args: args[0] * z[units].repeat_interleave(width)
+
+    for m, layer, (_, ffn, kv) in zip(
+        decoder_layers(model), projection.space.layers, projection.space.segments(), strict=True
+    ):
+        m.mlp.down_proj.register_forward_pre_hook(gate(ffn, 1))
+        m.attention.o_proj.register_forward_pre_hook(gate(kv, layer.group_size * layer.head_dim))
+    for step, ids in enumerate(blocks):
+        whole = projection.budget.cost(projection.space)
+        mask = projection(scores, annealed(projection.limit, whole, at(step / len(blocks)), 0.5))
+        p = torch.sigmoid(scores / TAU)
+        z = mask + p - p.detach()
+        loss = model(input_ids=ids[None], labels=ids[None]).loss
+        (scores.grad,) = torch.autograd.grad(loss, scores)
+        adam.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_fast_path_learns_what_plain_pytorch_does(family, device):
+    """Step by step: the same loss, and the same mask but for units at the very edge."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = tiny_model(family).to(device)
+    space = UnitSpace.of(model)
+    fast, plain = (Recorded(space, Budget("keep", 0.5, 1), device=device) for _ in range(2))
+    start = torch.randn(space.size, generator=torch.Generator().manual_seed(0)).to(device)
+    blocks = BLOCKS.to(device)
+    settings, journal = LearnSettings(TrainSettings(1, lr=0.05)), Memory()
+    learn_scores(model, fast, start, BLOCKS, settings, journal)
+    losses = plain_training(model, plain, start, blocks[_epoch_order(len(BLOCKS), 0, 0)], 0.05)
+    seen = len(losses)
+    if device == "cpu":
+        assert [r["loss"] for r in journal.records] == pytest.approx(losses, abs=1e-4)
+    else:  # losses are read ten at a time, and a graph runs no Python that keeps masks
+        assert journal.records[0]["loss"] == pytest.approx(sum(losses[:10]) / 10, abs=1e-3)
+        seen = CapturedStep.WARM_UP
+    for a, b in zip(fast.masks[:seen], plain.masks[:seen], strict=True):
+        assert (a != b).sum() <= 0.01 * space.size
 
 
 @pytest.mark.parametrize(

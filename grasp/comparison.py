@@ -49,7 +49,7 @@ Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
 KEEP = (0.8, 0.5, 0.4)
 SEEDS = (0, 1, 2)
-METHODS = (*get_args(Method), "fisher+refit", "learned+refit")
+METHODS = (*get_args(Method), "fisher+refit")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import pytest
 
 import grasp
 from grasp import comparison
+from grasp.budget import Budget
 from grasp.errors import GraspError
+from grasp.units import UnitSpace
 
 SMALL = dict(samples=4, seq_len=32, epochs=1, scale_epochs=1, eval_windows=2, device="cpu")
 GRID = dict(keep=(0.7, 0.4), seeds=(0, 1), methods=("fisher", "fisher+refit", "learned"))
@@ -60,6 +62,29 @@ def test_tables_and_costs(found):
     assert "| GRASPrune | 6.47, 1.18 × |" in page and "no BOS, fp32" in page
     assert (found.folder / "compare.png").stat().st_size > 10_000
     assert found.summary == json.loads((found.folder / "compare.json").read_text())
+
+
+def test_every_method_in_one_table(tiny, text, tmp_path):
+    """The big table in small: one seed, all methods, three budgets."""
+    options = dict(SMALL, samples=2, seq_len=16, lr=0.3, eval_windows=1, seeds=(0,))
+    options |= dict(calibration=text)
+    methods = (*comparison.METHODS, "flap+bias")
+    result = grasp.compare(tiny, tmp_path / "out", methods=methods, **options)
+    cells = result.summary["cells"]
+    assert [(c["method"], c["keep"]) for c in cells] == [
+        (method, part) for method in methods for part in (0.8, 0.5, 0.4)
+    ]
+    dense = UnitSpace.of(grasp.load(tiny)[0])
+    for cell in cells:
+        limit = Budget("keep", cell["keep"], 1).limit(dense)
+        assert 0 <= limit - cell["kept"] * dense.cost < 3.001  # less than one channel unspent
+        assert 1 < cell["perplexity"]["value"] < 1e6
+    masks = {c["method"]: c["mask_sha256"] for c in cells if c["keep"] == 0.5}
+    assert masks.pop("fisher+refit") == masks["fisher"]
+    assert masks.pop("flap+bias") == masks["flap"]
+    assert len(set(masks.values())) == len(masks)
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"\n| {method} | " in page for method in methods)
 
 
 def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grasp.checkpoint.hf import write_json
+from grasp.errors import GraspError
 from grasp.report import Summary, layer_figure, model_card, read_summary
 from grasp.report_page import report_page
 from grasp.run import disk_errors, read_log
@@ -40,16 +41,23 @@ def add_reports(folder: Path, summary: Summary, records: Sequence[dict[str, Any]
         (folder / "report.html").write_text(report_page(summary, records), encoding="utf-8")
 
 
+def check_record(folder: Path) -> None:
+    """Before anything is measured: raises GraspError where it could not be added."""
+    read_summary(folder)
+    if not os.access(folder, os.W_OK):
+        raise GraspError(f"--record: {folder} cannot be written to: check its permissions")
+
+
 def add_measured(folder: Path, name: str, measured: Measured) -> None:
     """Add `measured` to a checkpoint as results[name], in place of an earlier one, with its table.
 
-    Raises GraspError: no checkpoint of grasp, or a folder that cannot be written.
+    Raises GraspError: see `check_record`, and a disk that is full.
     """
     summary = read_summary(folder)
-    table = {"head": measured.head(), "rows": measured.rows()}
     summary["results"][name] = {
         **measured.to_json(),
-        **table,
+        "head": measured.head(),
+        "rows": measured.rows(),
         "measured_on": measured.measured_on(),
     }
     add_results(folder, summary)

@@ -16,8 +16,7 @@ from grasp.config import Dtype
 from grasp.data import Progress
 from grasp.errors import GraspError
 from grasp.models import pick_device
-from grasp.report import read_summary
-from grasp.results import add_measured
+from grasp.results import add_measured, check_record
 from grasp.run import disk_errors, memory_errors
 from grasp.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
 
@@ -156,7 +155,7 @@ def bench(
             raise GraspError(f"{option} {given}: choose whole numbers from 1")
     plot = _plot_path(plot)
     if record:
-        read_summary(Path(model))
+        check_record(Path(model))
     names = [model] if against is None else [model, against]
     device = pick_device(device)
     longest = max(prompt_lens) + tokens

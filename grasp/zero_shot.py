@@ -23,8 +23,7 @@ import torch
 from grasp.data import Progress, json_records
 from grasp.errors import GraspError
 from grasp.models import load_model, pick_device, resolve
-from grasp.report import read_summary
-from grasp.results import add_measured
+from grasp.results import add_measured, check_record
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # lm-eval's own, for drawing few-shot examples
@@ -135,7 +134,7 @@ def evaluate_tasks(
     for name in models:
         resolve(name)  # a mistyped one fails before anything is fetched
     if record:
-        read_summary(Path(model))
+        check_record(Path(model))
     with _reported(progress):
         loaded = _load_tasks([name.strip() for name in names], data)
         results = [

@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from test_zero_shot import PIQA, write
 
 import grasp
+from grasp.report import read_summary
 from grasp.report_page import report_page
+from grasp.results import add_measured
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SUMMARY = {
@@ -125,11 +128,30 @@ def test_recorded_results_are_in_every_file(call, tiny, text, tmp_path):
     assert "prefill, 2 x 6" in page.text and "tokens/s" in page.text
 
 
-def test_only_a_checkpoint_has_a_record(refused, tiny):
+def test_one_of_several_results_keeps_its_own_curves(tmp_path):
+    """Their log lies in the folder of all."""
+    folder = tmp_path / "0.5"
+    folder.mkdir()
+    (folder / "grasp.json").write_text(json.dumps(SUMMARY))
+    (folder / "report.html").touch()
+    records = [{**record, "part": part} for part in ("0.5", "0.8") for record in RECORDS]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    measured = {"to_json": {}, "head": ("task",), "rows": [("piqa",)], "measured_on": "so"}
+    values = {name: lambda value=value: value for name, value in measured.items()}
+    add_measured(folder, "zero_shot", SimpleNamespace(**values))
+    stored = read_summary(folder)
+    assert (folder / "report.html").read_text() == report_page(stored, RECORDS)
+
+
+def test_only_a_checkpoint_has_a_record(refused, tiny, tmp_path, monkeypatch):
     assert "is not a checkpoint of grasp" in refused("bench", tiny, "--device=cpu", "--record")
     assert refused("eval", tiny, "--text=x.txt", "--record", code=2) == (
         "Invalid value: --record is for --tasks, which is not given"
     )
+    shutil.copytree(tiny, tmp_path / "out")
+    (tmp_path / "out" / "grasp.json").write_text(json.dumps(SUMMARY))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to" in refused("bench", "out", "--device=cpu", "--record")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -114,7 +114,7 @@ def compare(
         Cell(
             method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
         )
-        for seed in seeds  # one seed of everything first
+        for seed in dict.fromkeys(seeds)  # one seed of everything first
         for method in dict.fromkeys(methods)
         for part in dict.fromkeys(keep)
     ]

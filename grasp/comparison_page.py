@@ -102,10 +102,11 @@ def explained(summary: Summary) -> str:
     return (
         f"{how_measured(summary['dense']['perplexity'])} Mean of seeds "
         f"{', '.join(map(str, seeds))} (least to most), × over dense. Budgets are parts of "
-        f"{prunable:,} prunable parameters, never exceeded and spent to at least {1 - below:.2%}. "
+        f"{prunable:,} prunable parameters, never exceeded, at most {100 * below:.2g} % unspent. "
         f"All methods: {config['samples']} blocks of {config['seq_len']} tokens of "
-        f"{summary['calibration']['name']}, scales in {config['scale_epochs']} epochs. Seconds and "
-        f"memory are of choosing, refit and scales, on {config['device']}."
+        f"{summary['calibration']['name']}, {config['scale_epochs']} epochs of scales. Seconds "
+        f"and peak memory (with the dense model's) are of choosing, refit and scales, on "
+        f"{config['device']}."
     )
 
 

@@ -89,12 +89,12 @@ def train_gates(
     order, blocks = order.to(theta.device), blocks.to(theta.device)
     steps = math.ceil(len(order) / per_step)
     small = settings.batch_size * blocks.shape[1] <= GRAPH_TOKENS
-    step_of = Step(model, gates, theta, gate_values, optimizer, settings.batch_size)
-    run_step: Callable[[Tensor, Tensor], Tensor] = step_of
+    one_step = Step(model, gates, theta, gate_values, optimizer, settings.batch_size)
+    run_step: Callable[[Tensor, Tensor], Tensor] = one_step
     if on_gpu and small:
-        run_step = CapturedStep(step_of, journal.note)
+        run_step = CapturedStep(one_step, journal.note)
     elif on_gpu:
-        run_step = partial(step_of, count=True)
+        run_step = partial(one_step, count=True)
 
     start = _restore(theta, optimizer, journal.load())
     read_every = 1 if theta.device.type == "cpu" else READ_EVERY

@@ -1,10 +1,11 @@
 """Refit: least squares on what is kept, layer by layer, before the dropped columns are cut away.
 
-With H the input of `down_proj` (or `o_proj`) on calibration text, S its kept columns and W the
-weight, the target is the dense module on the pruned prefix's own input, W H. The ridge solution
-W_S = W G[:, S] (G[S, S] + D)^-1 needs H only through its Gram matrix G = H H^T; D is `RIDGE` times
-the diagonal of G, so that channels of any magnitude are damped alike. Layers go in depth order:
-each sees what the refitted ones before it give. Closed form, no backprop, no parameters added.
+With H the input of `down_proj` (or `o_proj`) on calibration text, S its kept columns, R the dropped
+ones and W the weight, the target is the dense module on the pruned prefix's own input, W H. The
+kept columns take over what the dropped ones did, W_S + W_R G[R, S] (G[S, S] + D)^-1, where G is the
+Gram matrix H H^T: a ridge towards the weights as they are. D is `RIDGE` times the diagonal of G, so
+that channels of any magnitude are damped alike. Layers go in depth order: each sees what the
+refitted ones before it give. Closed form, no backprop, no parameters added.
 """
 
 from __future__ import annotations
@@ -65,13 +66,17 @@ def refit(
 
 
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
-    """The ridge solution on columns `kept` (int64) of `linear.weight` [out, in], in place.
+    """Columns `kept` (int64) of `linear.weight` [out, in] take over from the others, in place.
 
     gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve`.
     """
     known = gram[kept].double()
-    target = known @ linear.weight.double().T
-    columns = ridge_solve(known[:, kept], gram.diagonal().mean(), target).T.float()
+    dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    dropped[kept] = False
+    weight = linear.weight.double()
+    lost = known[:, dropped] @ weight[:, dropped].T
+    taken_over = ridge_solve(known[:, kept], gram.diagonal().mean(), lost).T
+    columns = (weight[:, kept] + taken_over).float()
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns

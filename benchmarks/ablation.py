@@ -34,10 +34,11 @@ from grasp.calibrate import learn_scales
 from grasp.config import PruneConfig
 from grasp.data import Corpus, read_corpus, token_blocks
 from grasp.evaluate import perplexity
-from grasp.fold import fold_mask, fold_scales
+from grasp.fold import fold_mask
 from grasp.models import load_model, pick_device
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
+from grasp.scales import fold_scales
 from grasp.select import select
 from grasp.training import Journal, TrainSettings
 from grasp.units import UnitSpace
@@ -99,6 +100,7 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("schedule=cosine", replace(ours, schedule="cosine")),
         off("lr=0.02", replace(ours, lr=0.02)),
         off("refit", replace(ours, refit=True)),
+        off("scales=channel", replace(ours, scales="channel")),
         off("batch_size=2", replace(ours, batch_size=2)),
         faster(2),
         off("batch_size=4", replace(ours, batch_size=4)),
@@ -123,8 +125,10 @@ def run_row(
     blocks = token_blocks(corpus, seq_len=config.seq_len, samples=config.samples, seed=seed)
     model = copy.deepcopy(dense)
     began = time.monotonic()
-    mask = select_mask(row, config, model, blocks)
+    mask, scales = choose(row, config, model, blocks)
     seconds = time.monotonic() - began
+    if scales is not None:
+        fold_scales(model, config.scales, scales)
     if config.refit:
         refit(model, mask, blocks)
     fold_mask(model, mask)
@@ -133,7 +137,8 @@ def run_row(
     if row.published_code:
         published.learn_scales(model, blocks, settings)
     else:
-        fold_scales(model, learn_scales(model, blocks, settings, Journal()))
+        scales = learn_scales(model, config.scales, blocks, settings, Journal())
+        fold_scales(model, config.scales, scales)
     return {
         "row": row.name,
         "against": row.against,
@@ -146,18 +151,22 @@ def run_row(
     }
 
 
-def select_mask(row: Row, config: PruneConfig, model: PreTrainedModel, blocks: Tensor) -> Mask:
+def choose(
+    row: Row, config: PruneConfig, model: PreTrainedModel, blocks: Tensor
+) -> tuple[Mask, Tensor | None]:
+    """The mask, and the scales that learned with it."""
     if row.published_code:
         return published.learn_mask(
             model, blocks, keep=config.budget.asked, epochs=config.epochs, seed=config.seed
-        )
+        ), None
     space = UnitSpace.of(model)
     tie_rank = torch.arange(space.size)
     if row.ties == "random":
         tie_rank = torch.randperm(space.size, generator=torch.Generator().manual_seed(config.seed))
     kind = Projection if row.floors == "inside" else FloorsOutside
     projection = kind(space, config.budget, device=model.device, tie_rank=tie_rank)
-    return projection.mask(select(model, projection, blocks, config, lambda stage: Journal()))
+    scores, scales = select(model, projection, blocks, config, lambda stage: Journal())
+    return projection.mask(scores), scales
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Calibration: one scale per kept unit, learned on the pruned model and folded into its weights.
+"""Calibration: scales learned on the pruned model and folded into its weights.
 
 gamma = 1 + 0.5 tanh(theta), theta from 0, mask frozen (GRASPrune, arXiv 2604.19398, section 3.4).
 It works on the model already cut to its kept units: the same function at the pruned model's price.
@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gating import gated
+from grasp.config import ScaleKind
+from grasp.scales import scale_count, scaled
 from grasp.training import Journal, TrainSettings, train_gates
 from grasp.units import UnitSpace
 
 
 def learn_scales(
-    model: PreTrainedModel, blocks: Tensor, settings: TrainSettings, journal: Journal
+    model: PreTrainedModel,
+    kind: ScaleKind,
+    blocks: Tensor,
+    settings: TrainSettings,
+    journal: Journal,
 ) -> Tensor:
-    """Scales in (0.5, 1.5), fp32 [units of this pruned model]; blocks int64 [samples, seq_len]."""
-    space = UnitSpace.of(model)
-    theta = torch.zeros(space.size, device=model.device)
-    with gated(model, space) as gates:
-        theta = train_gates(model, gates, theta, lambda t, _: scale(t), blocks, settings, journal)
+    """Scales in (0.5, 1.5) for `fold_scales`, fp32; blocks int64 [samples, seq_len]."""
+    theta = torch.zeros(scale_count(model, kind), device=model.device)
+    with scaled(model, UnitSpace.of(model), kind) as scales:
+        theta = train_gates(model, scales, theta, lambda t, _: scale(t), blocks, settings, journal)
     return scale(theta)
 
 

@@ -22,6 +22,7 @@ from grasp.config import (
     MemoryMode,
     Method,
     PruneConfig,
+    ScaleKind,
     Schedule,
     SparseMethod,
     SparsifyConfig,
@@ -117,6 +118,9 @@ Calibration = Annotated[
     str,
     typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
 ]
+Scales = Annotated[
+    ScaleKind, typer.Option(help="One a unit, or one a channel, which learn with gates too.")
+]
 ScaleEpochs = Annotated[int, typer.Option(help="Passes while scales learn.")]
 EvalText = Annotated[
     str | None, typer.Option(help="Text to report on [calibration text that was not used].")
@@ -169,7 +173,7 @@ def prune_command(
     ] = PruneConfig.accumulate,
     lr: Annotated[float, typer.Option(help="Learning rate of gates and scales.")] = PruneConfig.lr,
     schedule: Annotated[
-        Schedule, typer.Option(help="Of the learning rate.")
+        Schedule, typer.Option(help="Of the learning rate of scales after the mask.")
     ] = PruneConfig.schedule,
     start: Annotated[Start, typer.Option(help="What scores start from.")] = PruneConfig.start,
     anneal: Annotated[
@@ -184,6 +188,7 @@ def prune_command(
     bias: Annotated[
         bool, typer.Option("--bias", help="Biases for the mean of what is dropped, as FLAP's.")
     ] = PruneConfig.bias,
+    scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     as_published: Annotated[bool, typer.Option(help="The paper's own setting.")] = False,
     eval_text: EvalText = None,
@@ -244,6 +249,7 @@ def compare_command(
     seq_len: SeqLen = PruneConfig.seq_len,
     epochs: Epochs = PruneConfig.epochs,
     batch_size: BatchSize = PruneConfig.batch_size,
+    scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     eval_text: EvalText = None,
     eval_seq_len: EvalSeqLen = PruneConfig.eval_seq_len,

@@ -41,7 +41,7 @@ from grasp.pipeline import (
 )
 from grasp.projection import Projection
 from grasp.run import Run, Show, disk_errors, peak_memory, reset_peak_memory
-from grasp.select import REWRITING, select
+from grasp.select import REWRITING, Choice, select
 from grasp.zero_shot import evaluate_tasks
 
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
@@ -184,32 +184,32 @@ class _Grid:
 
     def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score):
         self._run, self._dense, self._start, self._score = run, dense, start, score
-        self._chosen: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        self._chosen: dict[str, tuple[Choice, Cost]] = {}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         return self._run.part(cell.name).remember("result", partial(self._measure, cell))
 
     def _choose(
         self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
-    ) -> tuple[Tensor, Cost]:
-        """Scores of all units, and what they cost."""
+    ) -> tuple[Choice, Cost]:
+        """What the cell's method chooses, and what that costs."""
         if cell.rewrites or cell.choice not in self._chosen:
             part = self._run.part(cell.choice)
             reset_peak_memory()
             with memory_mode(model, cell.config):
-                scores = select(model, projection, blocks, cell.config, part.stage)
-            self._chosen[cell.choice] = scores, part.remember("cost", partial(_cost, part))
+                choice = select(model, projection, blocks, cell.config, part.stage)
+            self._chosen[cell.choice] = choice, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.choice]
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         config, run, part = cell.config, self._run, self._run.part(cell.name)
         blocks, projection = self._start.blocks(config), self._start.projection(config)
         model = copy.deepcopy(self._dense) if cell.rewrites else self._dense
-        scores, choosing = self._choose(cell, model, projection, blocks)
-        mask = projection.mask(scores)
+        choice, choosing = self._choose(cell, model, projection, blocks)
+        mask = projection.mask(choice.scores)
         reset_peak_memory()
         model = model if cell.rewrites else copy.deepcopy(model)
-        pruned = shrink(model, mask, blocks, config, self._start.stored_dtype, part)
+        pruned = shrink(model, mask, choice.scales, blocks, config, self._start.stored_dtype, part)
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
         summary = pruned_summary(config, self._start, mask, pruned)

@@ -25,6 +25,7 @@ Method = Literal[
 Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
+ScaleKind = Literal["channel", "unit"]
 Dtype = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
@@ -51,6 +52,7 @@ class PruneConfig:
     gate_site: GateSite = "output"
     refit: bool = False
     bias: bool = False
+    scales: ScaleKind = "unit"
     scale_epochs: int = 1
     eval_text: str | None = None
     eval_seq_len: int = 2048
@@ -91,6 +93,7 @@ class PruneConfig:
             anneal=0.0,
             gate_site="kv",
             refit=False,
+            scales="unit",
             bias=False,
         )
 

@@ -1,4 +1,4 @@
-"""Fold: cut the dropped units out of the weights and multiply the kept units' scales in."""
+"""Fold: cut the dropped units out of the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.modeling_grasp import LayerConfig
 from grasp.projection import Mask
-from grasp.units import Rows, UnitSpace, decoder_layers
+from grasp.units import Rows, decoder_layers
 
 
 @torch.no_grad()
@@ -28,17 +28,6 @@ def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
         _keep_rows({modules.q: q_rows, modules.k: kv_rows, modules.v: kv_rows})
         _keep_columns(modules.attention.o_proj, q_rows)
         _say_heads(modules.attention, len(heads), len(kv))
-
-
-@torch.no_grad()
-def fold_scales(model: PreTrainedModel, scales: Tensor) -> None:
-    """Multiply one scale per unit of this model (fp32, [units]) into down_proj and o_proj."""
-    space = UnitSpace.of(model)
-    for modules, (index, ffn, kv) in zip(decoder_layers(model), space.segments(), strict=True):
-        units = space.layers[index]
-        per_head_dim = scales[kv].repeat_interleave(units.group_size * units.head_dim)
-        _scale_columns(modules.mlp.down_proj, scales[ffn])
-        _scale_columns(modules.attention.o_proj, per_head_dim)
 
 
 def expand(index: Tensor, width: int) -> Tensor:
@@ -69,11 +58,6 @@ def _say_heads(attention: Any, heads: int, kv_heads: int) -> None:
 def _keep_columns(linear: Any, columns: Tensor) -> None:
     linear.weight = _frozen(linear.weight[:, columns])
     linear.in_features = len(columns)
-
-
-def _scale_columns(linear: Any, scale: Tensor) -> None:
-    scaled = linear.weight.float() * scale.to(linear.weight.device)
-    linear.weight.copy_(scaled.to(linear.weight.dtype))
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

@@ -28,7 +28,7 @@ from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
-from grasp.fold import fold_mask, fold_scales
+from grasp.fold import fold_mask
 from grasp.memory import memory_mode
 from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, pick_device
 from grasp.projection import Mask, Projection
@@ -36,6 +36,7 @@ from grasp.refit import refit
 from grasp.report import read_summary
 from grasp.results import add_reports, add_results
 from grasp.run import Run, Show, memory_errors, open_run
+from grasp.scales import fold_scales
 from grasp.select import REWRITING, select
 from grasp.training import TrainSettings
 from grasp.units import UnitSpace, decoder_layers
@@ -159,16 +160,16 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     with memory_mode(model, config) as mode:
         if config.memory == "auto" and mode != "fast":
             run.log(event="note", text=f"--memory {mode}, for what is free on {config.device}")
-        scores = select(model, start.projection(config), blocks, config, run.stage)
+        choice = select(model, start.projection(config), blocks, config, run.stage)
     results = []
     for name, budget in budgets.items():
         own = replace(config, budget=budget)
-        mask = start.projection(own).mask(scores)
+        mask = start.projection(own).mask(choice.scores)
         folder = run.finished(name) if name else run.checkpoint
         if not folder.exists():
             part = run.part(name) if name else run
             pruned = copy.deepcopy(model) if name else model
-            pruned = shrink(pruned, mask, blocks, own, start.stored_dtype, part)
+            pruned = shrink(pruned, mask, choice.scales, blocks, own, start.stored_dtype, part)
             summary = pruned_summary(own, start, mask, pruned)
             summary["budget"]["chosen_for"] = config.budget.asked
             summary = finish(pruned, mask, summary, start, part, run.checkpoint)
@@ -264,13 +265,18 @@ def working_dtype(config: PruneConfig) -> torch.dtype:
 def shrink(
     model: PreTrainedModel,
     mask: Mask,
+    learned_along: Tensor | None,
     blocks: Tensor,
     config: PruneConfig,
     stored_dtype: torch.dtype,
     run: Run,
 ) -> PreTrainedModel:
-    """Compensate or refit, cut, calibrate: the pruned model in `stored_dtype`. `model` itself is
-    used up."""
+    """Scale, compensate or refit, cut, calibrate: the pruned model in `stored_dtype`.
+
+    `learned_along` are the scales of a `Choice`. `model` itself is used up.
+    """
+    if learned_along is not None:
+        fold_scales(model, config.scales, learned_along)
     biases = mean_biases(model, mask, blocks, run.stage("bias")) if config.bias else None
     fitted = None
     if config.refit:
@@ -282,12 +288,12 @@ def shrink(
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
         with memory_mode(model, config):
-            scales = learn_scales(model, blocks, settings, run.stage("calibrate"))
+            scales = learn_scales(model, config.scales, blocks, settings, run.stage("calibrate"))
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
         _release(model)
-        model = _as_stored(config, mask, fitted, biases)
+        model = _as_stored(config, mask, learned_along, fitted, biases)
     if scales is not None:
-        fold_scales(model, scales)
+        fold_scales(model, config.scales, scales)
     return cast(model, stored_dtype)
 
 
@@ -325,6 +331,7 @@ def _release(model: Any) -> None:
 def _as_stored(
     config: PruneConfig,
     mask: Mask,
+    learned_along: Tensor | None,
     fitted: list[tuple[Tensor, Tensor]] | None,
     biases: list[Tensor] | None,
 ) -> PreTrainedModel:
@@ -335,6 +342,8 @@ def _as_stored(
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
+    if learned_along is not None:
+        fold_scales(model, config.scales, learned_along)
     fold_mask(model, mask)
     if fitted:
         with torch.no_grad():

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError
-from grasp.gating import Gates, unpadded
+from grasp.gating import unpadded
 from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
@@ -39,6 +39,14 @@ class TrainSettings:
         )
 
 
+class Multipliers(Protocol):
+    """What multiplies channels of a live model: `Gates`, or `Scales` too."""
+
+    def set(self, values: Tensor, open_counts: list[int] | None = None) -> None: ...
+
+    def count(self, values: Tensor) -> list[int]: ...
+
+
 class Journal:
     """Where a stage reports and keeps its resumable state. This one keeps nothing."""
 
@@ -58,7 +66,7 @@ class Journal:
 
 def train_gates(
     model: PreTrainedModel,
-    gates: Gates,
+    gates: Multipliers,
     theta: Tensor,
     gate_values: Callable[[Tensor, Tensor], Tensor],
     blocks: Tensor,
@@ -122,7 +130,7 @@ class Step:
     """One step of the optimiser. Without `count` nothing in it makes a GPU wait for the host."""
 
     model: PreTrainedModel
-    gates: Gates
+    gates: Multipliers
     theta: Tensor
     gate_values: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer

@@ -146,17 +146,26 @@ class LayerModules:
     @property
     def linears(self) -> list[Any]:
         """All linear layers, each once."""
-        rows = (self.gate, self.up, self.q, self.k, self.v)
-        return [
-            *dict.fromkeys(r.linear for r in rows),
-            self.mlp.down_proj,
-            self.attention.o_proj,
-        ]
+        return [*self.gate_up, *self.qkv, self.mlp.down_proj, self.attention.o_proj]
+
+    @property
+    def gate_up(self) -> tuple[Any, ...]:
+        """The linear layers that hold `gate` and `up`: two, or one."""
+        return _distinct(self.gate, self.up)
+
+    @property
+    def qkv(self) -> tuple[Any, ...]:
+        """The linear layers that hold `q`, `k` and `v`: three, or one."""
+        return _distinct(self.q, self.k, self.v)
 
     @property
     def activation(self) -> Any:
         """What the output of `gate` goes through."""
         return getattr(self.mlp, "act_fn", None) or self.mlp.activation_fn
+
+
+def _distinct(*rows: Rows) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(r.linear for r in rows))
 
 
 def decoder_layers(model: Any) -> list[LayerModules]:

@@ -48,7 +48,7 @@ def test_published_step_is_grasp_with_the_published_choices(family):
         tie_rank=torch.arange(space.size),
     )
     settings = LearnSettings(TrainSettings(epochs=steps), anneal=0.0, gate_site="kv")
-    scores = learn_scores(model, projection, start, ids, settings, Journal())
+    scores, _ = learn_scores(model, projection, start, ids, settings, Journal())
     torch.testing.assert_close(trainer.scores.detach(), scores, rtol=1e-3, atol=1e-4)
     assert torch.equal(trainer.mask().keep, projection.mask(scores).keep)
 

@@ -16,13 +16,13 @@ import torch
 from families import tiny_tokenizer
 from rich.console import Console
 from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
 )
 
 import grasp
@@ -161,12 +161,11 @@ HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
         ),
         (
             MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS, num_local_experts=2)),
-            "MixtralForCausalLM is not supported: layer 0 needs exactly one module with",
+            "MixtralForCausalLM is not supported: layer 0 is a mixture of experts",
         ),
         (
-            GemmaForCausalLM(GemmaConfig(**SIZES, **HEADS)),
-            "gemma has no class with per-layer widths (there are llama, mistral, qwen2, qwen3): "
-            "use --layout uniform",
+            OlmoForCausalLM(OlmoConfig(**SIZES, **HEADS)),
+            "olmo has no class with per-layer widths (there are llama, mistral, qwen2, qwen3, phi3",
         ),
     ],
     ids=lambda value: type(value).__name__,

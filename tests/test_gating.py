@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from families import FAMILIES, tiny_model
 
 from grasp.budget import Budget
-from grasp.fold import fold_mask, fold_scales
+from grasp.fold import fold_mask
 from grasp.gating import gated, unpadded
 from grasp.projection import Projection
+from grasp.scales import fold_scales, scale_count, scaled
 from grasp.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -62,25 +63,47 @@ def test_only_this_instance_is_patched():
 @both_ties
 @pytest.mark.parametrize("site", ["output", "kv"])
 def test_folded_equals_gated(family, tied, site):
-    """A hard mask, gated, is the sliced model; scales on top are the folded one."""
+    """A hard mask, gated, is the sliced model."""
     model = tiny_model(family, tied=tied)
     space = UnitSpace.of(model)
     mask = Projection(space, Budget("keep", 0.5, 8)).mask(torch.randn(space.size))
     with gated(model, space, site) as gates:
         gates.set(mask.keep.float())
         masked = logits(model)
-    if site == "output":
-        scales = 0.5 + torch.rand(space.size)
-        with gated(model, space) as gates:
-            gates.set(mask.keep * scales)
-            scaled = logits(model)
     fold_mask(model, mask)
     assert close(logits(model), masked)
     assert UnitSpace.of(model) == mask.pruned_space()
     assert UnitSpace.of(model).total_params == sum(p.numel() for p in model.parameters())
-    if site == "output":
-        fold_scales(model, scales[mask.keep])
-        assert close(logits(model), scaled)
+
+
+@families
+@both_ties
+@pytest.mark.parametrize("kind", ["channel", "unit"])
+def test_folded_equals_scaled(family, tied, kind):
+    model = tiny_model(family, tied=tied)
+    space = UnitSpace.of(model)
+    fold_mask(model, Projection(space, Budget("keep", 0.5, 8)).mask(torch.randn(space.size)))
+    before = logits(model)
+    scales = 0.5 + torch.rand(scale_count(model, kind))
+    with scaled(model, UnitSpace.of(model), kind) as live:
+        live.set(scales)
+        wanted = logits(model)
+    assert torch.equal(logits(model), before) and not close(wanted, before)
+    fold_scales(model, kind, scales)
+    assert close(logits(model), wanted)
+
+
+def test_unit_scales_are_gates():
+    """The paper's scales: one a unit, where its gate sits."""
+    model = tiny_model("qwen2")
+    space = UnitSpace.of(model)
+    values = 0.5 + torch.rand(space.size)
+    with gated(model, space) as gates:
+        gates.set(values)
+        wanted = logits(model)
+    with scaled(model, space, "unit") as live:
+        live.set(values)
+        assert close(logits(model), wanted)
 
 
 def close(a, b):

@@ -93,7 +93,7 @@ def learn(
     projection = Projection(space, Budget("keep", 0.5, 8), seed=seed)
     settings = LearnSettings(TrainSettings(epochs, batch_size, accumulate, lr, seed=seed), anneal)
     start = torch.zeros(space.size) if start is None else start
-    return projection, learn_scores(model, projection, start, BLOCKS, settings, journal)
+    return projection, learn_scores(model, projection, start, BLOCKS, settings, journal).scores
 
 
 def at(progress):
@@ -139,7 +139,7 @@ def test_straight_through_gradient():
     projection = Projection(space, Budget("keep", 0.5, 8))
     start = torch.randn(space.size)
     settings = LearnSettings(TrainSettings(1, lr=0.01), anneal=0.0)
-    learned = learn_scores(model, projection, start, BLOCKS[:1], settings, Journal())
+    learned, _ = learn_scores(model, projection, start, BLOCKS[:1], settings, Journal())
     z = projection(start).float().requires_grad_()
     with gated(model, space) as gates:
         gates.set(z)
@@ -281,10 +281,11 @@ def test_nan_loss_names_step_loss_and_fix():
         learn_scores(model, projection, torch.zeros(space.size), BLOCKS, settings, Journal())
 
 
-def test_scales_stay_in_range_and_help():
+@pytest.mark.parametrize("kind", ["channel", "unit"])
+def test_scales_stay_in_range_and_help(kind):
     model = tiny_model("llama")
     journal = Memory()
-    scales = learn_scales(model, BLOCKS, TrainSettings(10, lr=0.05), journal)
+    scales = learn_scales(model, kind, BLOCKS, TrainSettings(10, lr=0.05), journal)
     assert ((scales > 0.5) & (scales < 1.5)).all() and scales.std() > 0.01
     losses = [r["loss"] for r in journal.records]
     assert sum(losses[-12:]) < sum(losses[:12])

@@ -15,7 +15,7 @@ from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
 from grasp.select.flap import flap_scores
 from grasp.select.greedy_output_approximation import prune_greedily
-from grasp.select.learned import LearnSettings, learn_scores
+from grasp.select.learned import Choice, LearnSettings, learn_scores
 from grasp.select.magnitude import magnitude_scores
 from grasp.select.output_approximation import output_approximation_scores
 from grasp.select.taylor import taylor_scores
@@ -50,8 +50,8 @@ def select(
     blocks: Tensor,
     config: PruneConfig,
     stage: Callable[[str], Journal],
-) -> Tensor:
-    """Scores of all units by `config.method`, fp32 [units]; blocks int64 [samples, seq_len].
+) -> Choice:
+    """The choice of `config.method`; blocks int64 [samples, seq_len].
 
     Methods in `REWRITING` also fit the weights of `model`, for this budget alone. `stage(name)`
     gives the journal of a stage, so that each can be resumed.
@@ -64,15 +64,18 @@ def select(
 
     if config.method == "random":
         drawn = torch.rand(space.size, generator=torch.Generator().manual_seed(config.seed))
-        return drawn.to(model.device)
+        return Choice(drawn.to(model.device))
     if config.method in CRITERIA:
-        return ranked(config.method)
+        return Choice(ranked(config.method))
     if config.method == "greedy-output-approximation":
-        return prune_greedily(model, projection, blocks, stage(config.method))
+        return Choice(prune_greedily(model, projection, blocks, stage(config.method)))
     equal = torch.zeros(space.size, device=model.device)
     start = ranked("fisher") if config.start == "fisher" else equal
     settings = LearnSettings(
-        TrainSettings.of(config, config.epochs), config.anneal, config.gate_site
+        replace(TrainSettings.of(config, config.epochs), schedule="constant"),
+        config.anneal,
+        config.gate_site,
+        config.scales,
     )
     if config.method == "free":
         # nothing is closed while they learn: the dense model, the same gradients, one projection

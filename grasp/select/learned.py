@@ -5,33 +5,46 @@ z = m + p - stop_grad(p) with p = sigmoid(s / tau), so the forward pass sees the
 every unit, dropped ones too, receives dL/ds = dL/dz * p (1 - p) / tau.
 
 Beyond the paper, each measured in benchmarks/ablation: scores start from the ranked Fisher values
-of the gates, and the budget shrinks from everything to its limit over the first part of training.
+of the gates, the budget shrinks from everything to its limit over the first part of training, and
+scales of channels learn along with the gates, so that what is kept adapts while the rest goes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.config import GateSite
-from grasp.gating import gated
+from grasp.calibrate import scale
+from grasp.config import GateSite, ScaleKind
 from grasp.projection import Projection
+from grasp.scales import scale_count, scaled
 from grasp.training import Journal, TrainSettings, train_gates
 
 TAU = 1.5
 
 
+class Choice(NamedTuple):
+    """Scores of all units, fp32 [units], and what `fold_scales` takes if scales learned along."""
+
+    scores: Tensor
+    scales: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class LearnSettings:
-    """`anneal` is the part of the steps over which the budget shrinks (0: no such part)."""
+    """`anneal` is the part of the steps over which the budget shrinks (0: no such part).
+
+    With `scales` "channel" those learn along with the gates.
+    """
 
     train: TrainSettings
     anneal: float = 0.5
     gate_site: GateSite = "output"
+    scales: ScaleKind = "unit"
 
 
 def learn_scores(
@@ -41,30 +54,41 @@ def learn_scores(
     blocks: Tensor,
     settings: LearnSettings,
     journal: Journal,
-) -> Tensor:
-    """Learned scores, fp32 [units], from `start` on; blocks int64 [samples, seq_len]."""
+) -> Choice:
+    """Scores learned from `start` on, and scales; blocks int64 [samples, seq_len]."""
     space, whole = projection.space, projection.budget.cost(projection.space)
+    along = settings.scales == "channel"
+    theta = start
+    if along:
+        scales = scale_count(model, settings.scales)
+        theta = torch.cat([start, torch.zeros(scales, device=start.device)])
     mask = torch.ones(space.size, dtype=torch.bool, device=start.device)
     limit = torch.tensor(whole)
 
-    def straight_through(scores: Tensor, progress: Tensor) -> Tensor:
+    def straight_through(theta: Tensor, progress: Tensor) -> Tensor:
         nonlocal mask, limit
+        scores = theta[: space.size]
         limit = annealed(projection.limit, whole, progress, settings.anneal)
         mask = projection(scores, limit)
         p = torch.sigmoid(scores / TAU)
-        return mask + (p - p.detach())
+        gates = mask + (p - p.detach())
+        if not along:
+            return gates
+        per_unit, others = scale(theta[space.size :]).tensor_split([space.size])
+        return torch.cat([gates * per_unit, others])
 
-    with gated(model, space, settings.gate_site) as gates:
-        return train_gates(
+    with scaled(model, space, settings.scales, settings.gate_site) as live:
+        theta = train_gates(
             model,
-            gates,
-            start,
+            live,
+            theta,
             straight_through,
             blocks,
             settings.train,
             journal,
             info=lambda: kept_by_kind(projection, mask, int(limit)),
         )
+    return Choice(theta[: space.size], scale(theta[space.size :]) if along else None)
 
 
 def annealed(limit: int, whole: int, progress: Tensor, anneal: float) -> Tensor:

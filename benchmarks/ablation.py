@@ -16,9 +16,10 @@ import argparse
 import copy
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -258,11 +259,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seq_len": options.eval_seq_len,
         },
     }
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-        if results["settings"] != json.loads(json.dumps(settings)):
-            parser.error(f"{options.out} holds results of other settings: choose another --out")
-    else:
+    results = resume(options.out, settings, "ours", PruneConfig)
+    if results is None:
         results = {"settings": settings, "machine": machine(device), "rows": []}
         results["dense"] = score(dense)
     done = {(record["row"], record["seed"]) for record in results["rows"]}
@@ -273,6 +271,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write(results, options.out)
                 print(json.dumps(results["rows"][-1]), flush=True)
     print(table(results))
+
+
+def resume(out: Path, settings: dict[str, Any], recipe: str, config: type) -> dict[str, Any] | None:
+    """The results in `out`, if any; ends the program if they are of other settings.
+
+    `settings[recipe]` are the options of a `config`; a file from before one of them existed goes on
+    where that has its default.
+    """
+    if not out.exists():
+        return None
+    results: dict[str, Any] = json.loads(out.read_text())
+    defaults = {f.name: f.default for f in fields(config) if f.name in settings[recipe]}
+    told = results["settings"] | {recipe: defaults | results["settings"].get(recipe, {})}
+    if told != json.loads(json.dumps(settings)):
+        sys.exit(f"{out} holds results of other settings: choose another --out")
+    return results
 
 
 def write(results: dict[str, Any], out: Path) -> None:

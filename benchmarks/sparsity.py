@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.ablation import RESULTS, span, write
+from benchmarks.ablation import RESULTS, resume, span, write
 from benchmarks.gate_training import machine
 from grasp.config import SparseMethod, SparsifyConfig
 from grasp.data import read_corpus, token_blocks
@@ -125,11 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seq_len": options.eval_seq_len,
         },
     }
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-        if results["settings"] != json.loads(json.dumps(settings)):
-            parser.error(f"{options.out} holds results of other settings: choose another --out")
-    else:
+    results = resume(options.out, settings, "base", SparsifyConfig)
+    if results is None:
         results = {"settings": settings, "machine": machine(device), "rows": []}
         results["dense"] = score(dense)
     done = {(r["row"], r["pattern"], r["seed"]) for r in results["rows"]}

@@ -118,6 +118,7 @@ Calibration = Annotated[
     str,
     typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
 ]
+Rate = Annotated[float, typer.Option(help="Learning rate of gates and scales.")]
 Scales = Annotated[
     ScaleKind, typer.Option(help="One a unit, or one a channel, which learn with gates too.")
 ]
@@ -171,7 +172,7 @@ def prune_command(
     accumulate: Annotated[
         int, typer.Option(help="Forward passes per step.")
     ] = PruneConfig.accumulate,
-    lr: Annotated[float, typer.Option(help="Learning rate of gates and scales.")] = PruneConfig.lr,
+    lr: Rate = PruneConfig.lr,
     schedule: Annotated[
         Schedule, typer.Option(help="Of the learning rate of scales after the mask.")
     ] = PruneConfig.schedule,
@@ -249,6 +250,7 @@ def compare_command(
     seq_len: SeqLen = PruneConfig.seq_len,
     epochs: Epochs = PruneConfig.epochs,
     batch_size: BatchSize = PruneConfig.batch_size,
+    lr: Rate = PruneConfig.lr,
     scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     eval_text: EvalText = None,
@@ -257,6 +259,7 @@ def compare_command(
     tasks: Tasks = None,
     tasks_data: TasksData = None,
     limit: Limit = None,
+    memory: MemoryOption = PruneConfig.memory,
     dtype: DtypeOption = PruneConfig.dtype,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,

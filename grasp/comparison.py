@@ -109,6 +109,9 @@ def compare(
     and seeds or with others. In memory at one time: the dense model and a pruned one. Raises
     GraspError.
     """
+    for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
+        if not values:
+            raise GraspError(f"{name}=[] leaves nothing to compare: give one at least")
     base = configure(model, Budget("keep", keep[0], ffn_multiple, kv_multiple, layout), options)
     cells = [
         Cell(

@@ -102,10 +102,13 @@ def prune_each(
     """`prune` for several budgets from one choice: out/keep-0.8 and so on, in the order given.
 
     Units are scored once, learned gates under the smallest budget, and the scores are projected
-    to each; refit, scales and evaluation are each budget's own. In memory at one time: two models.
+    to each, as are scales that learned along with gates; refit, the scales after the mask and
+    evaluation are each budget's own. In memory at one time: two models.
     All else as `prune`.
     """
     asked = list(dict.fromkeys(keep))
+    if not asked:
+        raise GraspError("keep=[] names no budget: give one ratio at least")
     budget = Budget.of(
         keep=min(asked), ffn_multiple=ffn_multiple, kv_multiple=kv_multiple, layout=layout
     )

@@ -68,9 +68,12 @@ def refit(
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     """Columns `kept` (int64) of `linear.weight` [out, in] take over from the others, in place.
 
-    gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve`.
+    gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve`, and where gram
+    is not finite.
     """
     known = gram[kept].double()
+    if not known.isfinite().all():
+        raise GraspError("activations are not finite: use --dtype fp32, or leave --refit out")
     dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     dropped[kept] = False
     weight = linear.weight.double()
@@ -86,11 +89,9 @@ def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
     """(gram + D)^-1 target, fp64 [in, out], with D the ridge; gram: fp64 [in, in].
 
     `power` is what a channel has on average. A factorisation that fails is tried again with ten
-    times the ridge, twice. Raises GraspError where gram is not finite or has no factorisation.
+    times the ridge, twice. Raises GraspError where gram has no factorisation.
     """
-    if not gram.isfinite().all():
-        raise GraspError("activations are not finite: use --dtype fp32, or leave --refit out")
-    # a channel that is never active gets a weight of 0
+    # a channel that is never active keeps its weight: what is solved for is the change
     own = gram.diagonal().clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
     for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge * own))

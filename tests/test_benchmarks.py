@@ -102,6 +102,17 @@ def test_published_scales_fold_exactly_only_without_biases(family):
     assert equal == (family == "llama")
 
 
+def test_a_file_from_before_an_option_goes_on(tmp_path):
+    settings = {"ours": {"lr": 0.01, "scales": "unit"}, "evaluation": {}}
+    old = {"settings": {"ours": {"lr": 0.01}, "evaluation": {}}, "rows": []}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert ablation.resume(tmp_path / "old.json", settings, "ours", PruneConfig) == old
+    settings["ours"]["scales"] = "channel"
+    with pytest.raises(SystemExit, match="other settings"):
+        ablation.resume(tmp_path / "old.json", settings, "ours", PruneConfig)
+    assert ablation.resume(tmp_path / "none.json", settings, "ours", PruneConfig) is None
+
+
 def test_rows_change_one_choice_each():
     ours = PruneConfig("m", Budget("keep", KEEP, ffn_multiple=1))
     rows = {row.name: row for row in ablation.ablation_rows(ours)}

@@ -160,3 +160,12 @@ def test_command_line_with_tasks(call, tiny, text, tmp_path):
     )
     page = (tmp_path / "out" / "README.md").read_text()
     assert "## piqa, acc_norm" in page and "±" in page
+
+
+@pytest.mark.parametrize("empty", ["keep", "methods", "seeds"])
+def test_nothing_to_compare(tiny, text, tmp_path, empty):
+    with pytest.raises(GraspError, match=f"{empty}=.. leaves nothing to compare"):
+        grasp.compare(tiny, tmp_path / "out", calibration=text, **{empty: []}, **SMALL)
+    with pytest.raises(GraspError, match="names no budget"):
+        grasp.prune_each(tiny, tmp_path / "out", calibration=text, keep=[])
+    assert not list(tmp_path.iterdir())

@@ -13,9 +13,11 @@ from grasp.errors import GraspError
 from grasp.gating import gated
 from grasp.header import from_config
 from grasp.memory import choose, memory_mode
-from grasp.planning import learning_memory
-from grasp.training import next_token_loss
+from grasp.planning import LOGITS_AT_ONCE, learning_memory
+from grasp.select import CRITERIA
+from grasp.training import Journal, next_token_loss
 from grasp.units import UnitSpace
+from grasp_kernels import cross_entropy
 
 MODES = ("fast", "balanced", "low")
 SIZES = {"hidden": 128, "ffn": 352, "heads": 8, "kv_heads": 4, "head_dim": 16, "layers": 8}
@@ -62,6 +64,21 @@ def test_every_mode_computes_the_same_and_leaves_nothing():
         with memory_mode(model, config(mode)):
             assert torch.equal(gradient(model, ids), want)
     assert [set(vars(m)) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_scores_do_not_depend_on_the_mode(method):
+    model, ids = tiny_model("llama"), torch.randint(3, 250, (2, 16))
+    seen = []
+    for mode in MODES:
+        with memory_mode(model, config(mode)):
+            seen.append(CRITERIA[method].scores(model, UnitSpace.of(model), ids, Journal()))
+    for scores in seen[1:]:
+        torch.testing.assert_close(scores, seen[0])
+
+
+def test_the_plan_knows_the_chunk_of_the_loss():
+    assert LOGITS_AT_ONCE == cross_entropy._CHUNK
 
 
 def test_auto_takes_the_fastest_mode_that_fits(monkeypatch):

@@ -293,6 +293,8 @@ def test_a_weight_that_came_back_is_found(sparse, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     check = verify.check_sparsity(tmp_path, sparse.summary["sparsity"])
     assert not check.passed and check.detail == "model.layers.1.mlp.up_proj.weight is not 2:4"
+    file.write_bytes(file.read_bytes()[:100])
+    assert not verify.check_sparsity(tmp_path, sparse.summary["sparsity"]).passed
 
 
 def test_a_stopped_run_goes_on_behind_its_last_block(tiny, text, sparse, tmp_path, monkeypatch):

@@ -128,7 +128,11 @@ def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> 
     least = space.resized([(budget.ffn_multiple, budget.kv_multiple)] * len(space.layers))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(config, least)[0])
-    if [_widths(n) for n in UnitSpace.of(model).layers] != [_widths(n) for n in least.layers]:
+    made = UnitSpace.of(model).layers
+    if any(
+        (_widths(a), a.head_dim) != (_widths(b), b.head_dim)
+        for a, b in zip(made, least.layers, strict=True)
+    ):
         raise GraspError(f"{type(model).__name__} does not take the widths that its config names")
 
 

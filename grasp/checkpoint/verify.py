@@ -127,6 +127,15 @@ def _check_tensors(folder: Path) -> Check:
 
 def check_sparsity(folder: Path, sparsity: dict[str, Any]) -> Check:
     """The matrices of the decoder blocks have the zeros of the pattern, and as many as written."""
+    from safetensors import SafetensorError
+
+    try:
+        return _zeros_by_pattern(folder, sparsity)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return Check("sparsity", False, _one_line(str(error)))
+
+
+def _zeros_by_pattern(folder: Path, sparsity: dict[str, Any]) -> Check:
     from safetensors import safe_open
 
     from grasp.sparsity.pattern import Pattern

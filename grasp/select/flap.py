@@ -2,9 +2,9 @@
 
 Source: FLAP (arXiv 2312.11983), the metric WIFV and the search over all layers and modules (AL-AM):
 the columns of each down_proj and o_proj are standardised to mean 0 and deviation 1, a head scores
-the mean of its columns, and one threshold holds for all. Heads become KV groups. Left out: the
-biases that make up for dropped means, and the square that only its code, not the paper, takes of
-o_proj's columns first.
+the mean of its columns, and one threshold holds for all. Heads become KV groups. The biases that
+make up for dropped means are in `grasp.compensate`, for any method. Left out: the square that only
+its code, not the paper, takes of o_proj's columns first.
 """
 
 from __future__ import annotations

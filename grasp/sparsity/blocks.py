@@ -48,17 +48,18 @@ class Block:
         `see(name, x)` gets what enters each linear, [tokens, in], and `after(output)` what leaves
         the block, [1, seq_len, d], of one sample after the other.
         """
-        with ExitStack() as hooks:
-            for name, linear in self.linears.items():
 
-                def hook(_: Any, args: tuple[Tensor, ...], name: str = name) -> None:
-                    see(name, args[0].detach().flatten(0, -2))
+        def hook(_: Any, args: tuple[Tensor, ...], name: str) -> None:
+            see(name, args[0].detach().flatten(0, -2))
 
-                hooks.enter_context(linear.register_forward_pre_hook(hook))
-            for x, y in zip(self.hidden.split(1), self.dense.split(1), strict=True):
+        for x, y in zip(self.hidden.split(1), self.dense.split(1), strict=True):
+            with ExitStack() as hooks:  # off again before a backward pass that runs the block anew
+                for name, linear in self.linears.items():
+                    own = partial(hook, name=name)
+                    hooks.enter_context(linear.register_forward_pre_hook(own))
                 output = self.run(x)
-                after(output)
-                y.copy_(output.detach())
+            after(output)
+            y.copy_(output.detach())
 
     def advance(self) -> float:
         """Replace `hidden` by what the block makes of it now. Returns the error: the norm of what

@@ -16,6 +16,7 @@ Method = Literal[
     "taylor",
     "output-approximation",
     "greedy-output-approximation",
+    "greedy-head-similarity",
     "flap",
     "wanda-sp",
     "wanda++",

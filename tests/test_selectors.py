@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import get_args
 
 import pytest
 import torch
 from families import save_tiny, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import grasp
 from grasp.budget import Budget
 from grasp.config import Method
 from grasp.fold import fold_mask
+from grasp.layerwise import first_hidden, layer_options
 from grasp.projection import Projection
 from grasp.select import CRITERIA, REWRITING
 from grasp.select.activations import Moments, channel_moments, uniform_ratio
 from grasp.select.greedy_output_approximation import prune_greedily
+from grasp.select.head_similarity import distance_to_nearest_later, divergences, returning_maps
 from grasp.training import Journal, next_token_loss
 from grasp.units import UnitSpace, decoder_layers
 
@@ -193,13 +198,14 @@ def test_wanda_plus_plus(family):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("similar_heads", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
-def test_greedy_output_approximation_recovers_and_cuts_as_it_goes(family):
+def test_greedy_output_approximation_recovers_and_cuts_as_it_goes(family, similar_heads):
     dense, model = tiny_model(family), tiny_model(family)
     space = UnitSpace.of(model)
     projection = Projection(space, Budget("keep", 0.5, ffn_multiple=8))
     blocks = torch.randint(3, 250, (24, 32), generator=torch.Generator().manual_seed(1))
-    found = prune_greedily(model, projection, blocks, Journal())
+    found = prune_greedily(model, projection, blocks, Journal(), similar_heads=similar_heads)
     mask = projection.mask(found)
     for modules, (ffn, kv) in zip(decoder_layers(model), mask.layers(), strict=True):
         zero = (modules.mlp.down_proj.weight == 0).all(0)
@@ -225,6 +231,61 @@ def test_greedy_output_approximation_without_pruning_is_the_dense_model():
     prune_greedily(model, projection, blocks, Journal())
     for a, b in zip(model.parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("family", "heads"), [("llama", 4), ("qwen2", 8), ("gemma2", 8)])
+def test_groups_that_attend_alike_go_first(family, heads):
+    """Queries and keys of group 2 are those of group 1: one of them goes, and it is the earlier."""
+    model = tiny_model(family, heads=heads)
+    space = UnitSpace.of(model)
+    for modules in decoder_layers(model):
+        for rows in (modules.q, modules.k):
+            for values in (rows.weight, rows.bias):
+                if values is not None:
+                    groups = values.view(4, -1)
+                    groups[2] = groups[1]
+    projection = Projection(space, Budget("keep", 0.75, ffn_multiple=8))
+    found = prune_greedily(model, projection, BLOCKS, Journal(), similar_heads=True)
+    assert all(kv.tolist() == [0, 2, 3] for _, kv in projection.mask(found).layers())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_head_similarity_is_the_divergence_of_attention_maps(family):
+    model = tiny_model(family, layers=1)
+    before, modules = model.config._attn_implementation, decoder_layers(model)[0]
+    with returning_maps(model):
+        (maps,) = model(input_ids=BLOCKS, output_attentions=True).attentions
+        layer, hidden = model.get_decoder().layers[0], first_hidden(model, BLOCKS)
+        (options,) = layer_options(model, BLOCKS[:1])
+        found = distance_to_nearest_later(modules, 4, lambda x: layer(x, **options), hidden)
+    assert model.config._attn_implementation == before
+    maps = maps.double().unflatten(1, (4, 2)).mean(2).transpose(0, 1)  # [groups, samples, q, k]
+
+    def kl(p, q):
+        return (p * (p / q).clamp(min=1e-300).log()).nan_to_num().sum(-1).mean()
+
+    for i, one in enumerate(maps[:-1]):
+        middles = [(one + other) / 2 for other in maps[i + 1 :]]
+        later = zip(maps[i + 1 :], middles, strict=True)
+        want = min((kl(one, m) + kl(other, m)) / 2 for other, m in later)
+        torch.testing.assert_close(found[i].double(), want, rtol=1e-4, atol=1e-6)
+    assert found[-1] == torch.inf
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 7), st.integers(0, 1000))
+def test_the_distance_to_the_nearest_later_head_is_the_published_scan(heads, seed):
+    """Every threshold drops the heads below it, and so every number of heads has a threshold."""
+    maps = torch.rand(heads, 3, 5, generator=torch.Generator().manual_seed(seed)).double()
+    maps /= maps.sum(-1, keepdim=True)
+    later = divergences(maps)
+    distance = torch.minimum(later, later.T)
+    for tau in (*later.flatten().tolist(), 0.0):
+        dropped: set[int] = set()
+        for i, j in itertools.product(range(heads), repeat=2):
+            if i != j and distance[i, j] < tau and not {i, j} & dropped:
+                dropped.add(i)
+        assert dropped == set((later.amin(1) < tau).nonzero().flatten().tolist())
 
 
 def test_free_scores_know_no_budget(tiny, text, tmp_path):

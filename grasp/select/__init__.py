@@ -41,7 +41,8 @@ CRITERIA = {
     "wanda++": Criterion(wanda_plus_plus_scores),
     "magnitude": Criterion(lambda model, space, *_: magnitude_scores(model, space), 0),
 }
-REWRITING = ("greedy-output-approximation",)  # methods that fit weights while they choose
+# methods that fit weights while they choose
+REWRITING = ("greedy-output-approximation", "greedy-head-similarity")
 
 
 def select(
@@ -67,8 +68,10 @@ def select(
         return Choice(drawn.to(model.device))
     if config.method in CRITERIA:
         return Choice(ranked(config.method))
-    if config.method == "greedy-output-approximation":
-        return Choice(prune_greedily(model, projection, blocks, stage(config.method)))
+    if config.method in REWRITING:
+        similar = config.method == "greedy-head-similarity"
+        journal = stage(config.method)
+        return Choice(prune_greedily(model, projection, blocks, journal, similar_heads=similar))
     equal = torch.zeros(space.size, device=model.device)
     start = ranked("fisher") if config.start == "fisher" else equal
     settings = LearnSettings(

@@ -3,15 +3,16 @@
 Source: Li, Dong, Lei (arXiv 2407.19126). In depth order, on what the pruned modules before it give:
 the first level of a module (q, k, v or gate, up) is fitted by least squares to the dense model's
 own outputs; then, on the inputs that follow from that, its second level (o_proj or down_proj); then
-its units are scored by their second moment (see output_approximation.py) and the lowest dropped, at
-the same ratio in every module. Heads become KV groups. Left out: head similarity, and leaving the
-blocks at both ends whole.
+its units are scored and the lowest dropped, at the same ratio in every module. Channels are scored
+by their second moment (see output_approximation.py), heads by that or by their similarity (see
+head_similarity.py). Heads become KV groups. Left out: leaving the blocks at both ends whole.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +25,27 @@ from grasp.layerwise import first_hidden, inputs_of, layer_options
 from grasp.projection import Projection
 from grasp.refit import ridge_solve
 from grasp.select.activations import uniform_ratio
+from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
 from grasp.training import Journal, finite_mean
 from grasp.units import Rows, decoder_layers
 
 
 @torch.no_grad()
 def prune_greedily(
-    model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
+    model: PreTrainedModel,
+    projection: Projection,
+    blocks: Tensor,
+    journal: Journal,
+    *,
+    similar_heads: bool = False,
 ) -> Tensor:
     """Scores fp32 [units] that `projection` turns into what was cut; blocks int64 [samples, len].
 
-    `model` keeps the recovered weights, with zeros in the dropped columns of o_proj and down_proj.
-    In memory at one time, besides: a dense decoder layer, the hidden states of all samples with and
-    without pruning, and two Gram matrices. Interrupted, it begins anew. Raises GraspError where
-    activations are not finite.
+    `similar_heads` drops KV groups by their similarity, not by their second moment. `model` keeps
+    the recovered weights, with zeros in the dropped columns of o_proj and down_proj. In memory at
+    one time, besides: a dense decoder layer, the hidden states of all samples with and without
+    pruning, and two Gram matrices. Interrupted, it begins anew. Raises GraspError where activations
+    are not finite.
     """
     space = projection.space
     sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
@@ -45,7 +53,7 @@ def prune_greedily(
     ladder = uniform_ratio([torch.arange(n, device=model.device) for n in sizes])
     kept = [int(part.sum()) for part in projection(ladder).split(sizes)]
     scores = [torch.empty_like(rungs) for rungs in ladder.split(sizes)]
-    options, layers = layer_options(model, blocks[:1]), model.get_decoder().layers
+    layers = model.get_decoder().layers
     dense = first_hidden(model, blocks)
     pruned = dense.clone()
 
@@ -55,23 +63,30 @@ def prune_greedily(
         dropped = order[: len(order) - kept[module]]
         linear.weight[:, expand(dropped, linear.in_features // len(raw))] = 0
 
-    for index, (layer, modules) in enumerate(zip(layers, decoder_layers(model), strict=True)):
-        pair = _Pair.of(layer, options[index], pruned, dense)
-        o_proj, down_proj = modules.attention.o_proj, modules.mlp.down_proj
+    with returning_maps(model) if similar_heads else nullcontext():
+        options = layer_options(model, blocks[:1])
+        for index, (layer, modules) in enumerate(zip(layers, decoder_layers(model), strict=True)):
+            pair = _Pair.of(layer, options[index], pruned, dense)
+            o_proj, down_proj = modules.attention.o_proj, modules.mlp.down_proj
+            groups = space.layers[index].kv_groups
 
-        pair.recover([modules.q.linear, modules.k.linear, modules.v.linear])
-        x = pair.recover([o_proj])
-        added = o_proj.weight.float().square().sum(0) * x.second_moment
-        cut(o_proj, added.view(space.layers[index].kv_groups, -1).sum(1), 2 * index + 1)
+            pair.recover([modules.q.linear, modules.k.linear, modules.v.linear])
+            x = pair.recover([o_proj])
+            if similar_heads:
+                heads = distance_to_nearest_later(modules, groups, pair.run(layer), pruned)
+            else:
+                added = o_proj.weight.float().square().sum(0) * x.second_moment
+                heads = added.view(groups, -1).sum(1)
+            cut(o_proj, heads, 2 * index + 1)
 
-        x = pair.recover([modules.gate.linear, modules.up.linear])
-        gate, up = (x.second_moment_after(rows) for rows in (modules.gate, modules.up))
-        pair.recover([down_proj])
-        down = down_proj.weight.float().square().sum(0)
-        cut(down_proj, down * up * down * gate / 2, 2 * index)
+            x = pair.recover([modules.gate.linear, modules.up.linear])
+            gate, up = (x.second_moment_after(rows) for rows in (modules.gate, modules.up))
+            pair.recover([down_proj])
+            down = down_proj.weight.float().square().sum(0)
+            cut(down_proj, down * up * down * gate / 2, 2 * index)
 
-        error = finite_mean([pair.advance()], index + 1)
-        journal.progress(index + 1, len(layers), error, blocks.numel())
+            error = finite_mean([pair.advance()], index + 1)
+            journal.progress(index + 1, len(layers), error, blocks.numel())
     return torch.cat(scores)
 
 

@@ -4,8 +4,8 @@ Source: Li, Dong, Lei (arXiv 2407.19126), the second-moment metric of a depth-2 
 attention ||O_:j||^2 E[x_j^2], x the input of o_proj, summed over a head; for a gated FFN with
 D = down_proj [||D_:j||^2 E[u_j^2]] [||D_:j||^2 E[g_j^2] / 2], u and g the outputs of up_proj and
 gate_proj. Every module is cut at the same ratio, kept here as ranks within each; heads become KV
-groups. Left out: head similarity, recovery before each cut (greedy_output_approximation.py has it)
-and the whole blocks at both ends.
+groups. Left out: head similarity and recovery before each cut, which greedy_output_approximation.py
+has, and the whole blocks at both ends.
 """
 
 from __future__ import annotations

@@ -345,6 +345,7 @@ def plan_command(
     seq_len: SeqLen = PruneConfig.seq_len,
     epochs: Epochs = PruneConfig.epochs,
     batch_size: BatchSize = PruneConfig.batch_size,
+    scales: Scales = PruneConfig.scales,
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Speed of your machine, for a time estimate.")
     ] = None,

@@ -52,10 +52,10 @@ def choose(model: PreTrainedModel, config: PruneConfig) -> MemoryMode:
     cached = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = SLACK * (torch.cuda.mem_get_info(model.device)[0] + cached)
     header = replace(from_config(model.config.to_dict()), space=UnitSpace.of(model))
-    tokens = config.batch_size * config.seq_len
+    tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
     modes: tuple[MemoryMode, ...] = ("fast", "balanced")
     for mode in modes:
-        memory = learning_memory(header, tokens, config.seq_len, model.dtype.itemsize, mode)
+        memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
         if memory.total - memory.weights <= free:
             return mode
     return "low"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from grasp.budget import Budget, Layout
-from grasp.config import MemoryMode
+from grasp.config import MemoryMode, PruneConfig, ScaleKind
 from grasp.errors import GraspError
 from grasp.header import FAMILIES, STATIC_ROPE, Header, read_header
 from grasp.units import FFN_COST, UnitSpace
@@ -45,9 +45,10 @@ class Memory:
     a layer two FFN widths (four with GeGLU, which is not fused), queries, keys, values and
     attention output in the model's dtype, the input of each norm in fp32; of a layer that is
     computed again its input alone, until its turn comes. Attention is flash-style, but for a
-    softcap on its scores, which are then saved for all pairs of tokens. `workspace` is what the
-    loss or an FFN's backward pass needs for a moment, whichever comes at the dearer time; `gates`
-    are the scores with all that AdamW and the projection hold.
+    softcap on its scores, which are then saved for all pairs of tokens. Scales of channels save
+    what they multiply, at both ends of all linear layers. `workspace` is what the loss or an FFN's
+    backward pass needs for a moment, whichever comes at the dearer time; `gates` are the scores
+    and the scales that learn along, with all that AdamW and the projection hold.
     """
 
     weights: int
@@ -142,31 +143,20 @@ def plan(
     ffn_multiple: int = 32,
     kv_multiple: int = 1,
     layout: Layout = "per-layer",
-    seq_len: int = 512,
-    batch_size: int = 1,
-    samples: int = 512,
-    epochs: int = 4,
     tokens_per_second: float | None = None,
     dtype: str = "bf16",
     memory: MemoryMode = "fast",
+    **options: Any,
 ) -> Plan:
     """Plan `grasp prune` with the same options (see `Budget` for keep, params and kv_cache).
 
-    `spec` is what `grasp.models.resolve` takes, or a config.json. Raises GraspError: a model that
-    is not supported, an impossible budget, a setting below its least value.
+    `spec` is what `grasp.models.resolve` takes, or a config.json; `options` are fields of
+    `PruneConfig`. Raises GraspError: a model that is not supported, an impossible budget or option.
     """
     if dtype not in DTYPE_BYTES:
         raise GraspError(f"--dtype {dtype} cannot be planned: choose {' or '.join(DTYPE_BYTES)}")
     if memory not in ("fast", *RECOMPUTE_EVERY):
         raise GraspError(f"--memory {memory} cannot be planned: choose fast, balanced or low")
-    for option, value in (
-        ("--seq-len", seq_len),
-        ("--batch-size", batch_size),
-        ("--samples", samples),
-        ("--epochs", epochs),
-    ):
-        if value < 1:
-            raise GraspError(f"{option} {value} is too small: choose at least 1")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise GraspError(f"--tokens-per-second {tokens_per_second} is no speed: choose one above 0")
     budget = Budget.of(
@@ -177,11 +167,13 @@ def plan(
         kv_multiple=kv_multiple,
         layout=layout,
     )
+    config = PruneConfig(spec, budget, **options)
     header = read_header(spec)
     space, width = header.space, DTYPE_BYTES[dtype]
     cost, kv_values = obtained(space, budget)
     after = params_left(space, budget, cost)
-    tokens = samples * seq_len * (epochs + 1)
+    tokens = config.samples * config.seq_len * (config.epochs + 1)
+    at_once = config.seq_len * config.batch_size
     return Plan(
         model=spec,
         family=header.family,
@@ -197,7 +189,7 @@ def plan(
         kv_bytes_per_token=Size(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
-        memory=learning_memory(header, seq_len * batch_size, seq_len, width, memory),
+        memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
         evaluation_memory=4 * space.total_params,
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
@@ -253,19 +245,21 @@ def _times(factor: int, values: Range) -> Range:
 
 
 def learning_memory(
-    header: Header, tokens: int, seq_len: int, width: int, mode: MemoryMode
+    header: Header, tokens: int, seq_len: int, width: int, mode: MemoryMode, scales: ScaleKind
 ) -> Memory:
     """Estimate for a batch of `tokens` in sequences of `seq_len`, in a dtype of `width` bytes."""
-    space, facts, saved = header.space, header.facts, []
+    space, facts, saved, learned = header.space, header.facts, [], header.space.size
     for layer in space.layers:
         keys = layer.kv_groups * layer.head_dim
         queries = layer.group_size * keys
+        ends = 2 * (queries + keys) + 4 * space.hidden_size if scales == "channel" else 0
+        learned += ends
         own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * facts.norms * space.hidden_size
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
             own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
         else:  # values are a part of the fused output, which stays whole
             own += width * (2 + facts.fused_qkv) * (queries + keys)
-        saved.append(own + 4 * (queries + keys) * facts.qk_norm)
+        saved.append(own + width * ends + 4 * (queries + keys) * facts.qk_norm)
     kept = list(saved)
     if every := RECOMPUTE_EVERY.get(mode):
         kept[::every] = [width * space.hidden_size] * len(kept[::every])
@@ -280,7 +274,7 @@ def learning_memory(
         tokens * width * widest,
     )
     activations, workspace = max(in_loss, in_layer, key=sum)
-    return Memory(width * space.total_params, activations, workspace, gates=40 * space.size)
+    return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
 
 
 def _runtimes(header: Header, budget: Budget) -> list[Runtime]:

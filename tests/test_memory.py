@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from families import tiny_model
 from torch.profiler import ProfilerActivity, profile
 
 from grasp.budget import Budget
-from grasp.config import PruneConfig
+from grasp.config import PruneConfig, ScaleKind
 from grasp.errors import GraspError
-from grasp.gating import gated
 from grasp.header import from_config
 from grasp.memory import choose, memory_mode
 from grasp.planning import LOGITS_AT_ONCE, learning_memory
+from grasp.scales import scale_count, scaled
 from grasp.select import CRITERIA
 from grasp.training import Journal, next_token_loss
 from grasp.units import UnitSpace
@@ -27,10 +29,9 @@ def config(mode, **options):
     return PruneConfig("m", Budget("keep", 0.5), memory=mode, device="cpu", **options)
 
 
-def gradient(model, ids):
-    space = UnitSpace.of(model)
-    z = torch.ones(space.size, requires_grad=True)
-    with gated(model, space) as gates:
+def gradient(model, ids, scales="unit"):
+    z = torch.ones(scale_count(model, scales), requires_grad=True)
+    with scaled(model, UnitSpace.of(model), scales) as gates:
         gates.set(z)
         return torch.autograd.grad(next_token_loss(model, ids), z)[0]
 
@@ -45,14 +46,15 @@ def peak_bytes(run):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scales", get_args(ScaleKind))
 @pytest.mark.parametrize(("family", "vocab"), [("llama", 256), ("qwen3", 256), ("llama", 16_384)])
-def test_the_plan_is_within_a_tenth_of_what_a_step_takes(family, vocab, mode):
+def test_the_plan_is_within_a_tenth_of_what_a_step_takes(family, vocab, scales, mode):
     model = tiny_model(family, vocab=vocab, **SIZES)
     ids = torch.randint(3, 250, (1, 256))
-    planned = learning_memory(from_config(model.config.to_dict()), 256, 256, 4, mode)
+    planned = learning_memory(from_config(model.config.to_dict()), 256, 256, 4, mode, scales)
     with memory_mode(model, config(mode)):
-        gradient(model, ids)
-        measured = peak_bytes(lambda: gradient(model, ids))
+        gradient(model, ids, scales)
+        measured = peak_bytes(lambda: gradient(model, ids, scales))
     assert measured == pytest.approx(planned.total - planned.weights, rel=0.1)
 
 
@@ -81,13 +83,14 @@ def test_the_plan_knows_the_chunk_of_the_loss():
     assert LOGITS_AT_ONCE == cross_entropy._CHUNK
 
 
-def test_auto_takes_the_fastest_mode_that_fits(monkeypatch):
+@pytest.mark.parametrize("scales", get_args(ScaleKind))
+def test_auto_takes_the_fastest_mode_that_fits(monkeypatch, scales):
     model = tiny_model("llama", vocab=256, **SIZES)
-    asked = config("auto", seq_len=128, batch_size=2)
+    asked = config("auto", seq_len=128, batch_size=2, scales=scales)
     with memory_mode(model, asked) as mode:
         assert mode == "fast"
     header = from_config(model.config.to_dict())
-    needs = [learning_memory(header, 256, 128, 4, mode) for mode in MODES]
+    needs = [learning_memory(header, 256, 128, 4, mode, scales) for mode in MODES]
     needs = [(memory.total - memory.weights) / 0.9 for memory in needs]
     assert needs == sorted(needs, reverse=True)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))

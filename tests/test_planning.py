@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import gguf
 import huggingface_hub
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 
 from grasp.budget import Budget
 from grasp.checkpoint.modeling_grasp import FAMILIES as GRASP_CLASSES
+from grasp.config import ScaleKind
 from grasp.errors import GraspError
-from grasp.gating import gated
 from grasp.header import FAMILIES as HEADER_FAMILIES
 from grasp.header import from_config, read_header
 from grasp.planning import learning_memory, obtained, params_left, plan
 from grasp.projection import Mask, Projection
+from grasp.scales import scale_count, scaled
 from grasp.training import next_token_loss
 from grasp.units import LayerUnits, UnitSpace
 
@@ -294,10 +296,11 @@ def test_a_kv_cache_budget_keeps_every_channel(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_memory_estimate_is_near_what_autograd_saves(tmp_path, family, dtype):
+@pytest.mark.parametrize("scales", get_args(ScaleKind))
+def test_the_memory_estimate_is_near_what_autograd_saves(tmp_path, family, dtype, scales):
     model = tiny_model(family, hidden=128, ffn=384, layers=12, vocab=300, dtype=dtype)
     model.config.save_pretrained(tmp_path)
-    space, ids = UnitSpace.of(model), torch.randint(256, (2, 64))
+    ids = torch.randint(256, (2, 64))
     weights = {p.data_ptr() for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -307,11 +310,12 @@ def test_the_memory_estimate_is_near_what_autograd_saves(tmp_path, family, dtype
             saved[storage.data_ptr()] = storage  # held, so that its address stays its own
         return tensor
 
-    with gated(model, space) as gates:
-        gates.set(torch.ones(space.size, requires_grad=True))
+    with scaled(model, UnitSpace.of(model), scales) as gates:
+        gates.set(torch.ones(scale_count(model, scales), requires_grad=True))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             next_token_loss(model, ids)
-    memory = learning_memory(read_header(str(tmp_path)), ids.numel(), 64, dtype.itemsize, "fast")
+    header = read_header(str(tmp_path))
+    memory = learning_memory(header, ids.numel(), 64, dtype.itemsize, "fast", scales)
     whole = ids.numel() * 300 * 4 if family == "gemma2" else 0  # the log-softmax of capped logits
     measured = sum(s.nbytes() for s in saved.values()) - whole
     assert measured == pytest.approx(memory.activations, rel=0.1)
@@ -395,6 +399,7 @@ def test_a_plan_needs_neither_torch_nor_two_seconds(tmp_path, source):
         ({"kv_multiple": 2}, r"--kv-multiple 2 does not divide a width of this model, 3"),
         ({"dtype": "int4"}, r"--dtype int4 cannot be planned: choose bf16 or fp32"),
         ({"samples": 0}, r"--samples 0 is too small: choose at least 1"),
+        ({"scales": "row"}, r"--scales 'row': choose channel, unit"),
         ({"tokens_per_second": 0}, r"--tokens-per-second 0 is no speed"),
     ],
 )

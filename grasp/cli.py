@@ -108,6 +108,7 @@ KvCache = Annotated[float | None, typer.Option(help="Part of the KV cache to kee
 FfnMultiple = Annotated[int, typer.Option(help="FFN widths are multiples of this.")]
 KvMultiple = Annotated[int, typer.Option(help="KV head counts are multiples of this.")]
 LayoutOption = Annotated[Layout, typer.Option(help="Widths of each layer, or the same in all.")]
+MethodOption = Annotated[Method, typer.Option(help="How units are chosen.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Samples = Annotated[int, typer.Option(help="Blocks of calibration text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per block.")]
@@ -162,7 +163,7 @@ def prune_command(
     ffn_multiple: FfnMultiple = 32,
     kv_multiple: KvMultiple = 1,
     layout: LayoutOption = "per-layer",
-    method: Annotated[Method, typer.Option(help="How units are chosen.")] = PruneConfig.method,
+    method: MethodOption = PruneConfig.method,
     calibration: Calibration = PruneConfig.calibration,
     text_field: TextField = PruneConfig.text_field,
     samples: Samples = PruneConfig.samples,
@@ -341,11 +342,13 @@ def plan_command(
     ffn_multiple: FfnMultiple = 32,
     kv_multiple: KvMultiple = 1,
     layout: LayoutOption = "per-layer",
+    method: MethodOption = PruneConfig.method,
     samples: Samples = PruneConfig.samples,
     seq_len: SeqLen = PruneConfig.seq_len,
     epochs: Epochs = PruneConfig.epochs,
     batch_size: BatchSize = PruneConfig.batch_size,
     scales: Scales = PruneConfig.scales,
+    scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Speed of your machine, for a time estimate.")
     ] = None,

@@ -86,7 +86,7 @@ class Plan:
     kv_bytes_per_token: Size
     memory: Memory
     evaluation_memory: int  # bytes of the dense model in fp32, which its perplexity is computed in
-    learning_tokens: int  # forward and backward, the epoch of scales included
+    learning_tokens: int  # forward and backward, of gates and of the scales after the mask
     learning_seconds: float | None
     runtimes: tuple[Runtime, ...]
 
@@ -172,7 +172,8 @@ def plan(
     space, width = header.space, DTYPE_BYTES[dtype]
     cost, kv_values = obtained(space, budget)
     after = params_left(space, budget, cost)
-    tokens = config.samples * config.seq_len * (config.epochs + 1)
+    epochs = config.epochs if config.method in ("learned", "free") else 0
+    tokens = config.samples * config.seq_len * (epochs + config.scale_epochs)
     at_once = config.seq_len * config.batch_size
     return Plan(
         model=spec,

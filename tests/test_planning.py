@@ -327,6 +327,8 @@ def test_tokens_and_time(tmp_path):
     result = plan(spec, keep=0.5, samples=100, seq_len=50, epochs=3, tokens_per_second=200)
     assert result.learning_tokens == 20_000  # three epochs of gates, one of scales
     assert result.learning_seconds == 100
+    scales = plan(spec, samples=100, seq_len=50, method="fisher", scale_epochs=2)
+    assert scales.learning_tokens == 10_000
     assert plan(spec).learning_seconds is None
 
 

@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -29,23 +27,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import published
-from benchmarks.gate_training import machine
+from benchmarks.rows import RESULTS, Bench, Score
 from grasp.budget import Budget
 from grasp.calibrate import learn_scales
 from grasp.config import PruneConfig
-from grasp.data import Corpus, read_corpus, token_blocks
-from grasp.evaluate import perplexity
+from grasp.data import Corpus, token_blocks
 from grasp.fold import fold_mask
-from grasp.models import load_model, pick_device
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
 from grasp.scales import fold_scales
 from grasp.select import select
 from grasp.training import Journal, TrainSettings
 from grasp.units import UnitSpace
-
-Score = Callable[[PreTrainedModel], float]
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -241,59 +234,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = [name for name in names if name not in rows]
     if unknown:
         parser.error(f"no row {unknown[0]!r}; there is {', '.join(rows)}")
-    device = pick_device(options.device)
-    dense, tokenizer = load_model(options.model, dtype=torch.float32, device=device)
-    corpus = read_corpus(options.text, tokenizer)
-    evaluation = read_corpus(options.eval_text, tokenizer, split="test")
-
-    def score(model: PreTrainedModel) -> float:
-        windows, length = options.eval_windows, options.eval_seq_len
-        return perplexity(model, evaluation, seq_len=length, windows=windows).value
-
-    settings = {
-        # where the files lie does not matter, what they hold does
-        "ours": ours.to_json() | {"calibration": corpus.to_json()},
-        "evaluation": {
-            "data": evaluation.to_json(),
-            "windows": options.eval_windows,
-            "seq_len": options.eval_seq_len,
-        },
-    }
-    results = resume(options.out, settings, "ours", PruneConfig)
-    if results is None:
-        results = {"settings": settings, "machine": machine(device), "rows": []}
-        results["dense"] = score(dense)
+    bench = Bench.begin(options, "ours", ours)
+    results = bench.results
     done = {(record["row"], record["seed"]) for record in results["rows"]}
     for seed in map(int, options.seeds.split(",")):  # one seed of everything first
         for name in names:
             if (name, seed) not in done:
-                results["rows"].append(run_row(rows[name], seed, dense, corpus, score))
-                write(results, options.out)
-                print(json.dumps(results["rows"][-1]), flush=True)
+                bench.add(run_row(rows[name], seed, bench.dense, bench.corpus, bench.score))
     print(table(results))
-
-
-def resume(out: Path, settings: dict[str, Any], recipe: str, config: type) -> dict[str, Any] | None:
-    """The results in `out`, if any; ends the program if they are of other settings.
-
-    `settings[recipe]` are the options of a `config`; a file from before one of them existed goes on
-    where that has its default.
-    """
-    if not out.exists():
-        return None
-    results: dict[str, Any] = json.loads(out.read_text())
-    defaults = {f.name: f.default for f in fields(config) if f.name in settings[recipe]}
-    told = results["settings"] | {recipe: defaults | results["settings"].get(recipe, {})}
-    if told != json.loads(json.dumps(settings)):
-        sys.exit(f"{out} holds results of other settings: choose another --out")
-    return results
-
-
-def write(results: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".new")
-    beside.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(beside, out)  # a stop at any moment leaves the rows that are done
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.ablation import RESULTS, write
 from benchmarks.gate_training import machine
+from benchmarks.rows import RESULTS, write
 from grasp.data import read_corpus, token_blocks
 from grasp.evaluate import perplexity
 from grasp.models import load_model, pick_device

@@ -21,16 +21,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.ablation import RESULTS, resume, span, write
-from benchmarks.gate_training import machine
+from benchmarks.ablation import span
+from benchmarks.rows import RESULTS, Bench
 from grasp.config import SparseMethod, SparsifyConfig
-from grasp.data import read_corpus, token_blocks
-from grasp.evaluate import perplexity
-from grasp.models import load_model, pick_device
+from grasp.data import token_blocks
 from grasp.sparsity.blocks import sparsify_blocks
 from grasp.sparsity.methods import method_of
 from grasp.sparsity.pattern import Pattern
@@ -108,27 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--text and --eval-text are needed")
 
     base = SparsifyConfig(options.model, samples=options.samples, seq_len=options.seq_len)
-    device = pick_device(options.device)
-    dense, tokenizer = load_model(options.model, dtype=torch.float32, device=device)
-    corpus = read_corpus(options.text, tokenizer)
-    evaluation = read_corpus(options.eval_text, tokenizer, split="test")
-
-    def score(model: PreTrainedModel) -> float:
-        windows, length = options.eval_windows, options.eval_seq_len
-        return perplexity(model, evaluation, seq_len=length, windows=windows).value
-
-    settings = {
-        "base": base.to_json() | {"calibration": corpus.to_json()},
-        "evaluation": {
-            "data": evaluation.to_json(),
-            "windows": options.eval_windows,
-            "seq_len": options.eval_seq_len,
-        },
-    }
-    results = resume(options.out, settings, "base", SparsifyConfig)
-    if results is None:
-        results = {"settings": settings, "machine": machine(device), "rows": []}
-        results["dense"] = score(dense)
+    bench = Bench.begin(options, "base", base)
+    results = bench.results
     done = {(r["row"], r["pattern"], r["seed"]) for r in results["rows"]}
     for seed in map(int, options.seeds.split(",")):
         for pattern in options.patterns.split(","):
@@ -137,16 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                     continue
                 config = row_config(name, replace(base, pattern=pattern, seed=seed))
                 blocks = token_blocks(
-                    corpus, seq_len=config.seq_len, samples=config.samples, seed=seed
+                    bench.corpus, seq_len=config.seq_len, samples=config.samples, seed=seed
                 )
-                model, began = copy.deepcopy(dense), time.process_time()
+                model, began = copy.deepcopy(bench.dense), time.process_time()
                 errors = sparsified(model, config, blocks)
                 seconds = time.process_time() - began
                 record = {"row": name, "pattern": pattern, "seed": seed}
-                record |= {"perplexity": score(model), "errors": errors}
-                results["rows"].append(record | {"cpu_seconds": round(seconds, 1)})
-                write(results, options.out)
-                print(json.dumps(results["rows"][-1]), flush=True)
+                record |= {"perplexity": bench.score(model), "errors": errors}
+                bench.add(record | {"cpu_seconds": round(seconds, 1)})
     print(table(results))
 
 

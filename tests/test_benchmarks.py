@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import save_tiny, tiny_model
 
-from benchmarks import ablation, budgets, gate_training, published
+from benchmarks import ablation, budgets, gate_training, published, rows
 from grasp.budget import Budget
 from grasp.config import PruneConfig
 from grasp.gating import gated
@@ -106,11 +106,11 @@ def test_a_file_from_before_an_option_goes_on(tmp_path):
     settings = {"ours": {"lr": 0.01, "scales": "unit"}, "evaluation": {}}
     old = {"settings": {"ours": {"lr": 0.01}, "evaluation": {}}, "rows": []}
     (tmp_path / "old.json").write_text(json.dumps(old))
-    assert ablation.resume(tmp_path / "old.json", settings, "ours", PruneConfig) == old
+    assert rows.resume(tmp_path / "old.json", settings, "ours", PruneConfig) == old
     settings["ours"]["scales"] = "channel"
     with pytest.raises(SystemExit, match="other settings"):
-        ablation.resume(tmp_path / "old.json", settings, "ours", PruneConfig)
-    assert ablation.resume(tmp_path / "none.json", settings, "ours", PruneConfig) is None
+        rows.resume(tmp_path / "old.json", settings, "ours", PruneConfig)
+    assert rows.resume(tmp_path / "none.json", settings, "ours", PruneConfig) is None
 
 
 def test_rows_change_one_choice_each():

@@ -447,6 +447,9 @@ def bench_command(
     dtype: Annotated[
         Dtype, typer.Option(help="Of the weights; a .gguf file has its own.")
     ] = PruneConfig.dtype,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Decode through torch.compile, with a static cache.")
+    ] = False,
     device: Device = "auto",
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write a plot of tokens/s.")
@@ -467,6 +470,7 @@ def bench_command(
             tokens=tokens,
             repetitions=repetitions,
             dtype=dtype,
+            compile=compile,
             device=device,
             plot=plot,
             record=record,

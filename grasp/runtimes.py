@@ -19,11 +19,14 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from grasp.config import Dtype
 from grasp.errors import GraspError
 from grasp.header import read_header
 from grasp.models import TORCH_NAMES, best_dtype, load_model, resolve
+
+WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph in its second
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,17 @@ class Run(NamedTuple):
 
 
 class Transformers:
-    """A model in transformers, on a CPU or a GPU."""
+    """A model in transformers, on a CPU or a GPU.
+
+    `compiled` puts its decode step through torch.compile (on a GPU with CUDA graphs), over a static
+    cache with room for the prompt and all tokens.
+    """
 
     packages = ("torch", "transformers")
 
-    def __init__(self, name: str, dtype: Dtype, device: str, trust_remote_code: bool):
+    def __init__(
+        self, name: str, dtype: Dtype, device: str, trust_remote_code: bool, compiled: bool = False
+    ):
         kind = best_dtype(device) if dtype == "auto" else dtype
         self.name, self.source = name, resolve(name)
         self.header = read_header(name)
@@ -63,16 +72,33 @@ class Transformers:
         self.vocabulary = self.header.vocab_size
         self.limit = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         self._cache_bytes_per_token = 0.0
+        self._compiled = compiled
+        self._step: Any = self.model
+        if compiled:
+            mode = "reduce-overhead" if self.model.device.type == "cuda" else "default"
+            self._step = torch.compile(self.model, mode=mode)
+        self._static: StaticCache | None = None  # of the shape that was warmed up
 
     @torch.inference_mode()
-    def check(self) -> None:
-        """Raises GraspError unless decoding from the cache gives the logits of one full pass."""
-        ids = torch.arange(24, device=self.model.device).view(2, 12) % self.vocabulary
-        out = self.model(ids[:, :8], use_cache=True)
-        for column in ids[:, 8:].split(1, dim=1):
-            out = self.model(column, past_key_values=out.past_key_values, use_cache=True)
-        whole = self.model(ids, use_cache=False).logits[:, -1].float()
-        error = ((out.logits[:, -1].float() - whole).norm() / whole.norm()).item()
+    def warm_up(self, ids: Tensor, tokens: int) -> None:
+        """The first run of a shape, in which a step is compiled.
+
+        Raises GraspError unless decoding from the cache gives the logits of one full pass.
+        """
+        if self._compiled:
+            room = ids.shape[1] + tokens
+            self._static = StaticCache(self.model.config, max_cache_len=room)
+        try:
+            for _ in range(-(-WARM_STEPS // tokens)):
+                _, sequence, logits = self._run(ids, tokens)
+        except torch._dynamo.exc.TorchDynamoException as failed:
+            reason = str(failed).strip().partition("\n")[0]
+            raise GraspError(
+                f"--compile: torch cannot compile {self.name} ({reason}): install a C++ compiler "
+                "such as g++ if that is what it lacks, or leave --compile out"
+            ) from failed
+        whole = self.model(sequence, use_cache=False, logits_to_keep=1).logits.float()
+        error = ((logits.float() - whole).norm() / whole.norm()).item()
         if not error <= torch.finfo(self.model.dtype).eps ** 0.5:  # a NaN is no agreement either
             raise GraspError(
                 f"{self.name} computes something else from its KV cache: relative error {error:.1e}"
@@ -82,9 +108,15 @@ class Transformers:
     @torch.inference_mode()
     def run(self, ids: Tensor, tokens: int) -> Run:
         """One prefill of `ids` int64 [batch, prompt], and `tokens` decode steps."""
+        return self._run(ids, tokens)[0]
+
+    def _run(self, ids: Tensor, tokens: int) -> tuple[Run, Tensor, Tensor]:
+        """Also all tokens that went in [batch, prompt + tokens], and the last one's logits."""
         ids = ids.to(self.model.device)
+        if self._static is not None:
+            self._static.reset()
         start = self._now()
-        out = self.model(ids, use_cache=True, logits_to_keep=1)
+        out = self.model(ids, past_key_values=self._static, use_cache=True, logits_to_keep=1)
         token = out.logits.argmax(-1)
         middle = self._now()
         cache = out.past_key_values
@@ -93,12 +125,16 @@ class Transformers:
             for layer in cache.layers
             for tensor in (layer.keys, layer.values)
         )
-        self._cache_bytes_per_token = held / ids.numel()
+        places = ids.shape[1] + (tokens if self._compiled else 0)
+        self._cache_bytes_per_token = held / (ids.shape[0] * places)
+        sequence = [ids]
         resumed = self._now()
         for _ in range(tokens):
-            out = self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            sequence.append(token)
+            out = self._step(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token = out.logits.argmax(-1)
-        return Run(middle - start, (self._now() - resumed) / tokens)
+        run = Run(middle - start, (self._now() - resumed) / tokens)
+        return run, torch.cat(sequence, dim=1), out.logits
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":
@@ -187,8 +223,9 @@ class LlamaCpp:
         self._slots: list[int] = []
         self.vocabulary, self.limit = self._meta["n_vocab"], self._meta["n_ctx_train"]
 
-    def check(self) -> None:
-        """Every run is checked: see there."""
+    def warm_up(self, ids: Tensor, tokens: int) -> None:
+        """The first run of a shape."""
+        self.run(ids, tokens)
 
     def run(self, ids: Tensor, tokens: int) -> Run:
         """One prefill of `ids` int64 [batch, prompt], and `tokens` decode steps.

@@ -105,11 +105,12 @@ class Bench:
         runs = dict.fromkeys(f"{m.runtime}, {m.dtype}" for m in self.models)
         pairs = ", both models in turns, speed-up pair by pair (10 % to 90 %)"
         threads = f"{how['threads']} thread" + "s" * (how["threads"] > 1)
+        kinds = "/".join(dict.fromkeys(m.kv_dtype for m in self.models))
+        decode = "compiled, from the static" if how["compile"] else "from the"
         return (
             f"Speed: batch x prompt, medians of {how['repetitions']} repetitions"
             f"{pairs if len(self.models) > 1 else ''}; decode: a step of {how['tokens']}, greedy, "
-            f"from the {'/'.join(dict.fromkeys(m.kv_dtype for m in self.models))} cache; "
-            f"{'; '.join(runs)}; {how['machine']}, {threads}."
+            f"{decode} {kinds} cache; {'; '.join(runs)}; {how['machine']}, {threads}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def bench(
     tokens: int = 32,
     repetitions: int = 5,
     dtype: Dtype = "auto",
+    compile: bool = False,
     device: str = "auto",
     plot: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -136,12 +138,14 @@ def bench(
     A repetition is one prefill, with the head on the last token alone, and `tokens` decode steps
     through the model's own forward and cache; the models take turns, in alternating order, after a
     warm-up each. Both are in memory at the same time. `dtype` is that of models in transformers
-    (auto: bf16 on a GPU, fp32 on a CPU); a GGUF file has its own, and a cache in f16. `plot` names
-    a PNG of tokens per second. `record` adds the result to the files of `model`, a checkpoint of
-    grasp.
+    (auto: bf16 on a GPU, fp32 on a CPU); a GGUF file has its own, and a cache in f16. `compile`
+    decodes through torch.compile with a static cache, compiled in the warm-up; prefill stays as it
+    is. `plot` names a PNG of tokens per second. `record` adds the result to the files of `model`, a
+    checkpoint of grasp.
 
     Raises GraspError: a model that does not load, numbers it cannot take, a cache with which it
-    computes something else, no llama.cpp for a .gguf file, memory that runs out.
+    computes something else, no llama.cpp for a .gguf file, a model or a machine that torch cannot
+    compile for, memory that runs out.
     """
     numbers: dict[str, Sequence[int]] = {
         "--batch-sizes": batch_sizes,
@@ -157,6 +161,9 @@ def bench(
     if record:
         check_record(Path(model))
     names = [model] if against is None else [model, against]
+    for name in names if compile else ():
+        if is_for_llama_cpp(name):
+            raise GraspError(f"--compile: {name} runs in llama.cpp, not in torch: leave it out")
     device = pick_device(device)
     longest = max(prompt_lens) + tokens
     fix = "lower --batch-sizes, --prompt-lens or --tokens, or use --dtype bf16"
@@ -166,14 +173,13 @@ def bench(
             if is_for_llama_cpp(name):
                 runners.append(LlamaCpp(name, device, max(batch_sizes), longest))
             else:
-                runners.append(Transformers(name, dtype, device, trust_remote_code))
+                runners.append(Transformers(name, dtype, device, trust_remote_code, compile))
         for runner in runners:
             if longest > runner.limit:
                 raise GraspError(
                     f"--prompt-lens {max(prompt_lens)} and --tokens {tokens} are more than "
                     f"{runner.name} takes: at most {runner.limit} together"
                 )
-            runner.check()
         shapes = [(b, p) for b in dict.fromkeys(batch_sizes) for p in dict.fromkeys(prompt_lens)]
         cases, cache = [], [0.0 for _ in runners]
         done = count(1)
@@ -183,6 +189,8 @@ def bench(
                 progress(next(done), len(shapes) * repetitions)
 
         for batch, prompt in shapes:
+            if compile:
+                torch.compiler.reset()  # its limit on shapes is small
             runs = _in_turns(runners, batch, prompt, tokens, repetitions, report)
             cases.append(_case(batch, prompt, runs))
             if batch * prompt == max(batch_sizes) * max(prompt_lens):
@@ -195,6 +203,7 @@ def bench(
             "prompt_lens": list(prompt_lens),
             "tokens": tokens,
             "repetitions": repetitions,
+            "compile": compile,
             "seed": SEED,
             "device": device,
             "machine": _machine(device),
@@ -221,12 +230,12 @@ def _in_turns(
     repetitions: int,
     report: Callable[[], None],
 ) -> list[list[Run]]:
-    """Runs of each model; the first, when allocators warm up, is not among them."""
+    """Runs of each model; the warm-up, which checks and may compile, is not among them."""
     generator = torch.Generator().manual_seed(SEED)
     vocabulary = min(runner.vocabulary for runner in runners)
     ids = torch.randint(vocabulary, (batch, prompt), generator=generator)
     for runner in runners:
-        runner.run(ids, tokens)
+        runner.warm_up(ids, tokens)
     runs: list[list[Run]] = [[] for _ in runners]
     for repetition in range(repetitions):
         turns = list(zip(runners, runs, strict=True))

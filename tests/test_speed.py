@@ -13,7 +13,7 @@ from families import save_tiny, tiny_tokenizer
 from gguf import GGUFReader
 from test_checkpoint import UNEVEN, pruned
 from test_gguf import VOCAB, byte_level
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, StaticCache
 
 import grasp
 from grasp import runtimes, speed
@@ -27,8 +27,8 @@ FAST = dict(batch_sizes=(1, 3), prompt_lens=(5, 16), tokens=4, repetitions=3, de
 SHORT = ["--batch-sizes=1,2", "--prompt-lens=6", "--tokens=2", "--repetitions=2", "--device=cpu"]
 
 
-def save(folder, widths, tokenizer, **options):
-    model, kept = pruned("llama", widths, **options)
+def save(folder, widths, tokenizer, family="llama", **options):
+    model, kept = pruned(family, widths, **options)
     folder.mkdir()
     save_checkpoint(model, tokenizer, folder, kept=kept, grasp_json={"seed": 5})
     return folder
@@ -112,7 +112,7 @@ def test_speed_up_is_taken_pair_by_pair():
 
 def test_models_take_turns(tiny, monkeypatch):
     """The first of a pair in one repetition is the second in the next, after a warm-up each."""
-    order, run = [], runtimes.Transformers.run
+    order, run = [], runtimes.Transformers._run
 
     def noted(self, ids, tokens):
         order.append(self.model.order)
@@ -125,7 +125,7 @@ def test_models_take_turns(tiny, monkeypatch):
 
     names = iter("ab")
     monkeypatch.setattr(runtimes, "load_model", named)
-    monkeypatch.setattr(runtimes.Transformers, "run", noted)
+    monkeypatch.setattr(runtimes.Transformers, "_run", noted)
     bench(str(tiny), against=str(tiny), **FAST | {"batch_sizes": (1,), "prompt_lens": (4,)})
     assert "".join(order) == "ab" + "abbaab"
 
@@ -167,6 +167,64 @@ def test_a_cache_that_computes_something_else(refused, tiny, monkeypatch):
     assert message.startswith(f"{tiny} computes something else from its KV cache: relative error ")
 
 
+# --- compiled ---
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])  # the last two: sliding windows
+def test_a_step_is_one_graph(family, tmp_path):
+    """With widths of each layer's own, from a static cache, for every token alike."""
+    folder = save(tmp_path / "small", UNEVEN, tiny_tokenizer(), family=family)
+    model, _ = load_model(folder, dtype=torch.float32)
+    torch.compiler.reset()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.arange(3, 23).view(2, 10)
+    cache = StaticCache(model.config, max_cache_len=14)
+    with torch.inference_mode():
+        out = model(ids, past_key_values=cache)
+        for column in ids.T[:3]:
+            out = step(column[:, None], past_key_values=cache)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            out = step(ids[:, 3:4], past_key_values=cache)
+        whole = model(torch.cat([ids, ids[:, :4]], dim=1), use_cache=False)
+    torch.testing.assert_close(out.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_decoding(tmp_path, monkeypatch):
+    """The tokens of generate; a repetition compiles nothing; the static cache is counted whole."""
+    folder = save(tmp_path / "small", [(64, 1), (32, 4)], tiny_tokenizer(), layers=2)
+    sequences, run = [], runtimes.Transformers._run
+
+    def noted(self, ids, tokens):
+        stance = "fail_on_recompile" if sequences else "default"
+        with torch.compiler.set_stance(stance):
+            found = run(self, ids, tokens)
+        sequences.append(found[1])
+        return found
+
+    monkeypatch.setattr(runtimes.Transformers, "_run", noted)
+    result = bench(str(folder), **FAST | {"batch_sizes": (2,), "prompt_lens": (6,)}, compile=True)
+    model, _ = load_model(folder, dtype=torch.float32)
+    prompt = sequences[0][:, :6]
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=4,
+        max_new_tokens=4
+    )  # fmt: skip
+    assert len(sequences) == 1 + 3 and all(torch.equal(found, expected) for found in sequences)
+    assert result.models[0].kv_bytes_per_token == (1 + 4) * 2 * 16 * 4
+    assert result.settings["compile"]
+    assert "greedy, compiled, from the static float32 cache" in result.measured_on()
+
+
+def test_no_compiler(refused, tiny, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("nothing compiled")))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-g++"))
+    message = refused("bench", tiny, *SHORT, "--compile")
+    assert message.startswith(f"--compile: torch cannot compile {tiny} (InvalidCxxCompiler: ")
+    assert "no-g++" in message and message.endswith(
+        "g++ if that is what it lacks, or leave --compile out"
+    )
+
+
 # --- llama.cpp ---
 
 
@@ -199,6 +257,11 @@ def test_llama_cpp_computes_the_whole_prompt(files, monkeypatch):
     monkeypatch.setattr(runtimes.LlamaCpp, "_ask", cached)
     with pytest.raises(GraspError, match=r"computed 1 prompt and 5 other tokens of .* where 16"):
         bench(files[0], **FAST | {"batch_sizes": (1,), "prompt_lens": (16,)})
+
+
+def test_gguf_files_are_not_compiled(refused, files):
+    message = refused("bench", files[0], "--compile")
+    assert message == f"--compile: {files[0]} runs in llama.cpp, not in torch: leave it out"
 
 
 def test_no_llama_cpp(refused, files, monkeypatch):

@@ -47,13 +47,13 @@ class PruneConfig:
     batch_size: int = 1
     accumulate: int = 1
     lr: float = 1e-2
-    schedule: Schedule = "constant"
+    schedule: Schedule = "cosine"
     start: Start = "fisher"
     anneal: float = 0.5
     gate_site: GateSite = "output"
     refit: bool = False
     bias: bool = False
-    scales: ScaleKind = "unit"
+    scales: ScaleKind = "channel"
     scale_epochs: int = 1
     eval_text: str | None = None
     eval_seq_len: int = 2048

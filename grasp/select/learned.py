@@ -5,8 +5,8 @@ z = m + p - stop_grad(p) with p = sigmoid(s / tau), so the forward pass sees the
 every unit, dropped ones too, receives dL/ds = dL/dz * p (1 - p) / tau.
 
 Beyond the paper, each measured in benchmarks/ablation: scores start from the ranked Fisher values
-of the gates, and the budget shrinks from everything to its limit over the first part of training.
-As an option scales of channels learn along with the gates, so that what is kept adapts meanwhile.
+of the gates, the budget shrinks from everything to its limit over the first part of training, and
+scales of channels learn along with the gates, so that what is kept adapts meanwhile.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@
     python -m benchmarks.gate_training --models demo:smollm2-135m --cases 256x1 --keep 0.5
 
 Weights are random unless a model is named: times do not depend on them. Ours is
-`grasp.select.learn_scores` as `grasp prune` calls it, from random scores at the full budget: while
-the budget still shrinks, a step costs something between the rows of a keep and of 1. The first
-steps, in which kernels compile, are left out. Both forms run on one model and the same tokens, in
-alternating order, and nothing is timed unless both compute the same logits and gradients.
+`grasp.select.learn_scores` from random scores at the full budget, for what both forms learn, the
+gates, and once more with the scales of channels that `grasp prune` has learn along: while the
+budget still shrinks, a step costs something between the rows of a keep and of 1. The first steps,
+in which kernels compile, are left out. All run on one model and the same tokens, in alternating
+order, and nothing is timed unless both forms compute the same logits and gradients.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import published
 from grasp.budget import Budget
+from grasp.config import ScaleKind
 from grasp.gating import GateSite, gated
 from grasp.models import cast, load_model, pick_device
 from grasp.projection import Mask, Projection
@@ -117,9 +120,10 @@ def measure(model: PreTrainedModel, case: Case, steps: int, repetitions: int) ->
     shape = (case.batch * (steps + skip), case.seq_len)
     blocks = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
 
-    def ours() -> list[tuple[float, float]]:
+    def ours(scales: ScaleKind = "unit") -> list[tuple[float, float]]:
         clock = Clock(skip)
-        settings = LearnSettings(TrainSettings(epochs=1, batch_size=case.batch), anneal=0.0)
+        train = TrainSettings(epochs=1, batch_size=case.batch)
+        settings = LearnSettings(train, anneal=0.0, scales=scales)
         learn_scores(model, projection, start, blocks, settings, clock)
         return clock.seconds
 
@@ -131,7 +135,9 @@ def measure(model: PreTrainedModel, case: Case, steps: int, repetitions: int) ->
                 clock.progress(step, steps, trainer.step(ids), case.tokens)
         return clock.seconds
 
-    sides = {"theirs": theirs, "ours": ours} if case.keep < 1 else {"ours": ours}
+    sides = {"ours": ours, "with scales": partial(ours, "channel")}
+    if case.keep < 1:
+        sides = {"theirs": theirs, **sides}
     runs: dict[str, list[Any]] = {side: [] for side in sides}
     result: dict[str, Any] = {**asdict(case), "peak_bytes": {}}
     for repetition in range(repetitions):
@@ -329,23 +335,26 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"{where['device']}, {where['threads']} threads, {dtype}; matmul {roof:.2f} TFLOP/s",
         "",
-        "| model | tokens | kept | ms a step | published | ratio | tokens/s "
+        "| model | tokens | kept | ms a step | with scales | published | ratio | tokens/s "
         "| of the roof: dense, masked | peak GB | whole run, min | stages, ms |",
-        "|" + "---|" * 11,
+        "|" + "---|" * 12,
     ]
     for row in result["rows"]:
         if "tokens_per_second" not in row:
             lines.append(f"| {row['model']} | {row['seq_len']} x {row['batch']} | out of memory |")
             continue
         wall = row["wall_seconds"]
-        theirs = f"{1e3 * wall['theirs']['median']:.1f}" if "theirs" in wall else "–"
+        along, theirs = (
+            f"{1e3 * wall[side]['median']:.1f}" if side in wall else "–"
+            for side in ("with scales", "theirs")
+        )
         ratio = spell(wall) if "theirs/ours" in wall else "–"
         if "theirs" in wall and not row["peak_bytes"]:  # a CPU has other work
             ratio += f", of process time {spell(row['process_cpu_seconds'])}"
         peak = row["peak_bytes"].get("ours")
         lines.append(
             f"| {row['model']} | {row['seq_len']} x {row['batch']} | {row['keep']:.0%} "
-            f"| {1e3 * wall['ours']['median']:.1f} | {theirs} | {ratio} "
+            f"| {1e3 * wall['ours']['median']:.1f} | {along} | {theirs} | {ratio} "
             f"| {row['tokens_per_second']:,.0f} "
             f"| {', '.join(f'{n / roof:.0%}' for n in row['tflops'].values())} "
             f"| {f'{peak / 1e9:.1f}' if peak else '–'} | {row['whole_run_minutes']:.1f} |"

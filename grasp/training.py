@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.compiled import compiled
 from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError
 from grasp.gating import unpadded
@@ -83,8 +85,8 @@ def train_gates(
     log. Raises GraspError when the loss is not finite. Same state, same order, same result: a run
     that resumes from its journal ends where an uninterrupted one does, on a CPU bit for bit.
 
-    On a GPU small steps are launched as one CUDA graph; large ones read back, once a step, how
-    many units are open, and compute only those.
+    On a GPU norms and RoPE are compiled, and small steps are launched as one CUDA graph; large
+    ones read back, once a step, how many units are open, and compute only those.
     """
     theta = theta.detach().clone().requires_grad_()
     on_gpu = theta.device.type == "cuda"
@@ -109,19 +111,20 @@ def train_gates(
     losses: list[Tensor] = []
     progress = torch.zeros((), dtype=torch.float64, device=theta.device)
     tokens = 0  # since the last read
-    for step in range(start, steps):
-        chosen = order[step * per_step : (step + 1) * per_step]
-        progress.fill_(step / steps)
-        _set_rate(optimizer, _rate(settings, step / steps))
-        losses.append(run_step(blocks[chosen], progress))
-        tokens += chosen.numel() * blocks.shape[1]
-        if len(losses) == read_every or step + 1 == steps:
-            mean = finite_mean(losses, step + 1)
-            journal.progress(step + 1, steps, mean, tokens, **info())
-            losses.clear()
-            tokens = 0
-            done = step + 1
-            journal.save(partial(_state, theta, optimizer, done), final=done == steps)
+    with compiled(model, journal.note) if on_gpu else nullcontext():
+        for step in range(start, steps):
+            chosen = order[step * per_step : (step + 1) * per_step]
+            progress.fill_(step / steps)
+            _set_rate(optimizer, _rate(settings, step / steps))
+            losses.append(run_step(blocks[chosen], progress))
+            tokens += chosen.numel() * blocks.shape[1]
+            if len(losses) == read_every or step + 1 == steps:
+                mean = finite_mean(losses, step + 1)
+                journal.progress(step + 1, steps, mean, tokens, **info())
+                losses.clear()
+                tokens = 0
+                done = step + 1
+                journal.save(partial(_state, theta, optimizer, done), final=done == steps)
     return theta.detach()
 
 

@@ -103,11 +103,11 @@ def test_published_scales_fold_exactly_only_without_biases(family):
 
 
 def test_a_file_from_before_an_option_goes_on(tmp_path):
-    settings = {"ours": {"lr": 0.01, "scales": "unit"}, "evaluation": {}}
+    settings = {"ours": {"lr": 0.01, "bias": False}, "evaluation": {}}
     old = {"settings": {"ours": {"lr": 0.01}, "evaluation": {}}, "rows": []}
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert rows.resume(tmp_path / "old.json", settings, "ours", PruneConfig) == old
-    settings["ours"]["scales"] = "channel"
+    settings["ours"]["bias"] = True
     with pytest.raises(SystemExit, match="other settings"):
         rows.resume(tmp_path / "old.json", settings, "ours", PruneConfig)
     assert rows.resume(tmp_path / "none.json", settings, "ours", PruneConfig) is None

@@ -1,0 +1,57 @@
+"""RMSNorm and RoPE as a kernel each, through torch.compile: some ten small ones a layer otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.units import decoder_layers
+
+ROPE = "apply_rotary_pos_emb"  # what transformers calls it in each family
+
+
+@contextmanager
+def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[None]:
+    """Compile the norms of this instance and, for the time being, RoPE of its family.
+
+    Where a norm does not compile, forward or backward, `note` gets a line that says why and all
+    stays as it is. What does not fit the usual names is left alone.
+    """
+    norms = [m for m in model.get_decoder().modules() if type(m).__name__.endswith("RMSNorm")]
+    failure = _failure(norms[0], model) if norms else None
+    if failure:
+        note(f"norms and RoPE run one operation at a time, not compiled: {failure}")
+    if failure or not norms:
+        yield
+        return
+    family: ModuleType = sys.modules[type(decoder_layers(model)[0].attention).__module__]
+    before, rope = [vars(norm).get("forward") for norm in norms], getattr(family, ROPE, None)
+    try:
+        for norm in norms:
+            norm.forward = torch.compile(norm.forward)
+        if rope:
+            setattr(family, ROPE, torch.compile(rope))
+        yield
+    finally:
+        for norm, forward in zip(norms, before, strict=True):
+            del norm.forward
+            if forward is not None:
+                norm.forward = forward
+        if rope:
+            setattr(family, ROPE, rope)
+
+
+def _failure(norm: nn.Module, model: PreTrainedModel) -> str | None:
+    """Why `norm` does not compile, in one line; None if it does."""
+    x: Tensor = torch.ones(1, 2, len(norm.weight), device=model.device, dtype=model.dtype)
+    try:
+        torch.compile(norm.forward)(x.requires_grad_()).sum().backward()
+    except Exception as error:  # of any of the compilers behind it
+        return str(error).strip().split("\n")[0]
+    return None

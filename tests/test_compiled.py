@@ -1,0 +1,55 @@
+"""Norms and RoPE through torch.compile: the same numbers, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from families import tiny_model
+
+from grasp.compiled import ROPE, compiled
+from grasp.gating import gated
+from grasp.training import next_token_loss
+from grasp.units import UnitSpace, decoder_layers
+
+IDS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+def loss_and_gradient(model):
+    space = UnitSpace.of(model)
+    z = torch.ones(space.size, requires_grad=True)
+    with gated(model, space) as gates:
+        gates.set(z)
+        loss = next_token_loss(model, IDS)
+        return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+def rope(model):
+    return getattr(sys.modules[type(decoder_layers(model)[0].attention).__module__], ROPE)
+
+
+def test_the_same_loss_and_gradients():
+    model, notes = tiny_model("qwen3"), []  # with norms on q and k
+    eager, own = loss_and_gradient(model), rope(model)
+    torch._dynamo.utils.counters.clear()
+    with compiled(model, notes.append):
+        assert rope(model) is not own
+        torch.testing.assert_close(loss_and_gradient(model), eager)
+    counted = torch._dynamo.utils.counters
+    # a norm of each shape, with and without a gradient for what enters, and RoPE: no more than that
+    assert 2 <= counted["stats"]["unique_graphs"] <= 9 and not counted["graph_break"]
+    assert notes == [] and rope(model) is own
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradient(model), eager, strict=True))
+
+
+def test_what_does_not_compile_runs_as_it_is(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda _: fail)
+    model, notes = tiny_model("llama"), []
+    with compiled(model, notes.append):
+        assert not any("forward" in vars(m) for m in model.modules())
+        loss_and_gradient(model)
+    assert notes == ["norms and RoPE run one operation at a time, not compiled: no compiler"]

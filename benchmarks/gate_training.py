@@ -135,9 +135,13 @@ def measure(model: PreTrainedModel, case: Case, steps: int, repetitions: int) ->
                 clock.progress(step, steps, trainer.step(ids), case.tokens)
         return clock.seconds
 
-    sides = {"ours": ours, "with scales": partial(ours, "channel")}
-    if case.keep < 1:
-        sides = {"theirs": theirs, **sides}
+    sides: dict[str, Callable[[], list[tuple[float, float]]]] = {
+        "theirs": theirs,
+        "ours": ours,
+        "with scales": partial(ours, "channel"),
+    }
+    if case.keep == 1:
+        del sides["theirs"]
     runs: dict[str, list[Any]] = {side: [] for side in sides}
     result: dict[str, Any] = {**asdict(case), "peak_bytes": {}}
     for repetition in range(repetitions):

@@ -1,4 +1,4 @@
-"""RMSNorm and RoPE as a kernel each, through torch.compile: some ten small ones a layer otherwise."""
+"""RMSNorm and RoPE as a kernel each, by torch.compile: some ten small ones a layer otherwise."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from grasp.units import decoder_layers
@@ -24,7 +25,7 @@ def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[No
     stays as it is. What does not fit the usual names is left alone.
     """
     norms = [m for m in model.get_decoder().modules() if type(m).__name__.endswith("RMSNorm")]
-    failure = _failure(norms[0], model) if norms else None
+    failure = _failure(norms[0]) if norms else None
     if failure:
         note(f"norms and RoPE run one operation at a time, not compiled: {failure}")
     if failure or not norms:
@@ -47,11 +48,12 @@ def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[No
             setattr(family, ROPE, rope)
 
 
-def _failure(norm: nn.Module, model: PreTrainedModel) -> str | None:
+def _failure(norm: nn.Module) -> str | None:
     """Why `norm` does not compile, in one line; None if it does."""
-    x: Tensor = torch.ones(1, 2, len(norm.weight), device=model.device, dtype=model.dtype)
+    weight: Any = norm.weight
+    x = torch.ones_like(weight)[None, None].requires_grad_()
     try:
-        torch.compile(norm.forward)(x.requires_grad_()).sum().backward()
+        torch.compile(norm.forward)(x).sum().backward()
     except Exception as error:  # of any of the compilers behind it
         return str(error).strip().split("\n")[0]
     return None

@@ -33,6 +33,7 @@ from grasp.pipeline import (
     check_budget,
     configure,
     finish,
+    load_dense,
     measure_dense,
     open_job,
     pruned_summary,
@@ -106,8 +107,8 @@ def compare(
     other fields of `PruneConfig`, the same for all; `tasks`, `tasks_data` and `limit` are those of
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. Interrupted, the same call goes on, with the same methods, budgets
-    and seeds or with others. In memory at one time: the dense model and a pruned one. Raises
-    GraspError.
+    and seeds or with others. Methods that fit weights as they choose run in fp32 whatever the
+    `dtype`. In memory at one time: the dense model and a pruned one. Raises GraspError.
     """
     for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
         if not values:
@@ -179,6 +180,8 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
             "+refit or with +bias"
         )
     choice: Any = {"method": method, "refit": more == "refit", "bias": more == "bias"}
+    if method in REWRITING:
+        choice["dtype"] = "fp32"  # a narrower one would round what is fitted
     return replace(config, seed=seed, **choice)
 
 
@@ -204,10 +207,17 @@ class _Grid:
             self._chosen[cell.choice] = choice, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.choice]
 
+    def _own_model(self, config: PruneConfig) -> PreTrainedModel:
+        """The dense model in the cell's dtype: from disk where the shared one has been rounded."""
+        dtype = working_dtype(config)
+        if self._dense.dtype == dtype:
+            return copy.deepcopy(self._dense)
+        return cast(load_dense(config)[0], dtype)
+
     def _measure(self, cell: Cell) -> dict[str, Any]:
         config, run, part = cell.config, self._run, self._run.part(cell.name)
         blocks, projection = self._start.blocks(config), self._start.projection(config)
-        model = copy.deepcopy(self._dense) if cell.rewrites else self._dense
+        model = self._own_model(config) if cell.rewrites else self._dense
         choice, choosing = self._choose(cell, model, projection, blocks)
         mask = projection.mask(choice.scores)
         reset_peak_memory()

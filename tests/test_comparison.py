@@ -10,6 +10,7 @@ import pytest
 import grasp
 from grasp import comparison
 from grasp.budget import Budget
+from grasp.comparison_page import explained
 from grasp.errors import GraspError
 from grasp.units import UnitSpace
 
@@ -85,6 +86,18 @@ def test_every_method_in_one_table(tiny, text, tmp_path):
     assert len(set(masks.values())) == len(masks)
     page = (tmp_path / "out" / "README.md").read_text()
     assert all(f"\n| {method} | " in page for method in methods)
+
+
+def test_methods_that_fit_weights_run_in_fp32(tiny, text, tmp_path):
+    method, options = "greedy-output-approximation", dict(SMALL, ffn_multiple=1, calibration=text)
+    whole = dict(options, keep=0.5, seed=0, method=method, dtype="fp32")
+    alone = grasp.prune(tiny, tmp_path / "alone", **whole).summary
+    grid = dict(options, keep=[0.5], seeds=[0], methods=[method], dtype="bf16")
+    result = grasp.compare(tiny, tmp_path / "out", **grid)
+    (cell,) = result.summary["cells"]
+    assert cell["perplexity"] == alone["results"]["pruned"]
+    assert cell["mask_sha256"] == alone["mask_sha256"]
+    assert "(those named greedy fit weights, in fp32)" in explained(result.summary)
 
 
 def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):

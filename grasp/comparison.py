@@ -216,6 +216,7 @@ class _Grid:
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         config, run, part = cell.config, self._run, self._run.part(cell.name)
+        run.log(event="cell", name=cell.name)  # its seconds count from here
         blocks, projection = self._start.blocks(config), self._start.projection(config)
         model = self._own_model(config) if cell.rewrites else self._dense
         choice, choosing = self._choose(cell, model, projection, blocks)

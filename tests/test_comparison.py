@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,9 @@ def test_methods_that_fit_weights_run_in_fp32(tiny, text, tmp_path):
 
 def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
     """The same cells come out, those that were there are not measured again, and others may be
-    asked for."""
+    asked for. What it takes to load the model again is no cell's cost."""
     out, shrink, left = tmp_path / "out", comparison.shrink, [3]
+    begin, now, loaded = comparison.begin, time.time, []
 
     def stop(*args):
         left[0] -= 1
@@ -111,6 +113,12 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return shrink(*args)
 
+    def begin_in_an_hour(*args):
+        loaded.append(3600)
+        return begin(*args)
+
+    monkeypatch.setattr(comparison, "begin", begin_in_an_hour)
+    monkeypatch.setattr(time, "time", lambda: now() + sum(loaded))
     monkeypatch.setattr(comparison, "shrink", stop)
     with pytest.raises(KeyboardInterrupt):
         grasp.compare(tiny, out, calibration=text, **GRID, **SMALL)
@@ -124,6 +132,8 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
     same = ("method", "keep", "seed", "kept", "perplexity", "mask_sha256")
     want = [{k: c[k] for k in same} for c in found.summary["cells"][:2]]
     assert [{k: c[k] for k in same} for c in again.summary["cells"][:2]] == want
+    parts = [c[part] for c in again.summary["cells"] for part in ("choosing", "making")]
+    assert max(p["seconds"] for p in parts) < 3600 <= again.summary["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class Header:
     vocab_size: int
     source: str  # what was read
     rope: str = "default"  # its type, and "partial" where a part of each head stays as it is
+    stored_bytes: int = 2  # of a weight, as `load_model` has it where it is asked for no dtype
 
 
 def read_header(spec: str) -> Header:
@@ -121,7 +122,12 @@ def from_config(config: Mapping[str, Any]) -> Header:
     embeddings = 1 if config.get("tie_word_embeddings", family.tied) else 2
     fixed += hidden * (embeddings * vocab + 1)  # one norm at the end
     space = UnitSpace(hidden, tuple(layers), fixed)
-    return Header(space, name, family, vocab, "config.json", _rope(config))
+    width = _stored_bytes(config)
+    return Header(space, name, family, vocab, "config.json", _rope(config), width)
+
+
+def _stored_bytes(config: Mapping[str, Any]) -> int:
+    return 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
 
 
 def _rope(config: Mapping[str, Any]) -> str:
@@ -155,7 +161,9 @@ def _from_structure(config: Mapping[str, Any], model_type: str) -> Header:
     vocab = model.get_input_embeddings().weight.shape[0]
     qk_norm = any(name.endswith("q_norm.weight") for name, _ in model.named_parameters())
     facts = Family(qk_norm=qk_norm)
-    return Header(space, model_type, facts, vocab, "transformers, on the meta device")
+    width = _stored_bytes(config)
+    source = "transformers, on the meta device"
+    return Header(space, model_type, facts, vocab, source, stored_bytes=width)
 
 
 def _from_gguf(path: Path) -> Header:
@@ -208,7 +216,8 @@ def _from_gguf(path: Path) -> Header:
     space = UnitSpace(hidden, layers, total - UnitSpace(hidden, layers, 0).total_params)
     names = {facts.gguf: name for name, facts in reversed(FAMILIES.items())}
     name = names.get(family, family)
-    return Header(space, name, FAMILIES.get(name, Family()), vocab_size, "GGUF header")
+    facts = FAMILIES.get(name, Family())
+    return Header(space, name, facts, vocab_size, "GGUF header", stored_bytes=4)  # dequantised
 
 
 def _gguf_layer(shapes: Mapping[str, list[int]], block: str, head_dim: int) -> LayerUnits:

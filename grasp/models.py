@@ -123,6 +123,9 @@ def load_model(
     except Exception as error:  # a damaged or foreign checkpoint fails in as many ways
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise GraspError(f"cannot load {os.fspath(spec)}: {reason}") from error
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's, which a narrow dtype has rounded
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 

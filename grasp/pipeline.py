@@ -254,7 +254,7 @@ def read_texts(
 
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
-    """Bind the run to its inputs and measure the model, which this may leave in fp32."""
+    """Bind the run to its inputs and measure the model."""
     run.same_inputs(_inputs(model, start.corpus, start.ruler))
     return run.remember("dense", partial(_measure, start.ruler, model, "dense", run))
 
@@ -321,7 +321,7 @@ def finish(
     _release(model)
     pruned = None
     if start.ruler:
-        reread, _ = load_model(folder, dtype=torch.float32, device=device)
+        reread, _ = load_model(folder, dtype=None, device=device)
         pruned = _measure(start.ruler, reread, "pruned", run)
     return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
 
@@ -495,11 +495,10 @@ def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict
 def _measure(
     ruler: Ruler | None, model: PreTrainedModel, which: str, run: Run
 ) -> dict[str, Any] | None:
-    """Perplexity in fp32, whatever the model is stored and trained in."""
     if ruler is None:
         return None
     return perplexity(
-        cast(model, torch.float32),
+        model,
         ruler.text,
         seq_len=ruler.seq_len,
         windows=ruler.windows,

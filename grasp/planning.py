@@ -85,7 +85,7 @@ class Plan:
     weight_bytes: Size
     kv_bytes_per_token: Size
     memory: Memory
-    evaluation_memory: int  # bytes of the dense model in fp32, which its perplexity is computed in
+    evaluation_memory: int  # estimated peak bytes while the dense model's perplexity is computed
     learning_tokens: int  # forward and backward, of gates and of the scales after the mask
     learning_seconds: float | None
     runtimes: tuple[Runtime, ...]
@@ -118,8 +118,8 @@ class Plan:
             ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
             (
                 "memory",
-                f"about {memory.total / 1e9:,.1f} GB while gates learn (estimate), "
-                f"{self.evaluation_memory / 1e9:,.1f} GB for fp32 weights while evaluating",
+                f"about {memory.total / 1e9:,.1f} GB while gates learn, "
+                f"{self.evaluation_memory / 1e9:,.1f} GB while evaluating (estimates)",
             ),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
@@ -191,7 +191,7 @@ def plan(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
-        evaluation_memory=4 * space.total_params,
+        evaluation_memory=evaluation_memory(header, config.eval_seq_len),
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
         runtimes=tuple(_runtimes(header, budget)),
@@ -276,6 +276,13 @@ def learning_memory(
     )
     activations, workspace = max(in_loss, in_layer, key=sum)
     return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
+
+
+def evaluation_memory(header: Header, tokens: int) -> int:
+    """Estimate for a window of `tokens`: weights as stored, the fp32 logits, the head cast."""
+    weights = header.stored_bytes * header.space.total_params
+    cast = header.space.hidden_size if header.stored_bytes < 4 else 0
+    return weights + 4 * header.vocab_size * (tokens + cast)
 
 
 def _runtimes(header: Header, budget: Budget) -> list[Runtime]:

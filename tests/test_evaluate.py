@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -10,11 +11,15 @@ import torch
 from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_memory import peak_bytes
 
 from grasp import evaluate
 from grasp.data import Corpus
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
+from grasp.header import read_header
+from grasp.models import load_model
+from grasp.planning import evaluation_memory
 
 
 def corpus_of(tokens: int, seed: int = 0) -> Corpus:
@@ -76,11 +81,39 @@ def test_batches_and_slices_of_logits_do_not_change_the_result(
     assert result.nll == pytest.approx(whole.nll, rel=1e-6)
 
 
-def test_a_bf16_model_is_scored_in_fp32():
-    model, corpus = tiny_model("llama", dtype=torch.bfloat16), corpus_of(64)
-    result = perplexity(model, corpus, seq_len=64)
-    assert result.nll == pytest.approx(nll_by_definition(model, [corpus.ids]), rel=1e-6)
-    assert result.dtype == "bfloat16"
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_as_they_are_stored_give_what_fp32_weights_give(family, tied, tmp_path):
+    """Bit for bit; a hidden size without a whole root, so that Gemma's embedding scale counts."""
+    folder = save_tiny(tmp_path / "m", family, tied=tied, hidden=72, layers=2, dtype=torch.bfloat16)
+    stored, whole = (load_model(folder, dtype=dtype)[0] for dtype in (None, torch.float32))
+    before = copy.deepcopy(stored.state_dict())
+    results = [perplexity(model, corpus_of(64), seq_len=32) for model in (stored, whole)]
+    assert results[0] == results[1] and results[0].dtype == "float32"
+    after = stored.state_dict()
+    assert stored.dtype == torch.bfloat16 and whole.dtype == torch.float32
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_no_more_than_a_matrix_is_cast_at_a_time(tmp_path):
+    folder = save_tiny(tmp_path / "m", hidden=256, vocab=16_384, dtype=torch.bfloat16)
+    model, _ = load_model(folder, dtype=None)
+    peak = peak_bytes(lambda: perplexity(model, corpus_of(128), seq_len=128))
+    header = read_header(str(folder))
+    planned = evaluation_memory(header, 128) - 2 * header.space.total_params
+    assert peak == pytest.approx(planned, rel=0.1)
+
+
+def test_weights_come_back_from_a_pass_that_fails(monkeypatch):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    monkeypatch.setattr(model.model.layers[1].mlp.act_fn, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(model, corpus_of(64), seq_len=32)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def interrupted(_):
+    raise KeyboardInterrupt
 
 
 def test_the_result_states_every_setting():

@@ -166,8 +166,15 @@ def test_half_of_llama_2_7b_leaves_519_thousandths_of_all(tmp_path):
     assert result.kv_bytes_per_token.before == 2 * 2 * 32 * 4096
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_evaluating_takes_the_weights_as_they_are_stored(tmp_path, dtype, width):
+    result = plan(write_config(tmp_path, LLAMA_2_7B | {"dtype": dtype}))
+    assert width < result.evaluation_memory / result.params.before < width + 0.2
+
+
 def test_the_demo_models_gguf_header():
     header = read_header(DEMO)
+    assert header.stored_bytes == 4
     assert header.space == from_config(SMOLLM2).space
     assert (header.family, header.vocab_size, header.facts.qk_norm) == ("llama", 49152, False)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.verify import check_sparsity
 from grasp.config import SparsifyConfig
 from grasp.errors import GraspError
-from grasp.models import cast, pick_device
+from grasp.models import pick_device
 from grasp.pipeline import (
     finish,
     load_dense,
@@ -79,7 +79,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     dense = measure_dense(model, start, run)
 
     sparsity["errors"] = sparsify_blocks(
-        cast(model, start.stored_dtype),
+        model,
         pattern,
         method_of(config),
         start.blocks(config),

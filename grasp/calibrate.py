@@ -24,9 +24,12 @@ def learn_scales(
     journal: Journal,
 ) -> Tensor:
     """Scales in (0.5, 1.5) for `fold_scales`, fp32; blocks int64 [samples, seq_len]."""
-    theta = torch.zeros(scale_count(model, kind), device=model.device)
-    with scaled(model, UnitSpace.of(model), kind) as scales:
-        theta = train_gates(model, scales, theta, lambda t, _: scale(t), blocks, settings, journal)
+    count = scale_count(model, kind)
+    theta = torch.zeros(count, device=model.device)
+    with scaled(model, UnitSpace.of(model), kind) as live:
+        theta = train_gates(
+            model, live, theta, lambda t, _: scale(t), blocks, settings, journal, scales=count
+        )
     return scale(theta)
 
 

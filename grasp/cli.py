@@ -124,6 +124,9 @@ Scales = Annotated[
     ScaleKind, typer.Option(help="One a unit, or one a channel, which learn with gates too.")
 ]
 ScaleEpochs = Annotated[int, typer.Option(help="Passes while scales learn.")]
+Decay = Annotated[
+    float, typer.Option(help="Of scales towards 1: an epoch leaves e to the minus this of them.")
+]
 EvalText = Annotated[
     str | None, typer.Option(help="Text to report on [calibration text that was not used].")
 ]
@@ -192,6 +195,7 @@ def prune_command(
     ] = PruneConfig.bias,
     scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
+    decay: Decay = PruneConfig.decay,
     as_published: Annotated[bool, typer.Option(help="The paper's own setting.")] = False,
     eval_text: EvalText = None,
     eval_seq_len: EvalSeqLen = PruneConfig.eval_seq_len,
@@ -254,6 +258,7 @@ def compare_command(
     lr: Rate = PruneConfig.lr,
     scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
+    decay: Decay = PruneConfig.decay,
     eval_text: EvalText = None,
     eval_seq_len: EvalSeqLen = PruneConfig.eval_seq_len,
     eval_windows: EvalWindows = None,

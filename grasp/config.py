@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -55,6 +56,7 @@ class PruneConfig:
     bias: bool = False
     scales: ScaleKind = "channel"
     scale_epochs: int = 1
+    decay: float = 2.5
     eval_text: str | None = None
     eval_seq_len: int = 2048
     eval_windows: int | None = None
@@ -80,6 +82,8 @@ class PruneConfig:
         _check_draw(self.seed, self.lr)
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
+        if not 0 <= self.decay < math.inf:
+            raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 2.5")
         if self.refit and self.bias:
             raise GraspError("--refit and --bias make up for the same loss: give one of them")
 
@@ -95,6 +99,7 @@ class PruneConfig:
             gate_site="kv",
             refit=False,
             scales="unit",
+            decay=0.0,
             bias=False,
         )
 

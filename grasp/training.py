@@ -32,12 +32,19 @@ class TrainSettings:
     accumulate: int = 1
     lr: float = 1e-2
     schedule: Schedule = "constant"
+    decay: float = 0.0  # of scales, over an epoch at the full rate
     seed: int = 0
 
     @classmethod
     def of(cls, config: PruneConfig, epochs: int) -> TrainSettings:
         return cls(
-            epochs, config.batch_size, config.accumulate, config.lr, config.schedule, config.seed
+            epochs,
+            config.batch_size,
+            config.accumulate,
+            config.lr,
+            config.schedule,
+            config.decay,
+            config.seed,
         )
 
 
@@ -75,14 +82,18 @@ def train_gates(
     settings: TrainSettings,
     journal: Journal,
     info: Callable[[], dict[str, Any]] = dict,
+    *,
+    scales: int = 0,
 ) -> Tensor:
     """Minimise the next-token loss over `theta` (fp32 [units]); returns it, trained.
 
     `gate_values(theta, progress)` gives the gates; progress is an fp64 scalar on the device, in
     [0, 1). `blocks` is int64 [samples, seq_len]; each epoch visits all of them in an order of its
     own, fixed by the seed. AdamW with betas (0.9, 0.99), no weight decay (GRASPrune, section 4.1);
-    its rate falls to 0 along a half cosine, or stays constant as published. `info` adds to the
-    log. Raises GraspError when the loss is not finite. Same state, same order, same result: a run
+    its rate falls to 0 along a half cosine, or stays constant as published. The last `scales` of
+    theta decay towards 0, a scale of 1: what little text cannot tell from noise stays as it was. How
+    far is set by the epoch, not by the step, so that more text decays less a step (the timescale of
+    arXiv 2405.13698). `info` adds to the log. Raises GraspError when the loss is not finite. Same state, same order, same result: a run
     that resumes from its journal ends where an uninterrupted one does, on a CPU bit for bit.
 
     On a GPU norms and RoPE are compiled, and small steps are launched as one CUDA graph; large
@@ -99,7 +110,11 @@ def train_gates(
     order, blocks = order.to(theta.device), blocks.to(theta.device)
     steps = math.ceil(len(order) / per_step)
     small = settings.batch_size * blocks.shape[1] <= GRAPH_TOKENS
-    one_step = Step(model, gates, theta, gate_values, optimizer, settings.batch_size)
+    decay = None
+    if scales and settings.decay:
+        decay = torch.zeros_like(theta, requires_grad=False)
+        decay[-scales:] = settings.decay * settings.epochs / steps / settings.lr
+    one_step = Step(model, gates, theta, gate_values, optimizer, settings.batch_size, decay)
     run_step: Callable[[Tensor, Tensor], Tensor] = one_step
     if on_gpu and small:
         run_step = CapturedStep(one_step, journal.note)
@@ -138,6 +153,7 @@ class Step:
     gate_values: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     batch_size: int
+    decay: Tensor | None = None  # as AdamW's, but [units]
 
     def __call__(self, ids: Tensor, progress: Tensor, *, count: bool = False) -> Tensor:
         """Move theta by the mean loss of `ids`, int64 [samples, seq_len]; returns that loss.
@@ -154,6 +170,9 @@ class Step:
             gradient += torch.autograd.grad(part_loss, z)[0]
             loss += part_loss.detach()
         (self.theta.grad,) = torch.autograd.grad(values, self.theta, gradient)
+        if self.decay is not None:
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.theta.detach().mul_(1 - rate * self.decay)
         self.optimizer.step()
         return loss
 

@@ -87,6 +87,7 @@ def learn_scores(
             settings.train,
             journal,
             info=lambda: kept_by_kind(projection, mask, int(limit)),
+            scales=len(theta) - space.size,
         )
     return Choice(theta[: space.size], scale(theta[space.size :]) if along else None)
 

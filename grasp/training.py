@@ -89,12 +89,12 @@ def train_gates(
 
     `gate_values(theta, progress)` gives the gates; progress is an fp64 scalar on the device, in
     [0, 1). `blocks` is int64 [samples, seq_len]; each epoch visits all of them in an order of its
-    own, fixed by the seed. AdamW with betas (0.9, 0.99), no weight decay (GRASPrune, section 4.1);
-    its rate falls to 0 along a half cosine, or stays constant as published. The last `scales` of
-    theta decay towards 0, a scale of 1: what little text cannot tell from noise stays as it was. How
-    far is set by the epoch, not by the step, so that more text decays less a step (the timescale of
-    arXiv 2405.13698). `info` adds to the log. Raises GraspError when the loss is not finite. Same state, same order, same result: a run
-    that resumes from its journal ends where an uninterrupted one does, on a CPU bit for bit.
+    own, fixed by the seed. AdamW with betas (0.9, 0.99), its rate constant as published or falling
+    to 0 along a half cosine. No weight decay (GRASPrune, section 4.1) but on the last `scales` of
+    theta: what little text cannot tell from noise stays near 0, a scale of 1. It is set by the
+    epoch, so that a step decays less where there is more text (arXiv 2405.13698). `info` adds to
+    the log. Raises GraspError when the loss is not finite. Same state, same order, same result: a
+    run that resumes from its journal ends where an uninterrupted one does, on a CPU bit for bit.
 
     On a GPU norms and RoPE are compiled, and small steps are launched as one CUDA graph; large
     ones read back, once a step, how many units are open, and compute only those.

@@ -291,6 +291,29 @@ def test_scales_stay_in_range_and_help(kind):
     assert sum(losses[-12:]) < sum(losses[:12])
 
 
+def test_scales_that_nothing_moves_decay_by_the_epoch_and_scores_do_not():
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    start = torch.linspace(-1, 1, space.size + 5)
+    for epochs, batch_size in ((1, 1), (2, 1), (1, 4)):
+        settings = TrainSettings(epochs, batch_size, lr=0.3, decay=0.5)
+        with gated(model, space) as gates:
+            theta = train_gates(
+                model,
+                gates,
+                start,
+                lambda theta, _: torch.ones(space.size) + 0 * theta[: space.size],
+                BLOCKS,
+                settings,
+                Journal(),
+                scales=5,
+            )
+        assert torch.equal(theta[: space.size], start[: space.size])
+        per_epoch = len(BLOCKS) // batch_size
+        left = (1 - 0.5 / per_epoch) ** (epochs * per_epoch)
+        torch.testing.assert_close(theta[space.size :], left * start[space.size :])
+
+
 def test_fisher_is_the_squared_gradient_per_cost():
     model = tiny_model("llama")
     space = UnitSpace.of(model)

@@ -153,7 +153,7 @@ class Step:
     gate_values: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     batch_size: int
-    decay: Tensor | None = None  # as AdamW's, but [units]
+    decay: Tensor | None = None  # [units], of theta, times the rate
 
     def __call__(self, ids: Tensor, progress: Tensor, *, count: bool = False) -> Tensor:
         """Move theta by the mean loss of `ids`, int64 [samples, seq_len]; returns that loss.
@@ -172,7 +172,7 @@ class Step:
         (self.theta.grad,) = torch.autograd.grad(values, self.theta, gradient)
         if self.decay is not None:
             rate = self.optimizer.param_groups[0]["lr"]
-            self.theta.detach().mul_(1 - rate * self.decay)
+            self.theta.detach().mul_(torch.exp(-rate * self.decay))
         self.optimizer.step()
         return loss
 

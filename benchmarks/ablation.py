@@ -95,6 +95,7 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("lr=0.02", replace(ours, lr=0.02)),
         off("refit", replace(ours, refit=True)),
         off("scales=unit", replace(ours, scales="unit")),
+        off("decay=0", replace(ours, decay=0.0)),
         off("batch_size=2", replace(ours, batch_size=2)),
         faster(2),
         off("batch_size=4", replace(ours, batch_size=4)),

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from families import save_tiny, tiny_model
 
-from benchmarks import ablation, budgets, gate_training, published, rows
+from benchmarks import (
+    ablation,
+    budgets,
+    calibration_text,
+    gate_training,
+    published,
+    quantisation,
+    rows,
+)
 from grasp.budget import Budget
 from grasp.config import PruneConfig
 from grasp.gating import gated
@@ -204,3 +213,34 @@ def test_budgets_from_one_run_beside_each_alone(tiny, text, tmp_path, capsys):
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 0.")]
     assert [row[0] for row in rows[:2]] == ["| 0.7", "| 0.5"]
     assert rows[1][1] == rows[1][2] and rows[1][3] == "1.000 |"
+
+
+def test_quantisation_costs_more_with_fewer_bits(tmp_path, capsys):
+    folder = str(save_tiny(tmp_path / "tiny", "llama"))
+    text, out = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("Where the same words come again, the same words come again. " * 20)
+    options = ["--text", str(text), "--types", "q8_0,q4_0", "--seq-len", "64", "--windows", "2"]
+    quantisation.main([folder, "--against", folder, *options, "--out", str(out), "--device", "cpu"])
+    found = json.loads(out.read_text())["perplexity"][folder]
+    off = [abs(math.log(found[kind] / found["fp32"])) for kind in ("q8_0", "q4_0")]
+    assert 0 < off[0] < off[1] < 1
+    assert capsys.readouterr().out.count("1.0000") == 5  # a model beside itself: no excess
+
+
+def test_calibration_text_measures_each_text_with_each_amount(tmp_path, capsys):
+    model, out = str(save_tiny(tmp_path / "tiny", "llama")), tmp_path / "out"
+    stones, rivers = tmp_path / "stones.txt", tmp_path / "rivers.txt"
+    stones.write_text("Where the same stones come again, the same stones come again. " * 40)
+    rivers.write_text("A river bends, and bends back; a river never comes back. " * 40)
+    options = ["--model", model, "--texts", f"{stones},{rivers}", "--eval-texts", str(rivers)]
+    options += ["--samples", "2,4", "--seq-len", "32", "--eval-seq-len", "64", "--eval-windows"]
+    calibration_text.main([*options, "2", "--device", "cpu", "--out", str(out)])
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["text"], row["samples"]) for row in rows] == [
+        (str(text), samples) for text in (stones, rivers) for samples in (2, 4)
+    ]
+    epochs = [
+        json.loads((out / f"0-{n}-0/grasp.json").read_text())["recipe"]["epochs"] for n in (2, 4)
+    ]
+    assert epochs == [2, 1]
+    assert capsys.readouterr().out.count("| rivers.txt |") == 2

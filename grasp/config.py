@@ -56,7 +56,7 @@ class PruneConfig:
     bias: bool = False
     scales: ScaleKind = "channel"
     scale_epochs: int = 1
-    decay: float = 2.5
+    decay: float = 1.0
     eval_text: str | None = None
     eval_seq_len: int = 2048
     eval_windows: int | None = None
@@ -83,7 +83,7 @@ class PruneConfig:
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
         if not 0 <= self.decay < math.inf:
-            raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 2.5")
+            raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 1")
         if self.refit and self.bias:
             raise GraspError("--refit and --bias make up for the same loss: give one of them")
 

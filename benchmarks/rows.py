@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Bench:
             recipe: config.to_json() | {"calibration": corpus.to_json()},
             "evaluation": {"data": evaluation.to_json(), "windows": windows, "seq_len": length},
         }
-        results = resume(options.out, settings, recipe, type(config))
+        results = resume(options.out, settings)
         if results is None:
             results = {"settings": settings, "machine": machine(device), "rows": []}
             results["dense"] = score(dense)
@@ -68,18 +68,12 @@ class Bench:
         print(json.dumps(row), flush=True)
 
 
-def resume(out: Path, settings: dict[str, Any], recipe: str, config: type) -> dict[str, Any] | None:
-    """The results in `out`, if any; ends the program if they are of other settings.
-
-    `settings[recipe]` are the options of a `config`; a file from before one of them existed goes on
-    where that has its default.
-    """
+def resume(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in `out`, if any; ends the program if they are of other settings."""
     if not out.exists():
         return None
     results: dict[str, Any] = json.loads(out.read_text())
-    defaults = {f.name: f.default for f in fields(config) if f.name in settings[recipe]}
-    told = results["settings"] | {recipe: defaults | results["settings"].get(recipe, {})}
-    if told != json.loads(json.dumps(settings)):
+    if results["settings"] != json.loads(json.dumps(settings)):
         sys.exit(f"{out} holds results of other settings: choose another --out")
     return results
 

@@ -243,17 +243,18 @@ class StageJournal(Journal):
 
 
 def peak_memory() -> int:
-    """Bytes at the worst moment so far: of the GPU where one is in use, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+    """Bytes at the worst moment so far: of the fullest GPU in use, if any, else of the process."""
+    if torch.cuda.is_initialized():
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def reset_peak_memory() -> None:
     """Let `peak_memory` begin anew, on a GPU and on Linux; elsewhere it is the process's so far."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_initialized():
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -111,15 +111,15 @@ def test_published_scales_fold_exactly_only_without_biases(family):
     assert equal == (family == "llama")
 
 
-def test_a_file_from_before_an_option_goes_on(tmp_path):
-    settings = {"ours": {"lr": 0.01, "bias": False}, "evaluation": {}}
-    old = {"settings": {"ours": {"lr": 0.01}, "evaluation": {}}, "rows": []}
-    (tmp_path / "old.json").write_text(json.dumps(old))
-    assert rows.resume(tmp_path / "old.json", settings, "ours", PruneConfig) == old
-    settings["ours"]["bias"] = True
-    with pytest.raises(SystemExit, match="other settings"):
-        rows.resume(tmp_path / "old.json", settings, "ours", PruneConfig)
-    assert rows.resume(tmp_path / "none.json", settings, "ours", PruneConfig) is None
+def test_results_of_other_settings_are_refused(tmp_path):
+    settings = {"ours": {"lr": 0.01}, "evaluation": {}}
+    results = {"settings": settings, "rows": []}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert rows.resume(tmp_path / "results.json", settings) == results
+    for other in ({"lr": 0.02}, {"lr": 0.01, "bias": True}):
+        with pytest.raises(SystemExit, match="other settings"):
+            rows.resume(tmp_path / "results.json", {"ours": other, "evaluation": {}})
+    assert rows.resume(tmp_path / "none.json", settings) is None
 
 
 def test_rows_change_one_choice_each():

@@ -93,7 +93,7 @@ def ablation_rows(ours: PruneConfig) -> list[Row]:
         off("anneal=0", replace(ours, anneal=0.0)),
         off("schedule=constant", replace(ours, schedule="constant")),
         off("lr=0.02", replace(ours, lr=0.02)),
-        off("refit", replace(ours, refit=True)),
+        off("compensate=none", replace(ours, compensate="none")),
         off("scales=unit", replace(ours, scales="unit")),
         off("decay=0", replace(ours, decay=0.0)),
         off("batch_size=2", replace(ours, batch_size=2)),
@@ -124,7 +124,7 @@ def run_row(
     seconds = time.monotonic() - began
     if scales is not None:
         fold_scales(model, config.scales, scales)
-    if config.refit:
+    if config.compensate == "refit":
         refit(model, mask, blocks)
     fold_mask(model, mask)
     alone = score(model)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from grasp.budget import Layout
 from grasp.config import (
+    Compensation,
     Dtype,
     GateSite,
     MemoryMode,
@@ -187,12 +188,10 @@ def prune_command(
     gate_site: Annotated[
         GateSite, typer.Option(help="Where attention gates sit.")
     ] = PruneConfig.gate_site,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Least squares on what is kept, before scales.")
-    ] = PruneConfig.refit,
-    bias: Annotated[
-        bool, typer.Option("--bias", help="Biases for the mean of what is dropped, as FLAP's.")
-    ] = PruneConfig.bias,
+    compensate: Annotated[
+        Compensation,
+        typer.Option(help="For what is dropped: least squares on what stays, or FLAP's biases."),
+    ] = PruneConfig.compensate,
     scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     decay: Decay = PruneConfig.decay,

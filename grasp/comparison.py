@@ -50,7 +50,7 @@ Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
 KEEP = (0.8, 0.5, 0.4)
 SEEDS = (0, 1, 2)
-METHODS = (*get_args(Method), "fisher+refit")
+METHODS = (*get_args(Method), "learned+refit", "fisher+refit")
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
             f"--methods {name!r}: choose from {', '.join(get_args(Method))}, each as it is, with "
             "+refit or with +bias"
         )
-    choice: Any = {"method": method, "refit": more == "refit", "bias": more == "bias"}
+    choice: Any = {"method": method, "compensate": more or "none"}
     if method in REWRITING:
         choice["dtype"] = "fp32"  # a narrower one would round what is fitted
     return replace(config, seed=seed, **choice)
@@ -255,7 +255,7 @@ def _cost(part: Run) -> Cost:
 def _shared(config: PruneConfig) -> dict[str, Any]:
     """What is the same for all cells."""
     shared = config.to_json()
-    for own in ("method", "refit", "bias", "seed"):
+    for own in ("method", "compensate", "seed"):
         del shared[own]
     del shared["budget"]["asked"]
     return shared

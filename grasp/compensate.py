@@ -28,8 +28,8 @@ def with_biases(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy that has the biases. Raises GraspError where the model's class cannot carry them."""
     if not all(hasattr(config, switch) for switch in SWITCHES):
         raise GraspError(
-            f"--bias: {config.model_type} has no class with biases in o_proj and down_proj (llama "
-            "has): leave --bias out"
+            f"--compensate bias: {config.model_type} has no class with biases in o_proj and "
+            "down_proj (llama has): use --compensate refit"
         )
     biased = copy.deepcopy(config)
     biased.update(dict.fromkeys(SWITCHES, True))

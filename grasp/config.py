@@ -28,6 +28,7 @@ Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
 ScaleKind = Literal["channel", "unit"]
+Compensation = Literal["refit", "bias", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
@@ -52,8 +53,7 @@ class PruneConfig:
     start: Start = "fisher"
     anneal: float = 0.5
     gate_site: GateSite = "output"
-    refit: bool = False
-    bias: bool = False
+    compensate: Compensation = "refit"
     scales: ScaleKind = "channel"
     scale_epochs: int = 1
     decay: float = 1.0
@@ -84,8 +84,6 @@ class PruneConfig:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
         if not 0 <= self.decay < math.inf:
             raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 1")
-        if self.refit and self.bias:
-            raise GraspError("--refit and --bias make up for the same loss: give one of them")
 
     def as_published(self) -> PruneConfig:
         """With the paper's choices where our defaults are others; ties and floors stay ours."""
@@ -97,10 +95,9 @@ class PruneConfig:
             schedule="constant",
             anneal=0.0,
             gate_site="kv",
-            refit=False,
+            compensate="none",
             scales="unit",
             decay=0.0,
-            bias=False,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
     """Refuse a budget that the model cannot meet, and a result that no class could carry."""
     space = UnitSpace.of(model)
     config.budget.limit(space)
-    saved_as = with_biases(model.config) if config.bias else model.config
+    saved_as = with_biases(model.config) if config.compensate == "bias" else model.config
     check_layout(saved_as, space, config.budget)
     working = working_dtype(config)
     if config.method in REWRITING and torch.promote_types(working, model.dtype) != working:
@@ -280,9 +280,10 @@ def shrink(
     """
     if learned_along is not None:
         fold_scales(model, config.scales, learned_along)
-    biases = mean_biases(model, mask, blocks, run.stage("bias")) if config.bias else None
-    fitted = None
-    if config.refit:
+    biases = fitted = None
+    if config.compensate == "bias":
+        biases = mean_biases(model, mask, blocks, run.stage("bias"))
+    elif config.compensate == "refit":
         fitted = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
     fold_mask(model, mask)
     if biases:

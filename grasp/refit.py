@@ -10,6 +10,7 @@ refitted ones before it give. Closed form, no backprop, no parameters added.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from grasp.projection import Mask
 from grasp.units import decoder_layers
 
 RIDGE = 1e-2
+TOKENS_PER_CHANNEL = 16  # of an FFN; a Gram matrix changes little with more
 
 
 @torch.no_grad()
@@ -35,11 +37,14 @@ def refit(
 ) -> list[tuple[Tensor, Tensor]]:
     """Refit o_proj and down_proj of `model` in place to the kept units; dropped columns become 0.
 
-    blocks: int64 [samples, seq_len]. Returns the kept columns of each layer's (o_proj, down_proj)
-    in fp32, before the model's dtype rounds them. In memory at one time, besides: the hidden states
-    of all samples at one depth, and a Gram matrix in fp32 with its kept part in fp64. Raises
-    GraspError where activations are not finite.
+    blocks: int64 [samples, seq_len], of which it takes the first, up to `TOKENS_PER_CHANNEL`.
+    Returns the kept columns of each layer's (o_proj, down_proj) in fp32, before the model's dtype
+    rounds them, on the CPU. In memory at one time, besides: the hidden states of those samples at
+    one depth, and a Gram matrix in fp32 with its kept part in fp64. Raises GraspError where
+    activations are not finite.
     """
+    tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
+    blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
     fitted: list[Tensor] = []
     layers = model.get_decoder().layers
     options = layer_options(model, blocks[:1])
@@ -58,7 +63,7 @@ def refit(
             for x in inputs_of(linear, run, hidden.split(1)):
                 x = x.flatten(0, -2).float()
                 gram.addmm_(x.T, x)
-            fitted.append(solve(linear, kept.to(gram.device), gram))
+            fitted.append(solve(linear, kept.to(gram.device), gram).cpu())
         for x in hidden.split(1):
             x.copy_(run(x))
         progress(index + 1, len(layers))
@@ -73,7 +78,7 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     """
     known = gram[kept].double()
     if not known.isfinite().all():
-        raise GraspError("activations are not finite: use --dtype fp32, or leave --refit out")
+        raise GraspError("activations are not finite: use --dtype fp32, or --compensate none")
     dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     dropped[kept] = False
     weight = linear.weight.double()
@@ -97,4 +102,4 @@ def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge * own))
         if not failed:
             return torch.cholesky_solve(target, factor)
-    raise GraspError("refit found no solution: give more --samples, or leave --refit out")
+    raise GraspError("refit found no solution: give more --samples, or use --compensate none")

@@ -135,12 +135,18 @@ Calibrated on {summary["calibration"]["name"]} ({summary["calibration"]["tokens"
 """
 
 
+COMPENSATED = {
+    "refit": ", what stayed was refitted by least squares",
+    "bias": ", biases make up for the mean of what went",
+    "none": "",
+}
+
+
 def how_made(summary: Summary) -> str:
     """Two sentences on the method and what it did not do."""
     recipe = summary["recipe"]
     method = "GRASPrune (arXiv 2604.19398)" if recipe["method"] == "learned" else recipe["method"]
-    after = ", what stayed was refitted by least squares" if recipe["refit"] else ""
-    after += ", biases make up for the mean of what went" if recipe.get("bias") else ""
+    after = COMPENSATED[recipe["compensate"]]
     return (
         f"Made by grasp {summary['grasp_version']}: FFN channels and KV groups were removed under "
         f"a hard budget, chosen by {method}{after}. Nothing was fine-tuned; the weights are dense."

@@ -11,7 +11,6 @@ from families import save_tiny, tiny_model
 import grasp
 from grasp.budget import Budget
 from grasp.compensate import add_biases, mean_biases
-from grasp.errors import GraspError
 from grasp.fold import fold_mask
 from grasp.projection import Projection
 from grasp.training import Journal
@@ -48,7 +47,9 @@ def test_a_checkpoint_with_biases(tiny, text, tmp_path, layout, dtype):
     # all KV groups in the uniform layout: LlamaConfig wants heads that divide the hidden size
     groups = {"per-layer": 1, "uniform": 4}[layout]
     options = dict(SMALL, layout=layout, kv_multiple=groups, dtype=dtype, calibration=text)
-    plain, ours = (grasp.prune(tiny, tmp_path / str(b), bias=b, **options) for b in (False, True))
+    plain, ours = (
+        grasp.prune(tiny, tmp_path / how, compensate=how, **options) for how in ("none", "bias")
+    )
     assert plain.summary["mask_sha256"] == ours.summary["mask_sha256"]
     values = [r.summary["results"]["pruned"]["value"] for r in (plain, ours)]
     assert values[0] != values[1]
@@ -65,18 +66,13 @@ def test_a_checkpoint_with_biases(tiny, text, tmp_path, layout, dtype):
 def test_who_cannot_carry_them(refused, tmp_path_factory, text):
     model = save_tiny(tmp_path_factory.mktemp("qwen2") / "model", "qwen2")
     options = [f"--calibration={text}", "--samples=4", "--seq-len=32", "--device=cpu"]
-    message = refused("prune", model, "--out=out", "--bias", "--method=flap", *options)
-    assert message.startswith("--bias: qwen2 has no class with biases in o_proj and down_proj")
+    message = refused("prune", model, "--out=out", "--compensate=bias", "--method=flap", *options)
+    assert message.startswith("--compensate bias: qwen2 has no class with biases in o_proj and")
     message = refused("compare", model, "--out=out", "--methods=flap,flap+bias", *options)
-    assert message.startswith("--bias: qwen2 has no class")
+    assert message.startswith("--compensate bias: qwen2 has no class")
 
 
 def test_a_layout_without_a_class_for_them_is_refused_at_once(refused, tiny, text):
-    options = [f"--calibration={text}", "--layout=uniform", "--bias", "--seq-len=32"]
+    options = [f"--calibration={text}", "--layout=uniform", "--compensate=bias", "--seq-len=32"]
     message = refused("prune", tiny, "--out=out", *options, "--samples=4", "--device=cpu")
     assert "no other stock class has its biases: use --layout per-layer" in message
-
-
-def test_not_with_refit(tiny, tmp_path):
-    with pytest.raises(GraspError, match="--refit and --bias make up for the same loss"):
-        grasp.prune(tiny, tmp_path / "out", bias=True, refit=True)

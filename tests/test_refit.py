@@ -92,6 +92,18 @@ def test_it_keeps_nothing_but_units_kept_and_helps():
     assert (ours - want).norm() < 0.8 * (plain - want).norm()
 
 
+def test_it_takes_no_more_text_than_it_needs(monkeypatch):
+    few, all_of = (tiny_model("llama") for _ in range(2))
+    mask = half(few)
+    widest = max(layer.ffn for layer in mask.space.layers)
+    monkeypatch.setattr(refit_module, "TOKENS_PER_CHANNEL", 2 * BLOCKS.shape[1] / widest)
+    refit(few, mask, BLOCKS)
+    refit(all_of, mask, BLOCKS[:2])
+    assert torch.equal(
+        few.model.layers[-1].mlp.down_proj.weight, all_of.model.layers[-1].mlp.down_proj.weight
+    )
+
+
 def test_keeping_everything_changes_nothing():
     dense = tiny_model("qwen2")
     model = copy.deepcopy(dense)

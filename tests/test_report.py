@@ -25,7 +25,7 @@ SUMMARY = {
     "model": "org/<b>tiny",
     "recipe": {
         "method": "learned",
-        "refit": False,
+        "compensate": "none",
         "samples": 8,
         "seq_len": 16,
         "budget": {"kind": "keep", "asked": 0.5, "layout": "per-layer"},

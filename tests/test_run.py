@@ -195,7 +195,7 @@ def test_the_log(learned):
     log = records(learned.folder)
     assert [r["event"] for r in log if "event" in r] == ["started", "finished"]
     stages = list(dict.fromkeys(r["stage"] for r in log if "stage" in r))
-    assert stages == ["evaluate dense", "fisher", "learn", "calibrate", "evaluate pruned"]
+    assert stages == ["evaluate dense", "fisher", "learn", "refit", "calibrate", "evaluate pruned"]
     for stage, steps in (("learn", 16), ("calibrate", 8)):
         told = [r for r in log if r.get("stage") == stage]
         assert [(r["step"], r["steps"]) for r in told] == [(n, steps) for n in range(1, steps + 1)]
@@ -328,7 +328,7 @@ def test_methods(tiny, text, tmp_path, learned):
 def test_refit_end_to_end(tiny, text, tmp_path, dtype):
     options = dict(AT_ONCE, method="magnitude", calibration=text, dtype=dtype)
     plain, ours = (
-        grasp.prune(tiny, tmp_path / str(refit), refit=refit, **options) for refit in (False, True)
+        grasp.prune(tiny, tmp_path / how, compensate=how, **options) for how in ("none", "refit")
     )
     assert torch.equal(plain.mask.keep, ours.mask.keep)
     before, after = (r.summary["results"]["pruned"]["value"] for r in (plain, ours))

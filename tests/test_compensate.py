@@ -67,7 +67,9 @@ def test_who_cannot_carry_them(refused, tmp_path_factory, text):
     model = save_tiny(tmp_path_factory.mktemp("qwen2") / "model", "qwen2")
     options = [f"--calibration={text}", "--samples=4", "--seq-len=32", "--device=cpu"]
     message = refused("prune", model, "--out=out", "--compensate=bias", "--method=flap", *options)
-    assert message.startswith("--compensate bias: qwen2 has no class with biases in o_proj and")
+    assert message.startswith(
+        "--compensate bias: qwen2 has no class with biases in o_proj and down_proj"
+    )
     message = refused("compare", model, "--out=out", "--methods=flap,flap+bias", *options)
     assert message.startswith("--compensate bias: qwen2 has no class")
 

@@ -283,7 +283,7 @@ def shrink(
     biases = fitted = None
     if config.compensate == "bias":
         biases = mean_biases(model, mask, blocks, run.stage("bias"))
-    elif config.compensate == "refit":
+    elif config.compensate == "refit" and config.method not in REWRITING:  # which are fitted
         fitted = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
     fold_mask(model, mask)
     if biases:

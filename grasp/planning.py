@@ -17,6 +17,7 @@ from grasp.units import FFN_COST, UnitSpace
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
 LOGITS_AT_ONCE = 2**25  # as grasp_kernels.linear_cross_entropy makes them
+TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
 
 
 class Range(NamedTuple):
@@ -85,6 +86,7 @@ class Plan:
     weight_bytes: Size
     kv_bytes_per_token: Size
     memory: Memory
+    refit_memory: int | None  # estimated peak bytes while least squares refit, if they do
     evaluation_memory: int  # estimated peak bytes while the dense model's perplexity is computed
     learning_tokens: int  # forward and backward, of gates and of the scales after the mask
     learning_seconds: float | None
@@ -100,6 +102,10 @@ class Plan:
 
     def __str__(self) -> str:
         budget, memory = self.budget, self.memory
+        stages = [("gates learn", memory.total), ("evaluating", self.evaluation_memory)]
+        if self.refit_memory is not None:
+            stages.insert(1, ("refitting", self.refit_memory))
+        peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
         time = "give --tokens-per-second for the time"
         if self.learning_seconds is not None:
             time = f"{self.learning_seconds / 60:,.1f} minutes"
@@ -116,11 +122,7 @@ class Plan:
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
             ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
-            (
-                "memory",
-                f"about {memory.total / 1e9:,.1f} GB while gates learn, "
-                f"{self.evaluation_memory / 1e9:,.1f} GB while evaluating (estimates)",
-            ),
+            ("memory", f"about {peaks} (estimates)"),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
         lines = [f"{name:<12}{text}" for name, text in facts]
@@ -191,6 +193,9 @@ def plan(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
+        refit_memory=refit_memory(header, config.samples, config.seq_len, width)
+        if config.compensate == "refit"
+        else None,
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
@@ -276,6 +281,18 @@ def learning_memory(
     )
     activations, workspace = max(in_loss, in_layer, key=sum)
     return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
+
+
+def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
+    """Estimate where nearly all of the widest FFN stays, in a dtype of `width` bytes.
+
+    Weights, hidden states of the text, a Gram matrix, its rows of kept channels; in fp64 what these
+    have among themselves, the factor of it twice, the right-hand side and its solutions.
+    """
+    space, widest = header.space, max(layer.ffn for layer in header.space.layers)
+    tokens = seq_len * min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
+    hidden = width * tokens * space.hidden_size
+    return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
 
 
 def evaluation_memory(header: Header, tokens: int) -> int:

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from grasp.errors import GraspError
 from grasp.fold import expand
 from grasp.layerwise import first_hidden, inputs_of, layer_options
+from grasp.planning import TOKENS_PER_CHANNEL
 from grasp.projection import Mask
 from grasp.units import decoder_layers
 
 RIDGE = 1e-2
-TOKENS_PER_CHANNEL = 16  # of an FFN; a Gram matrix changes little with more
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def refit(
     blocks: int64 [samples, seq_len], of which it takes the first, up to `TOKENS_PER_CHANNEL`.
     Returns the kept columns of each layer's (o_proj, down_proj) in fp32, before the model's dtype
     rounds them, on the CPU. In memory at one time, besides: the hidden states of those samples at
-    one depth, and a Gram matrix in fp32 with its kept part in fp64. Raises GraspError where
+    one depth, and a Gram matrix in fp32 with its kept part twice in fp64. Raises GraspError where
     activations are not finite.
     """
     tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
@@ -76,30 +76,31 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve`, and where gram
     is not finite.
     """
-    known = gram[kept].double()
+    known = gram[kept]
     if not known.isfinite().all():
         raise GraspError("activations are not finite: use --dtype fp32, or --compensate none")
     dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     dropped[kept] = False
-    weight = linear.weight.double()
-    lost = known[:, dropped] @ weight[:, dropped].T
-    taken_over = ridge_solve(known[:, kept], gram.diagonal().mean(), lost).T
-    columns = (weight[:, kept] + taken_over).float()
+    lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
+    taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost).T
+    columns = (linear.weight[:, kept].double() + taken_over).float()
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns
 
 
 def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
-    """(gram + D)^-1 target, fp64 [in, out], with D the ridge; gram: fp64 [in, in].
+    """(gram + D)^-1 target, fp64 [in, out], with D the ridge; gram: fp64 [in, in], used up.
 
     `power` is what a channel has on average. A factorisation that fails is tried again with ten
     times the ridge, twice. Raises GraspError where gram has no factorisation.
     """
     # a channel that is never active keeps its weight: what is solved for is the change
-    own = gram.diagonal().clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
+    known = gram.diagonal().clone()
+    own = known.clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
     for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
-        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge * own))
+        gram.diagonal().copy_(known + ridge * own)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             return torch.cholesky_solve(target, factor)
     raise GraspError("refit found no solution: give more --samples, or use --compensate none")

@@ -14,7 +14,9 @@ from grasp.config import PruneConfig, ScaleKind
 from grasp.errors import GraspError
 from grasp.header import from_config
 from grasp.memory import choose, memory_mode
-from grasp.planning import LOGITS_AT_ONCE, learning_memory
+from grasp.planning import LOGITS_AT_ONCE, learning_memory, refit_memory
+from grasp.projection import Mask
+from grasp.refit import refit
 from grasp.scales import scale_count, scaled
 from grasp.select import CRITERIA
 from grasp.training import Journal, next_token_loss
@@ -56,6 +58,17 @@ def test_the_plan_is_within_a_tenth_of_what_a_step_takes(family, vocab, scales, 
         gradient(model, ids, scales)
         measured = peak_bytes(lambda: gradient(model, ids, scales))
     assert measured == pytest.approx(planned.total - planned.weights, rel=0.1)
+
+
+@pytest.mark.parametrize("samples", [4, 2000])  # more than refit looks at
+def test_the_plan_is_within_a_tenth_of_what_refit_takes(samples):
+    model = tiny_model("llama", hidden=64, ffn=704, layers=1)
+    planned = refit_memory(from_config(model.config.to_dict()), samples, 16, 4)
+    space = UnitSpace.of(model)
+    keep = torch.ones(space.size, dtype=torch.bool)
+    keep[0] = False
+    measured = peak_bytes(lambda: refit(model, Mask(space, keep), torch.ones(samples, 16).long()))
+    assert measured == pytest.approx(planned - 4 * space.total_params, rel=0.1)
 
 
 def test_every_mode_computes_the_same_and_leaves_nothing():

@@ -51,6 +51,7 @@ Cost = dict[str, Any]  # seconds, peak_memory in bytes
 KEEP = (0.8, 0.5, 0.4)
 SEEDS = (0, 1, 2)
 METHODS = (*get_args(Method), "learned+refit", "fisher+refit")
+TASK_BATCH = 16  # requests at a time: they are short, and answers hardly depend on it
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def compare(
                 tasks,
                 data=None if tasks_data is None else Path(tasks_data),
                 limit=limit,
+                batch_size=TASK_BATCH,
                 device=base.device,
                 trust_remote_code=base.trust_remote_code,
                 progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),

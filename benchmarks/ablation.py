@@ -69,7 +69,7 @@ class FloorsOutside(Projection):
 
 
 def ablation_rows(ours: PruneConfig) -> list[Row]:
-    paper = replace(ours.as_published(), epochs=ours.epochs, scale_epochs=ours.scale_epochs)
+    paper = ours.as_published()
     blocked = replace(ours.budget, ffn_multiple=32)
 
     def off(name: str, config: PruneConfig = ours, **choice: Any) -> Row:
@@ -139,8 +139,8 @@ def run_row(
         "against": row.against,
         "seed": seed,
         "kept": mask.pruned_space().prunable_params / mask.space.prunable_params,
-        "mask_alone": alone,
-        "after_scales": score(model),
+        "before_last_epoch": alone,
+        "after": score(model),
         "select_seconds": round(seconds, 1),
         "mask_sha256": mask.digest(),
     }
@@ -174,16 +174,16 @@ def table(results: dict[str, Any]) -> str:
         f"Perplexity on the first {evaluation['windows']} windows of {evaluation['data']['name']} "
         f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most).",
         "",
-        "| row | kept | mask alone | after scales | × | seeds |",
+        "| row | kept | before the last epoch | after it | × | seeds |",
         "|---|---|---|---|---|---|",
         f"| dense | 100 % | {dense:.2f} | – | – | – |",
     ]
     for name, records in runs.items():
-        base = {r["seed"]: r["after_scales"] for r in runs.get(records[0]["against"], [])}
-        paired = [r["after_scales"] / base[r["seed"]] for r in records if r["seed"] in base]
+        base = {r["seed"]: r["after"] for r in runs.get(records[0]["against"], [])}
+        paired = [r["after"] / base[r["seed"]] for r in records if r["seed"] in base]
         ratio = f"{mean(paired):.3f} {records[0]['against']}" if paired else "–"
         kept, alone, scaled = (
-            [r[k] for r in records] for k in ("kept", "mask_alone", "after_scales")
+            [r[k] for r in records] for k in ("kept", "before_last_epoch", "after")
         )
         lines.append(
             f"| {name} | {100 * mean(kept):.2f} % | {span(alone)} | {span(scaled)} | {ratio} "

@@ -22,6 +22,8 @@ from grasp.config import (
     GateSite,
     MemoryMode,
     Method,
+    PlannedDtype,
+    PlannedMemory,
     PruneConfig,
     ScaleKind,
     Schedule,
@@ -100,7 +102,10 @@ Model = Annotated[
         metavar="MODEL", help="A folder, a .gguf file, a hub name, or demo:smollm2-135m."
     ),
 ]
-Keep = Annotated[float | None, typer.Option(help="Part of the prunable parameters to keep [0.5].")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Part of the prunable parameters to keep (default: 0.5)."),
+]
 Params = Annotated[
     float | None,
     typer.Option(parser=parse_count, metavar="COUNT", help="Parameters of the result, e.g. 3.5B."),
@@ -124,15 +129,20 @@ Rate = Annotated[float, typer.Option(help="Learning rate of gates and scales.")]
 Scales = Annotated[
     ScaleKind, typer.Option(help="One a unit, or one a channel, which learn with gates too.")
 ]
+Compensate = Annotated[
+    Compensation,
+    typer.Option(help="For what is dropped: least squares on what stays, or FLAP's biases."),
+]
 ScaleEpochs = Annotated[int, typer.Option(help="Passes while scales learn.")]
 Decay = Annotated[
     float, typer.Option(help="Of scales towards 1: an epoch leaves e to the minus this of them.")
 ]
 EvalText = Annotated[
-    str | None, typer.Option(help="Text to report on [calibration text that was not used].")
+    str | None,
+    typer.Option(help="Text to report on (default: calibration text that was not used)."),
 ]
 EvalSeqLen = Annotated[int, typer.Option(help="Tokens per window of --eval-text.")]
-EvalWindows = Annotated[int | None, typer.Option(help="First windows only [all].")]
+EvalWindows = Annotated[int | None, typer.Option(help="First windows only (default: all).")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the frozen model.")]
 MemoryOption = Annotated[
     MemoryMode, typer.Option(help="Layers computed again to save memory: none, every second, all.")
@@ -142,7 +152,7 @@ Tasks = Annotated[
 ]
 TasksData = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help="Documents as TASK.SPLIT.jsonl [from the hub]."),
+    typer.Option(metavar="FOLDER", help="Documents as TASK.SPLIT.jsonl (default: from the hub)."),
 ]
 Limit = Annotated[int | None, typer.Option(help="First documents of each task only.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
@@ -159,7 +169,8 @@ def prune_command(
     keep: Annotated[
         str | None,
         typer.Option(
-            metavar="RATIOS", help="Part of the prunable parameters to keep, or several [0.5]."
+            metavar="RATIOS",
+            help="Part of the prunable parameters to keep, or several (default: 0.5).",
         ),
     ] = None,
     params: Params = None,
@@ -188,10 +199,7 @@ def prune_command(
     gate_site: Annotated[
         GateSite, typer.Option(help="Where attention gates sit.")
     ] = PruneConfig.gate_site,
-    compensate: Annotated[
-        Compensation,
-        typer.Option(help="For what is dropped: least squares on what stays, or FLAP's biases."),
-    ] = PruneConfig.compensate,
+    compensate: Compensate = PruneConfig.compensate,
     scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
     decay: Decay = PruneConfig.decay,
@@ -206,7 +214,7 @@ def prune_command(
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Select, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
+    """Select, refit, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
     options = dict(locals())
     del options["as_json"]
     from grasp.pipeline import prune, prune_each
@@ -242,7 +250,7 @@ def compare_command(
     ] = "0.8,0.5,0.4",
     methods: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="As learned,fisher,fisher+refit [all]."),
+        typer.Option(metavar="NAMES", help="As learned,fisher,fisher+refit (default: all)."),
     ] = None,
     seeds: Annotated[str, typer.Option(metavar="NUMBERS", help="One run of all each.")] = "0,1,2",
     ffn_multiple: FfnMultiple = 1,
@@ -353,11 +361,15 @@ def plan_command(
     batch_size: BatchSize = PruneConfig.batch_size,
     scales: Scales = PruneConfig.scales,
     scale_epochs: ScaleEpochs = PruneConfig.scale_epochs,
+    compensate: Compensate = PruneConfig.compensate,
+    eval_seq_len: EvalSeqLen = PruneConfig.eval_seq_len,
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Speed of your machine, for a time estimate.")
     ] = None,
-    dtype: DtypeOption = "bf16",
-    memory: MemoryOption = "fast",
+    dtype: Annotated[PlannedDtype, typer.Option(help="Of the frozen model.")] = "bf16",
+    memory: Annotated[
+        PlannedMemory, typer.Option(help="Layers computed again to save memory.")
+    ] = "fast",
     as_json: Json = False,
 ) -> None:
     """What pruning will give and take, from config.json alone."""
@@ -386,7 +398,7 @@ def eval_command(
     limit: Limit = None,
     text_field: TextField = PruneConfig.text_field,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per window [2048, or the model's limit].")
+        int | None, typer.Option(help="Tokens per window (default: 2048, or the model's limit).")
     ] = None,
     windows: EvalWindows = None,
     bos: Annotated[bool, typer.Option(help="Put a BOS before each window.")] = False,
@@ -508,7 +520,7 @@ def verify_command(
         for check in report.checks:
             mark = Text("ok  ", "green") if check.passed else Text("FAIL", "red")
             _line(mark.append(f" {check.name}: {check.detail}", "default"))
-    if not all(check.passed for check in report.checks):
+    if not report.passed:
         raise typer.Exit(1)
 
 
@@ -544,7 +556,7 @@ def export_command(
         str, typer.Option(help="gguf (for llama.cpp) or hf-uniform (stock class, zero-padded).")
     ] = "gguf",
     type: Annotated[
-        str | None, typer.Option(help="Of GGUF matrices: f32, f16, bf16 or q8_0 [f16].")
+        str | None, typer.Option(help="Of GGUF matrices: f32, f16, bf16 or q8_0 (default: f16).")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,9 +1,10 @@
 """`grasp compare`: every method at every budget with every seed, on equal footing.
 
-A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed. All cells share the dense
-results and the calibration text, cells of a seed its blocks, and the budgets of a one-shot method
-its scores. Each cell ends as `grasp prune` does, in a checkpoint that is measured as it reads from
-disk; only the figures stay.
+A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed; a bare name makes up for
+nothing that is dropped, so `learned+refit` is what `grasp prune` does by default. All cells share
+the dense results and the calibration text, cells of a seed its blocks, and the budgets of a
+one-shot method its scores. Each cell ends as `grasp prune` does, in a checkpoint that is measured
+as it reads from disk; only the figures stay.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from grasp.budget import Budget, Layout
 from grasp.comparison_page import figure, page
-from grasp.config import Method, PruneConfig
+from grasp.config import REWRITING, Method, PruneConfig
 from grasp.errors import GraspError
 from grasp.memory import memory_mode
 from grasp.models import cast
@@ -42,7 +43,7 @@ from grasp.pipeline import (
 )
 from grasp.projection import Projection
 from grasp.run import Run, Show, disk_errors, peak_memory, reset_peak_memory
-from grasp.select import REWRITING, Choice, select
+from grasp.select import Choice, select
 from grasp.zero_shot import evaluate_tasks
 
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
@@ -105,7 +106,7 @@ def compare(
     """Perplexity, and accuracy on `tasks`, of each of `methods` at each budget with each seed.
 
     A method is one of `--method`, with `+refit` or `+bias` where that is wanted. `options` are the
-    other fields of `PruneConfig`, the same for all; `tasks`, `tasks_data` and `limit` are those of
+    fields of `PruneConfig` that all share; `tasks`, `tasks_data` and `limit` are those of
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. Interrupted, the same call goes on, with the same methods, budgets
     and seeds or with others. Methods that fit weights as they choose run in fp32 whatever the
@@ -181,6 +182,8 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
             f"--methods {name!r}: choose from {', '.join(get_args(Method))}, each as it is, with "
             "+refit or with +bias"
         )
+    if more and method in REWRITING:
+        raise GraspError(f"--methods {name!r}: {method} has fitted weights already: name it alone")
     choice: Any = {"method": method, "compensate": more or "none"}
     if method in REWRITING:
         choice["dtype"] = "fp32"  # a narrower one would round what is fitted

@@ -24,6 +24,7 @@ Method = Literal[
     "magnitude",
     "random",
 ]
+REWRITING = ("greedy-output-approximation", "greedy-head-similarity")  # fit weights as they choose
 Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
@@ -31,6 +32,8 @@ ScaleKind = Literal["channel", "unit"]
 Compensation = Literal["refit", "bias", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
+PlannedDtype = Literal["fp32", "bf16"]  # "auto" asks the machine, a plan is of any
+PlannedMemory = Literal["fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
 
@@ -84,6 +87,8 @@ class PruneConfig:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
         if not 0 <= self.decay < math.inf:
             raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 1")
+        if self.method in REWRITING:  # nothing is left to make up for
+            object.__setattr__(self, "compensate", "none")
 
     def as_published(self) -> PruneConfig:
         """With the paper's choices where our defaults are others; ties and floors stay ours."""

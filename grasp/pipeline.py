@@ -24,7 +24,7 @@ from grasp.budget import Budget, Layout
 from grasp.calibrate import learn_scales
 from grasp.checkpoint.hf import check_layout, environment, save_checkpoint
 from grasp.compensate import add_biases, mean_biases, with_biases
-from grasp.config import PruneConfig, SparsifyConfig
+from grasp.config import REWRITING, PruneConfig, SparsifyConfig
 from grasp.data import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
@@ -37,7 +37,7 @@ from grasp.report import read_summary
 from grasp.results import add_reports, add_results
 from grasp.run import Run, Show, memory_errors, open_run
 from grasp.scales import fold_scales
-from grasp.select import REWRITING, select
+from grasp.select import select
 from grasp.training import TrainSettings
 from grasp.units import UnitSpace, decoder_layers
 
@@ -283,7 +283,7 @@ def shrink(
     biases = fitted = None
     if config.compensate == "bias":
         biases = mean_biases(model, mask, blocks, run.stage("bias"))
-    elif config.compensate == "refit" and config.method not in REWRITING:  # which are fitted
+    elif config.compensate == "refit":
         fitted = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
     fold_mask(model, mask)
     if biases:

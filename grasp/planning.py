@@ -193,9 +193,11 @@ def plan(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
-        refit_memory=refit_memory(header, config.samples, config.seq_len, width)
-        if config.compensate == "refit"
-        else None,
+        refit_memory=(
+            refit_memory(header, config.samples, config.seq_len, width)
+            if config.compensate == "refit"
+            else None
+        ),
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
@@ -284,7 +286,7 @@ def learning_memory(
 
 
 def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
-    """Estimate where nearly all of the widest FFN stays, in a dtype of `width` bytes.
+    """Estimate for a GPU where nearly all of the widest FFN stays, in a dtype of `width` bytes.
 
     Weights, hidden states of the text, a Gram matrix, its rows of kept channels; in fp64 what these
     have among themselves, the factor of it twice, the right-hand side and its solutions.

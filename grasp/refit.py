@@ -39,9 +39,8 @@ def refit(
 
     blocks: int64 [samples, seq_len], of which it takes the first, up to `TOKENS_PER_CHANNEL`.
     Returns the kept columns of each layer's (o_proj, down_proj) in fp32, before the model's dtype
-    rounds them, on the CPU. In memory at one time, besides: the hidden states of those samples at
-    one depth, and a Gram matrix in fp32 with its kept part twice in fp64. Raises GraspError where
-    activations are not finite.
+    rounds them, on the CPU. `grasp.planning.refit_memory` says what is in memory at one time.
+    Raises GraspError where activations are not finite.
     """
     tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
     blocks = blocks[: math.ceil(tokens / blocks.shape[1])]

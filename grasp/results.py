@@ -25,7 +25,7 @@ class Measured(Protocol):
 
 
 def add_results(folder: Path, summary: Summary) -> None:
-    """The whole grasp.json. Results come last: they are measured on what reads from disk."""
+    """Results into grasp.json, which come last: they are measured on what reads from disk."""
     with disk_errors(folder):
         stored = json.loads((folder / "grasp.json").read_text())
         stored["results"] = summary["results"]

@@ -1,8 +1,9 @@
 """Scales on a live model: numbers that multiply channels and fold into its weights.
 
 The paper (GRASPrune, arXiv 2604.19398, section 3.4) has one scale a unit, where its gate sits. Ours
-("channel") adds one for each channel on the other ends of the linear layers: all of W becomes
-diag(r) W diag(c), which folds as well, costs nothing at inference and adds no parameter.
+("channel") adds one for each channel on the other ends of the linear layers, but for the outputs of
+gate_proj: W becomes diag(r) W diag(c), which folds as well, costs nothing at inference and adds no
+parameter.
 """
 
 from __future__ import annotations

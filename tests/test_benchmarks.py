@@ -186,7 +186,7 @@ def test_ablation_rows_resume(tmp_path, capsys):
     ours, theirs = first["rows"]
     assert ours["kept"] <= KEEP
     assert ours["mask_sha256"] != theirs["mask_sha256"]
-    assert first["dense"] > 1 and ours["mask_alone"] != ours["after_scales"]
+    assert first["dense"] > 1 and ours["before_last_epoch"] != ours["after"]
     assert str(tmp_path) not in json.dumps(first["settings"]["ours"]["calibration"])
 
     ablation.main([*options, "--rows", "ours,ours/floors=outside,published"])

@@ -140,6 +140,7 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
     ("options", "message", "code"),
     [
         (["--methods=magic"], "--methods 'magic': choose from learned, free", 1),
+        (["--methods=greedy-head-similarity+refit"], "has fitted weights already: name it", 1),
         (["--methods=fisher+magic"], "--methods 'fisher+magic': choose from learned", 1),
         (["--keep=0.5,2"], "--keep 2.0 is not a ratio: choose one in (0, 1]", 1),
         (["--keep=half"], "'half' is no number and no list: write 0.5 or 0.8,0.5", 2),

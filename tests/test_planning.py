@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from grasp.budget import Budget
 from grasp.checkpoint.modeling_grasp import FAMILIES as GRASP_CLASSES
-from grasp.config import ScaleKind
+from grasp.config import REWRITING, ScaleKind
 from grasp.errors import GraspError
 from grasp.header import FAMILIES as HEADER_FAMILIES
 from grasp.header import from_config, read_header
@@ -170,6 +170,16 @@ def test_half_of_llama_2_7b_leaves_519_thousandths_of_all(tmp_path):
 def test_evaluating_takes_the_weights_as_they_are_stored(tmp_path, dtype, width):
     result = plan(write_config(tmp_path, LLAMA_2_7B | {"dtype": dtype}))
     assert width < result.evaluation_memory / result.params.before < width + 0.2
+
+
+@pytest.mark.parametrize("option", [{"compensate": "none"}, {"method": REWRITING[0]}])
+def test_refit_is_planned_where_it_runs(tmp_path, option):
+    spec = write_config(tmp_path, LLAMA_2_7B)
+    weights = 2 * 6_738_415_616
+    assert 1.3 * weights < plan(spec).refit_memory < 1.5 * weights
+    assert "GB while refitting" in str(plan(spec))
+    assert plan(spec, **option).refit_memory is None
+    assert "refitting" not in str(plan(spec, **option))
 
 
 def test_the_demo_models_gguf_header():

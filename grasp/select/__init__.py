@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.config import PruneConfig
+from grasp.config import REWRITING, PruneConfig
 from grasp.projection import Projection
 from grasp.select.fisher import fisher_scores
 from grasp.select.flap import flap_scores
@@ -41,8 +41,6 @@ CRITERIA = {
     "wanda++": Criterion(wanda_plus_plus_scores),
     "magnitude": Criterion(lambda model, space, *_: magnitude_scores(model, space), 0),
 }
-# methods that fit weights while they choose
-REWRITING = ("greedy-output-approximation", "greedy-head-similarity")
 
 
 def select(
@@ -81,7 +79,7 @@ def select(
         config.scales,
     )
     if config.method == "free":
-        # nothing is closed while they learn: the dense model, the same gradients, one projection
+        # nothing is closed while they learn: the same gradients, one projection
         open_budget = replace(config.budget, kind="keep", asked=1.0)
         projection = Projection(space, open_budget, seed=config.seed, device=config.device)
     return learn_scores(model, projection, start, blocks, settings, stage("learn"))

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from grasp_kernels._triton.launch import Config, config, launch
 
-MAX_HEAD_SIZE = 128
-
 
 def forward(
     q: Tensor,

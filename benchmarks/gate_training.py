@@ -37,7 +37,7 @@ from benchmarks import published
 from grasp.budget import Budget
 from grasp.config import ScaleKind
 from grasp.gating import GateSite, gated
-from grasp.models import cast, load_model, pick_device
+from grasp.models import cast, load_model, pick_device, processor
 from grasp.projection import Mask, Projection
 from grasp.select import LearnSettings, learn_scores
 from grasp.select.learned import TAU
@@ -324,9 +324,8 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMode
 
 
 def machine(device: str) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else name,
+        "device": processor(torch.device(device)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from grasp.errors import reason
 from grasp.units import decoder_layers
 
 ROPE = "apply_rotary_pos_emb"  # what transformers calls it in each family
@@ -55,5 +56,5 @@ def _failure(norm: nn.Module) -> str | None:
     try:
         torch.compile(norm.forward)(x).sum().backward()
     except Exception as error:  # of any of the compilers behind it
-        return str(error).strip().split("\n")[0]
+        return reason(error)
     return None

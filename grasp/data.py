@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp.errors import GraspError
+from grasp.errors import GraspError, reason
 
 ROW_SEPARATOR = "\n\n"
 HELD_OUT_BLOCKS = 64
@@ -330,10 +330,9 @@ def _dataset_rows(hub: HubName, text_field: str) -> list[str]:
     try:
         rows = datasets.load_dataset(hub.name, hub.config, split=hub.split)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise GraspError(
             f"{hub.label}, split {hub.split}, is neither a local file nor a data set that loads "
-            f"({reason}): expected {SOURCES}"
+            f"({reason(error)}): expected {SOURCES}"
         ) from None
     if text_field not in rows.column_names:
         raise _no_column(hub.label, text_field, rows.column_names)

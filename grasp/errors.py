@@ -1,5 +1,10 @@
-"""The one exception that reaches a user as a single line."""
+"""The one exception that reaches a user as a single line, and what goes into that line."""
 
 
 class GraspError(Exception):
     """A user's mistake or a machine's limit: names the value, what was expected, and the fix."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception of another library says, or else its name."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from grasp.data import Corpus, Progress, read_corpus
 from grasp.errors import GraspError
-from grasp.models import load_model, pick_device
+from grasp.models import load_model, longest, pick_device
 
 DEFAULT_SEQ_LEN = 2048
 LOGIT_ROWS = 1024  # rows of logits upcast to fp32 at a time
@@ -150,7 +149,7 @@ def _windows(
     model: Any, corpus: Corpus, seq_len: int | None, windows: int | None, bos: bool
 ) -> tuple[Tensor, int]:
     """Input ids int64 [windows, seq_len], and how many windows the corpus has in all."""
-    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    limit = longest(model)
     length = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
     if not 2 <= length <= limit:
         raise GraspError(f"--seq-len {length} is outside what this model takes: 2 to {limit}")

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from grasp.errors import GraspError
+from grasp.errors import GraspError, reason
 from grasp.models import resolve
 from grasp.units import LayerUnits, UnitSpace
 
@@ -152,10 +152,9 @@ def _from_structure(config: Mapping[str, Any], model_type: str) -> Header:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     except Exception as error:  # whatever a foreign model's own code may raise
-        reason = str(error).strip().split("\n")[0]
         raise GraspError(
             f"model_type {model_type!r} is none of {', '.join(FAMILIES)}, and transformers cannot "
-            f"build it either ({reason})"
+            f"build it either ({reason(error)})"
         ) from None
     space = UnitSpace.of(model)
     vocab = model.get_input_embeddings().weight.shape[0]
@@ -250,7 +249,7 @@ def _locate(spec: str) -> Path:
     try:
         return Path(hf_hub_download(source.location, "config.json"))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise GraspError(
-            f"{spec} is no local folder, and its config.json cannot be had from the hub: {reason}"
+            f"{spec} is no local folder, and its config.json cannot be had from the hub: "
+            f"{reason(error)}"
         ) from None

@@ -8,13 +8,15 @@ import importlib
 import importlib.util
 import io
 import os
+import platform
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from grasp.errors import GraspError
+from grasp.errors import GraspError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +114,7 @@ def load_model(
 
     model: Any  # from_pretrained and .to lose their types in decorators
     try:
-        with _quiet():
+        with quiet():
             if source.kind == "gguf":
                 with _parsed_once():
                     model, tokenizer = _load_gguf(Path(source.location), dtype or torch.float32)
@@ -121,12 +123,16 @@ def load_model(
     except GraspError:
         raise
     except Exception as error:  # a damaged or foreign checkpoint fails in as many ways
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise GraspError(f"cannot load {os.fspath(spec)}: {reason}") from error
+        raise GraspError(f"cannot load {os.fspath(spec)}: {reason(error)}") from error
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):  # Gemma's, which a narrow dtype has rounded
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def longest(model: PreTrainedModel) -> int:
+    """The most tokens that a model takes at once."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -170,6 +176,19 @@ def pick_device(device: str) -> str:
             f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use --device cpu"
         )
     return device
+
+
+def processor(device: torch.device) -> str:
+    """The name of what `device` computes on. Math libraries choose their kernels by it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    # `platform` does not know it on Linux
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _check_folder(folder: Path) -> None:
@@ -217,8 +236,7 @@ def _check_hub(name: str) -> None:
             f"{name} on the hub has no config.json: not a transformers model"
         ) from None
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise GraspError(f"cannot fetch {name} from the hub: {reason}") from error
+        raise GraspError(f"cannot fetch {name} from the hub: {reason(error)}") from error
 
 
 def _load_safetensors(
@@ -295,7 +313,7 @@ def _check_rope(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars from transformers."""
     from transformers.utils import logging
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import platform
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from grasp.errors import GraspError
 from grasp.evaluate import perplexity
 from grasp.fold import fold_mask
 from grasp.memory import memory_mode
-from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, pick_device
+from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, longest, pick_device
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
 from grasp.report import read_summary
@@ -247,7 +246,7 @@ def read_texts(
     """Read or sample the calibration text, and read what to evaluate on."""
     eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
-    ruler = _ruler(config, eval_text, corpus, _longest(model))
+    ruler = _ruler(config, eval_text, corpus, longest(model))
     start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, ruler)
     start.blocks(config)
     return start
@@ -410,11 +409,6 @@ def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -
     }
 
 
-def _longest(model: PreTrainedModel) -> int:
-    """The most tokens that a model takes at once."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-
-
 def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
     """What a config cannot check: the weights, and what any of them asks of a model."""
     for name, weight in model.named_parameters():
@@ -422,9 +416,9 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
             raise GraspError(
                 f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
             )
-    if config.seq_len > _longest(model):
+    if config.seq_len > longest(model):
         raise GraspError(
-            f"--seq-len {config.seq_len} is more than this model takes: at most {_longest(model)}"
+            f"--seq-len {config.seq_len} is more than this model takes: at most {longest(model)}"
         )
     family = model.config.model_type.removeprefix("grasp_")
     if family not in CONFIG_MAPPING:

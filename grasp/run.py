@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grasp.errors import GraspError
+from grasp.errors import GraspError, reason
 from grasp.training import Journal
 
 SAVE_EVERY = 20.0  # seconds
@@ -290,11 +290,10 @@ def memory_errors(device: str, fix: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "allocate memory" not in reason:
+        if not known and "allocate memory" not in reason(error):
             raise
-        raise GraspError(f"out of memory on {device} ({reason}): {fix}") from None
+        raise GraspError(f"out of memory on {device} ({reason(error)}): {fix}") from None
 
 
 def _write(path: Path, content: bytes) -> None:

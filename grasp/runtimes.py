@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import StaticCache
 
 from grasp.config import Dtype
-from grasp.errors import GraspError
+from grasp.errors import GraspError, reason
 from grasp.header import read_header
-from grasp.models import TORCH_NAMES, best_dtype, load_model, resolve
+from grasp.models import TORCH_NAMES, best_dtype, load_model, longest, resolve
 
 WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph in its second
 
@@ -70,7 +70,7 @@ class Transformers:
             trust_remote_code=trust_remote_code,
         )[0]
         self.vocabulary = self.header.vocab_size
-        self.limit = getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        self.limit = longest(self.model)
         self._cache_bytes_per_token = 0.0
         self._compiled = compiled
         self._step: Any = self.model
@@ -92,10 +92,9 @@ class Transformers:
             for _ in range(-(-WARM_STEPS // tokens)):
                 _, sequence, logits = self._run(ids, tokens)
         except torch._dynamo.exc.TorchDynamoException as failed:
-            reason = str(failed).strip().partition("\n")[0]
             raise GraspError(
-                f"--compile: torch cannot compile {self.name} ({reason}): install a C++ compiler "
-                "such as g++ if that is what it lacks, or leave --compile out"
+                f"--compile: torch cannot compile {self.name} ({reason(failed)}): install a C++ "
+                "compiler such as g++ if that is what it lacks, or leave --compile out"
             ) from failed
         whole = self.model(sequence, use_cache=False, logits_to_keep=1).logits.float()
         error = ((logits.float() - whole).norm() / whole.norm()).item()
@@ -216,8 +215,7 @@ class LlamaCpp:
         try:
             self._server = xllamacpp.Server(params)
         except Exception as error:  # with a reason of its own
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise GraspError(f"llama.cpp cannot load {name}: {reason}") from error
+            raise GraspError(f"llama.cpp cannot load {name}: {reason(error)}") from error
         self._open = build_opener(ProxyHandler({})).open  # no proxy between us and ourselves
         self._meta = self._ask("/v1/models")["data"][0]["meta"]
         self._slots: list[int] = []

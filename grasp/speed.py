@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,7 +14,7 @@ import torch
 from grasp.config import Dtype
 from grasp.data import Progress
 from grasp.errors import GraspError
-from grasp.models import pick_device
+from grasp.models import pick_device, processor
 from grasp.results import add_measured, check_record
 from grasp.run import disk_errors, memory_errors
 from grasp.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
@@ -206,7 +205,7 @@ def bench(
             "compile": compile,
             "seed": SEED,
             "device": device,
-            "machine": _machine(device),
+            "machine": processor(torch.device(device)),
             "threads": torch.get_num_threads(),
         },
         versions={
@@ -268,12 +267,6 @@ def _milliseconds(seconds: float) -> str:
 
 def _shape(case: Case) -> str:
     return f"{case.batch_size} x {case.prompt_len}"
-
-
-def _machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"cpu {platform.processor() or platform.machine()}"
 
 
 def _plot_path(plot: str | Path | None) -> Path | None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from grasp.compiled import compiled
 from grasp.config import PruneConfig, Schedule
-from grasp.errors import GraspError
+from grasp.errors import GraspError, reason
 from grasp.gating import unpadded
 from grasp_kernels import linear_cross_entropy
 
@@ -211,8 +211,7 @@ class CapturedStep:
             with torch.cuda.graph(graph):
                 self._loss = self._step(self._ids, self._progress)
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
-            self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason}")
+            self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason(error)}")
         else:
             self._graph = graph
 

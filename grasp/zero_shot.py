@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from grasp.data import Progress, json_records
-from grasp.errors import GraspError
+from grasp.errors import GraspError, reason
 from grasp.models import load_model, pick_device, resolve
 from grasp.results import add_measured, check_record
 
@@ -226,7 +226,7 @@ def _load_tasks(names: Sequence[str], data: str | Path | None) -> dict[str, Any]
                 if data is not None
                 else "check the connection, or give local documents with --tasks-data"
             )
-            raise GraspError(f"task {name} does not load: {_reason(error)}: {fix}") from error
+            raise GraspError(f"task {name} does not load: {reason(error)}: {fix}") from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
@@ -259,13 +259,13 @@ def _evaluate(
     try:
         result: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
     except (AssertionError, ValueError) as error:  # lm-eval's ways to refuse a task or a document
-        reason = (
-            _reason(error)
+        refusal = (
+            reason(error)
             if str(error)
             else f"an answer is empty or longer than the {lm.max_length} tokens that it takes"
         )
         raise GraspError(
-            f"lm-eval cannot score {', '.join(tasks['tasks'])} with {name}: {reason}"
+            f"lm-eval cannot score {', '.join(tasks['tasks'])} with {name}: {refusal}"
         ) from error
     requests = [request for task in tasks["tasks"].values() for request in task.instances]
     if any(math.isnan(value) for request in requests for value in _likelihoods(request)):
@@ -329,10 +329,6 @@ def _describe(
         "split": split,
         "sha256": digest,
     }
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class _Bar:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from grasp.budget import Budget
 from grasp.checkpoint.modeling_grasp import FAMILIES
 from grasp.errors import GraspError
+from grasp.models import processor, quiet
 from grasp.units import LayerUnits, UnitSpace
 
 # In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
@@ -209,14 +208,9 @@ def _mistral_config(values: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
 def write_pretrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str
 ) -> None:
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -231,22 +225,13 @@ def _probe(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What has to be the same for two runs of one model to agree bit for bit."""
-    cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": device.type,
-        "processor": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "processor": processor(device),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _cpu_name() -> str:
-    """Math libraries choose their kernels by it. `platform` does not know it on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def sha256(path: Path) -> str:

@@ -69,7 +69,8 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{dense[kind]:.2f}", f"{pruned[kind]:.2f}", *(f"{f:.4f}" for f in factors)]
         rows.append([kind, *cells, f"{factors[1] / factors[0]:.4f}"])
     head = ["type", "dense", "pruned", "dense, × fp32", "pruned, × fp32", "excess"]
-    return f"{markdown_table(head, rows)}\n\n{how_measured(result['evaluation'])}"
+    how = how_measured(result["evaluation"])
+    return f"{markdown_table(head, rows)}\n\n{how} Quantised in memory."
 
 
 def main(argv: Sequence[str] | None = None) -> None:

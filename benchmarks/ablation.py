@@ -12,13 +12,11 @@ second call does only what is missing.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
@@ -27,14 +25,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import published
-from benchmarks.rows import RESULTS, Bench, Score
+from benchmarks.rows import Bench, Score, measured_in, row_parser
 from grasp.budget import Budget
 from grasp.calibrate import learn_scales
+from grasp.comparison_page import span
 from grasp.config import PruneConfig
 from grasp.data import Corpus, token_blocks
 from grasp.fold import fold_mask
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
+from grasp.report import markdown_table
 from grasp.scales import fold_scales
 from grasp.select import select
 from grasp.training import Journal, TrainSettings
@@ -170,52 +170,27 @@ def table(results: dict[str, Any]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in results["rows"]:
         runs.setdefault(record["row"], []).append(record)
-    lines = [
-        f"Perplexity on the first {evaluation['windows']} windows of {evaluation['data']['name']} "
-        f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most).",
-        "",
-        "| row | kept | before the last epoch | after it | × | seeds |",
-        "|---|---|---|---|---|---|",
-        f"| dense | 100 % | {dense:.2f} | – | – | – |",
-    ]
+    rows = [["dense", "100 %", f"{dense:.2f}", "", "", ""]]
     for name, records in runs.items():
         base = {r["seed"]: r["after"] for r in runs.get(records[0]["against"], [])}
         paired = [r["after"] / base[r["seed"]] for r in records if r["seed"] in base]
-        ratio = f"{mean(paired):.3f} {records[0]['against']}" if paired else "–"
-        kept, alone, scaled = (
+        ratio = f"{mean(paired):.3f} {records[0]['against']}" if paired else ""
+        kept, before, after = (
             [r[k] for r in records] for k in ("kept", "before_last_epoch", "after")
         )
-        lines.append(
-            f"| {name} | {100 * mean(kept):.2f} % | {span(alone)} | {span(scaled)} | {ratio} "
-            f"| {', '.join(str(r['seed']) for r in records)} |"
-        )
-    return "\n".join(lines)
-
-
-def span(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{mean(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+        seeds = ", ".join(str(r["seed"]) for r in records)
+        rows.append([name, f"{mean(kept):.2%}", span(before), span(after), ratio, seeds])
+    head = ["row", "kept", "before the last epoch", "after it", "×", "seeds"]
+    return f"{measured_in(evaluation)}\n\n{markdown_table(head, rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of --out, run nothing"
-    )
-    parser.add_argument("--text", help="calibration text")
-    parser.add_argument("--eval-text")
-    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser = row_parser(__doc__, "ablation.json")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--eval-windows", type=int, default=32)
-    parser.add_argument("--eval-seq-len", type=int, default=1024)
     parser.add_argument("--rows", help="names separated by commas; all by default")
-    parser.add_argument("--seeds", default="0", help="numbers separated by commas")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
     options = parser.parse_args(argv)
     if options.table:
         print(table(json.loads(options.out.read_text())))

@@ -24,6 +24,23 @@ Score = Callable[[PreTrainedModel], float]
 RESULTS = Path(__file__).parent / "results"
 
 
+def row_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that all of them take; results go to `out`, a file in `RESULTS`."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of --out, run nothing"
+    )
+    parser.add_argument("--text", help="calibration text")
+    parser.add_argument("--eval-text")
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--seeds", default="0", help="numbers separated by commas")
+    parser.add_argument("--eval-windows", type=int, default=32)
+    parser.add_argument("--eval-seq-len", type=int, default=1024)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    return parser
+
+
 @dataclass(frozen=True)
 class Bench:
     """The dense model in fp32, the calibration text, perplexity, and the results so far."""
@@ -66,6 +83,14 @@ class Bench:
         self.results["rows"].append(row)
         write(self.results, self.out)
         print(json.dumps(row), flush=True)
+
+
+def measured_in(evaluation: dict[str, Any]) -> str:
+    """The line above a table."""
+    return (
+        f"Perplexity on the first {evaluation['windows']} windows of {evaluation['data']['name']} "
+        f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most)."
+    )
 
 
 def resume(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

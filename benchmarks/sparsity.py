@@ -11,23 +11,22 @@ only what is missing.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.ablation import span
-from benchmarks.rows import RESULTS, Bench
+from benchmarks.rows import Bench, measured_in, row_parser
+from grasp.comparison_page import span
 from grasp.config import SparseMethod, SparsifyConfig
 from grasp.data import token_blocks
+from grasp.report import markdown_table
 from grasp.sparsity.blocks import sparsify_blocks
 from grasp.sparsity.methods import method_of
 from grasp.sparsity.pattern import Pattern
@@ -55,48 +54,34 @@ def sparsified(model: PreTrainedModel, config: SparsifyConfig, blocks: Tensor) -
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: perplexity, mean over seeds (least to most), and over that of `wanda`."""
-    dense, evaluation = results["dense"], results["settings"]["evaluation"]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in results["rows"]:
         runs.setdefault((record["pattern"], record["row"]), []).append(record)
-    lines = [
-        f"Perplexity on the first {evaluation['windows']} windows of {evaluation['data']['name']} "
-        f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most).",
-        "",
-        "| pattern | row | perplexity | × wanda | last block's error | CPU seconds | seeds |",
-        "|---|---|---|---|---|---|---|",
-        f"| – | dense | {dense:.2f} | – | – | – | – |",
-    ]
+    rows = [["", "dense", f"{results['dense']:.2f}", "", "", "", ""]]
     for (pattern, name), records in runs.items():
         wanda = {r["seed"]: r["perplexity"] for r in runs.get((pattern, "wanda"), [])}
         paired = [r["perplexity"] / wanda[r["seed"]] for r in records if r["seed"] in wanda]
-        lines.append(
-            f"| {pattern} | {name} | {span([r['perplexity'] for r in records])} "
-            f"| {f'{mean(paired):.3f}' if paired else '–'} "
-            f"| {mean(r['errors'][-1] for r in records):.3f} "
-            f"| {mean(r['cpu_seconds'] for r in records):.0f} "
-            f"| {', '.join(str(r['seed']) for r in records)} |"
+        rows.append(
+            [
+                pattern,
+                name,
+                span([r["perplexity"] for r in records]),
+                f"{mean(paired):.3f}" if paired else "",
+                f"{mean(mean(r['errors']) for r in records):.3f}",
+                f"{mean(r['cpu_seconds'] for r in records):.0f}",
+                ", ".join(str(r["seed"]) for r in records),
+            ]
         )
-    return "\n".join(lines)
+    head = ["pattern", "row", "perplexity", "× wanda", "mean error", "CPU seconds", "seeds"]
+    return f"{measured_in(results['settings']['evaluation'])}\n\n{markdown_table(head, rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of --out, run nothing"
-    )
-    parser.add_argument("--text", help="calibration text")
-    parser.add_argument("--eval-text")
-    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser = row_parser(__doc__, "sparsity.json")
     parser.add_argument("--patterns", default="2:4", help="separated by commas")
     parser.add_argument("--rows", default=",".join(get_args(SparseMethod)))
-    parser.add_argument("--seeds", default="0", help="numbers separated by commas")
     parser.add_argument("--samples", type=int, default=SparsifyConfig.samples)
     parser.add_argument("--seq-len", type=int, default=SparsifyConfig.seq_len)
-    parser.add_argument("--eval-windows", type=int, default=32)
-    parser.add_argument("--eval-seq-len", type=int, default=1024)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=RESULTS / "sparsity.json")
     options = parser.parse_args(argv)
     if options.table:
         print(table(json.loads(options.out.read_text())))

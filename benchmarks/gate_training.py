@@ -375,7 +375,7 @@ def spell(clock: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: Path) -> None:
     """Tokens a second of both forms, a group of bars for each row."""
     rows = [row for row in result["rows"] if "tokens_per_second" in row]
-    figure = Figure(figsize=(1.5 + 1.1 * len(rows), 4), layout="constrained")
+    figure = Figure(figsize=(max(4, 1.5 + 1.1 * len(rows)), 4), layout="constrained")
     axes = figure.add_subplot()
     for offset, side in ((-0.2, "theirs"), (0.2, "ours")):
         speeds = [
@@ -390,7 +390,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(rows)), labels, fontsize=7)
     axes.set_ylabel("tokens a second")
     axes.set_title(f"Gate training, {result['machine']['device']}, {result['dtype']}")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from grasp.budget import Budget, Layout
-from grasp.config import MemoryMode, PruneConfig, ScaleKind
+from grasp.config import MemoryMode, PlannedDtype, PlannedMemory, PruneConfig, ScaleKind
 from grasp.errors import GraspError
 from grasp.header import FAMILIES, STATIC_ROPE, Header, read_header
 from grasp.units import FFN_COST, UnitSpace
@@ -146,8 +146,8 @@ def plan(
     kv_multiple: int = 1,
     layout: Layout = "per-layer",
     tokens_per_second: float | None = None,
-    dtype: str = "bf16",
-    memory: MemoryMode = "fast",
+    dtype: PlannedDtype = "bf16",
+    memory: PlannedMemory = "fast",
     **options: Any,
 ) -> Plan:
     """Plan `grasp prune` with the same options (see `Budget` for keep, params and kv_cache).

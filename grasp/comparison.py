@@ -27,7 +27,7 @@ from grasp.comparison_page import figure, page
 from grasp.config import REWRITING, Method, PruneConfig
 from grasp.errors import GraspError
 from grasp.memory import memory_mode
-from grasp.models import cast
+from grasp.models import cast, move
 from grasp.pipeline import (
     Start,
     begin,
@@ -110,7 +110,7 @@ def compare(
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. Interrupted, the same call goes on, with the same methods, budgets
     and seeds or with others. Methods that fit weights as they choose run in fp32 whatever the
-    `dtype`. In memory at one time: the dense model and a pruned one. Raises GraspError.
+    `dtype`. A GPU holds one model at a time, the host's memory another. Raises GraspError.
     """
     for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
         if not values:
@@ -194,7 +194,8 @@ class _Grid:
     """Measures cells of one run, each once, and computes what they share once."""
 
     def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score):
-        self._run, self._dense, self._start, self._score = run, dense, start, score
+        self._run, self._start, self._score = run, start, score
+        self._dense = move(dense, "cpu")  # the device is for the model that is worked on
         self._chosen: dict[str, tuple[Choice, Cost]] = {}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
@@ -207,27 +208,32 @@ class _Grid:
         if cell.rewrites or cell.choice not in self._chosen:
             part = self._run.part(cell.choice)
             reset_peak_memory()
+            move(model, cell.config.device)
             with memory_mode(model, cell.config):
                 choice = select(model, projection, blocks, cell.config, part.stage)
+            move(self._dense, "cpu")
             self._chosen[cell.choice] = choice, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.choice]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
-        """The dense model in the cell's dtype: from disk where the shared one has been rounded."""
+        """A copy of the dense model in the cell's dtype: from disk where that has been rounded."""
         dtype = working_dtype(config)
         if self._dense.dtype == dtype:
-            return copy.deepcopy(self._dense)
+            return move(copy.deepcopy(self._dense), config.device)
         return cast(load_dense(config)[0], dtype)
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         config, run, part = cell.config, self._run, self._run.part(cell.name)
         run.log(event="cell", name=cell.name)  # its seconds count from here
         blocks, projection = self._start.blocks(config), self._start.projection(config)
-        model = self._own_model(config) if cell.rewrites else self._dense
-        choice, choosing = self._choose(cell, model, projection, blocks)
+        if cell.rewrites:
+            model = self._own_model(config)
+            choice, choosing = self._choose(cell, model, projection, blocks)
+        else:
+            choice, choosing = self._choose(cell, self._dense, projection, blocks)
+            model = self._own_model(config)
         mask = projection.mask(choice.scores)
         reset_peak_memory()
-        model = model if cell.rewrites else copy.deepcopy(model)
         pruned = shrink(model, mask, choice.scales, blocks, config, self._start.stored_dtype, part)
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"

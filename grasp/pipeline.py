@@ -29,7 +29,7 @@ from grasp.errors import GraspError
 from grasp.evaluate import perplexity
 from grasp.fold import fold_mask
 from grasp.memory import memory_mode
-from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, longest, pick_device
+from grasp.models import TORCH_NAMES, best_dtype, cast, load_model, longest, move, pick_device
 from grasp.projection import Mask, Projection
 from grasp.refit import refit
 from grasp.report import read_summary
@@ -102,7 +102,7 @@ def prune_each(
 
     Units are scored once, learned gates under the smallest budget, and the scores are projected
     to each, as are scales that learned along with gates; refit, the scales after the mask and
-    evaluation are each budget's own. In memory at one time: two models.
+    evaluation are each budget's own. A GPU holds one model at a time, the host's memory another.
     All else as `prune`.
     """
     asked = list(dict.fromkeys(keep))
@@ -163,6 +163,8 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         if config.memory == "auto" and mode != "fast":
             run.log(event="note", text=f"--memory {mode}, for what is free on {config.device}")
         choice = select(model, start.projection(config), blocks, config, run.stage)
+    if "" not in budgets:
+        move(model, "cpu")  # the device is for the copy that is worked on
     results = []
     for name, budget in budgets.items():
         own = replace(config, budget=budget)
@@ -170,7 +172,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         folder = run.finished(name) if name else run.checkpoint
         if not folder.exists():
             part = run.part(name) if name else run
-            pruned = copy.deepcopy(model) if name else model
+            pruned = move(copy.deepcopy(model), config.device) if name else model
             pruned = shrink(pruned, mask, choice.scales, blocks, own, start.stored_dtype, part)
             summary = pruned_summary(own, start, mask, pruned)
             summary["budget"]["chosen_for"] = config.budget.asked
@@ -326,9 +328,9 @@ def finish(
     return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
 
 
-def _release(model: Any) -> None:
+def _release(model: PreTrainedModel) -> None:
     """Free a model's memory, whoever holds it still: the next one needs it."""
-    model.to("meta")
+    move(model, "meta")
 
 
 def _as_stored(

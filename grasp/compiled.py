@@ -16,6 +16,7 @@ from grasp.errors import reason
 from grasp.units import decoder_layers
 
 ROPE = "apply_rotary_pos_emb"  # what transformers calls it in each family
+VARIANTS = 64  # of one function, by shapes and gradients, all norms of a process together
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[No
             norm.forward = torch.compile(norm.forward)
         if rope:
             setattr(family, ROPE, torch.compile(rope))
-        yield
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            yield
     finally:
         for norm, forward in zip(norms, before, strict=True):
             del norm.forward

@@ -206,9 +206,13 @@ class CapturedStep:
         return self._loss.clone()
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), self._ids.device
         try:
-            with torch.cuda.graph(graph):
+            with (
+                torch.cuda.device(device),  # which need not be the first
+                torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it after a failure
+                torch.cuda.graph(graph, stream=torch.cuda.Stream(device)),
+            ):
                 self._loss = self._step(self._ids, self._progress)
         except RuntimeError as error:
             self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason(error)}")
@@ -224,7 +228,8 @@ def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """
     head = model.get_output_embeddings()
     if head is None or head.weight.requires_grad or not _head_is_plain(model, ids[:1, :2]):
-        return model(input_ids=ids, labels=ids, use_cache=False).loss
+        mask = unpadded(ids)
+        return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
     decoder = model.get_decoder()
     hidden = decoder(ids, attention_mask=unpadded(ids), use_cache=False).last_hidden_state
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, ids[:, 1:].flatten())

@@ -188,7 +188,8 @@ def plain_training(model, projection, start, blocks, lr):
         m.attention.o_proj.register_forward_pre_hook(gate(kv, layer.group_size * layer.head_dim))
     for step, ids in enumerate(blocks):
         whole = projection.budget.cost(projection.space)
-        mask = projection(scores, annealed(projection.limit, whole, at(step / len(blocks)), 0.5))
+        progress = at(step / len(blocks)).to(scores.device)
+        mask = projection(scores, annealed(projection.limit, whole, progress, 0.5))
         p = torch.sigmoid(scores / TAU)
         z = mask + p - p.detach()
         loss = model(input_ids=ids[None], labels=ids[None]).loss
@@ -418,7 +419,7 @@ def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", fail)
+    monkeypatch.setattr(torch.cuda, "device", fail)
     notes = []
     with one_step("cpu") as plain, one_step("cpu") as captured:
         replayed = CapturedStep(captured, notes.append)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from oracle import DTYPES, INTERPRETED, MASKS, assert_accurate, gradients, mask
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_kernels import gated_attention, reference
 
@@ -56,7 +57,9 @@ def test_shapes(dtype, heads, kv_heads, length, size, causal, device):
 def test_key_mask(causal, dtype, device):
     key_mask = torch.rand(2, 71, device=device) < 0.6
     key_mask[0, :9] = False  # left padding: the first rows see no key
-    check(4, 2, 71, 64, dtype, device, "ones", causal, batch=2, key_mask=key_mask)
+    # the reference's other backends may give NaN to a query without keys
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+        check(4, 2, 71, 64, dtype, device, "ones", causal, batch=2, key_mask=key_mask)
 
 
 def test_dropped_groups_have_exactly_zero_gradients(device):

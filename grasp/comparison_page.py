@@ -100,14 +100,14 @@ def explained(summary: Summary) -> str:
     kept = [(cell["keep"], cell["kept"]) for cell in summary["cells"]]
     below = max(1 - got / asked for asked, got in kept)
     fitted = "" if config["dtype"] == "fp32" else " (those named greedy fit weights, in fp32)"
+    beside = " (with the dense model's)" if config["device"] == "cpu" else ""
     return (
         f"{how_measured(summary['dense']['perplexity'])} Mean of seeds "
         f"{', '.join(map(str, seeds))} (least to most), × over dense. Budgets are parts of "
         f"{prunable:,} prunable parameters, never exceeded, at most {100 * below:.2g} % unspent. "
         f"All methods{fitted}: {config['samples']} blocks of {config['seq_len']} tokens of "
         f"{summary['calibration']['name']}, {config['scale_epochs']} epochs of scales. Seconds "
-        f"and peak memory (with the dense model's) are of choosing, refit and scales, on "
-        f"{config['device']}."
+        f"and peak memory{beside} are of choosing, refit and scales, on {config['device']}."
     )
 
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from grasp.budget import Budget
+from grasp.budget.budget import Budget
+from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
-from grasp.sparsity.pattern import Pattern
 
 Method = Literal[
     "learned",

@@ -26,8 +26,10 @@ from transformers import (
 )
 
 import grasp
-from grasp import cli, evaluate, pipeline
 from grasp.checkpoint import verify as verify_module
+from grasp.cli import main as cli
+from grasp.evaluate import perplexity as evaluate
+from grasp.run import prune as pipeline
 
 SMALL = ["--samples=8", "--seq-len=32", "--epochs=1", "--eval-windows=2", "--device=cpu"]
 AT_ONCE = [*SMALL, "--method=random", "--scale-epochs=0"]  # nothing is learned
@@ -283,7 +285,7 @@ def test_ctrl_c(call, tiny, text, monkeypatch):
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "grasp.cli", "prune", "nowhere", "--out", "out"]
+    command = [sys.executable, "-m", "grasp", "prune", "nowhere", "--out", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no such folder or file: nowhere")

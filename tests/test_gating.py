@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES, tiny_model
 
-from grasp.budget import Budget
-from grasp.fold import fold_mask
-from grasp.gating import gated, unpadded
-from grasp.projection import Projection
-from grasp.scales import fold_scales, scale_count, scaled
-from grasp.units import UnitSpace, decoder_layers
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Projection
+from grasp.compress.fold import fold_mask
+from grasp.gates.gating import gated, unpadded
+from grasp.gates.scales import fold_scales, scale_count, scaled
+from grasp.model.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
 both_ties = pytest.mark.parametrize("tied", [False, True])
@@ -140,7 +140,8 @@ def test_gradient_of_every_gate(family):
 def test_the_fused_ffn_is_what_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "grasp.gating.gated_swiglu_ffn", lambda x, *_, **__: calls.append(1) or torch.zeros_like(x)
+        "grasp.gates.gating.gated_swiglu_ffn",
+        lambda x, *_, **__: calls.append(1) or torch.zeros_like(x),
     )
     model = tiny_model("llama")
     with gated(model, UnitSpace.of(model)):
@@ -166,7 +167,7 @@ def test_the_attention_kernel_is_what_a_gpu_runs(family, counted, monkeypatch):
         assert gates.count(mask) == [int(part.sum()) for part in mask.split(gates._sizes)]
         want = outcome()
         calls = []
-        monkeypatch.setattr("grasp.gating._takes_kernel", lambda *_: calls.append(1) or True)
+        monkeypatch.setattr("grasp.gates.gating._takes_kernel", lambda *_: calls.append(1) or True)
         got = outcome()
     assert len(calls) == len(decoder_layers(model))
     assert close(got[0], want[0]) and close(got[1], want[1])

@@ -9,18 +9,18 @@ import torch
 from families import tiny_model
 from torch.profiler import ProfilerActivity, profile
 
-from grasp.budget import Budget
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Mask
+from grasp.compress.refit import refit
 from grasp.config import PruneConfig, ScaleKind
 from grasp.errors import GraspError
-from grasp.header import from_config
-from grasp.memory import choose, memory_mode
-from grasp.planning import LOGITS_AT_ONCE, learning_memory, refit_memory
-from grasp.projection import Mask
-from grasp.refit import refit
-from grasp.scales import scale_count, scaled
+from grasp.gates.memory import choose, memory_mode
+from grasp.gates.scales import scale_count, scaled
+from grasp.gates.training import Journal, next_token_loss
+from grasp.model.header import from_config
+from grasp.model.units import UnitSpace
+from grasp.planning.plan import LOGITS_AT_ONCE, learning_memory, refit_memory
 from grasp.select import CRITERIA
-from grasp.training import Journal, next_token_loss
-from grasp.units import UnitSpace
 from grasp_kernels import cross_entropy
 
 MODES = ("fast", "balanced", "low")

@@ -22,11 +22,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import grasp
-from grasp import cli, pipeline, run
-from grasp.budget import Budget
+from grasp.budget.budget import Budget
+from grasp.cli import main as cli
 from grasp.errors import GraspError
-from grasp.run import open_run
-from grasp.units import UnitSpace
+from grasp.model.units import UnitSpace
+from grasp.run import folder as run
+from grasp.run import prune as pipeline
+from grasp.run.folder import open_run
 
 SMALL = dict(samples=8, seq_len=32, epochs=2, eval_windows=4, device="cpu")
 AT_ONCE = dict(SMALL, method="random", scale_epochs=0)  # nothing is learned
@@ -34,7 +36,13 @@ AT_ONCE = dict(SMALL, method="random", scale_epochs=0)  # nothing is learned
 # Forks of a server that has imported everything: a process for each attempt, without its seconds.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["grasp.cli", "grasp.pipeline", "matplotlib.backends.backend_agg", "pyarrow.parquet", "pytest"]
+    [
+        "grasp.cli.main",
+        "grasp.run.prune",
+        "matplotlib.backends.backend_agg",
+        "pyarrow.parquet",
+        "pytest",
+    ]
 )
 
 

@@ -16,12 +16,13 @@ from test_gguf import VOCAB, byte_level
 from transformers import LlamaForCausalLM, StaticCache
 
 import grasp
-from grasp import runtimes, speed
 from grasp.checkpoint.export import export
-from grasp.checkpoint.hf import save_checkpoint
+from grasp.checkpoint.save import save_checkpoint
 from grasp.errors import GraspError
-from grasp.models import load_model
-from grasp.speed import Spread, _phase, bench
+from grasp.evaluate import bench as speed
+from grasp.evaluate import runtimes
+from grasp.evaluate.bench import Spread, _phase, bench
+from grasp.model.load import load_model
 
 FAST = dict(batch_sizes=(1, 3), prompt_lens=(5, 16), tokens=4, repetitions=3, device="cpu")
 SHORT = ["--batch-sizes=1,2", "--prompt-lens=6", "--tokens=2", "--repetitions=2", "--device=cpu"]

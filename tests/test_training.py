@@ -13,15 +13,12 @@ import transformers
 from families import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grasp.budget import Budget
-from grasp.calibrate import learn_scales
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Projection
+from grasp.compress.calibrate import learn_scales
 from grasp.errors import GraspError
-from grasp.gating import gated
-from grasp.projection import Projection
-from grasp.select.fisher import fisher_scores
-from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores
-from grasp.select.magnitude import magnitude_scores
-from grasp.training import (
+from grasp.gates.gating import gated
+from grasp.gates.training import (
     CapturedStep,
     Journal,
     Step,
@@ -30,7 +27,10 @@ from grasp.training import (
     next_token_loss,
     train_gates,
 )
-from grasp.units import LayerUnits, UnitSpace, decoder_layers
+from grasp.model.units import LayerUnits, UnitSpace, decoder_layers
+from grasp.select.fisher import fisher_scores
+from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores
+from grasp.select.magnitude import magnitude_scores
 
 BLOCKS = torch.randint(3, 250, (12, 16), generator=torch.Generator().manual_seed(3))
 
@@ -156,7 +156,7 @@ def test_loss_in_chunks_gives_the_same_curve(monkeypatch):
     chunked, whole = Memory(), Memory()
     learn(chunked, start=start)
     monkeypatch.setattr(
-        "grasp.training.next_token_loss",
+        "grasp.gates.training.next_token_loss",
         lambda model, ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
     )
     learn(whole, start=start)

@@ -19,7 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import grasp
 from grasp.errors import GraspError
-from grasp.zero_shot import LOCAL_TASKS, evaluate_tasks
+from grasp.evaluate.zero_shot import LOCAL_TASKS, evaluate_tasks
 
 # As on the hub: the fields of a data set, and none that it has not.
 PIQA = [
@@ -301,7 +301,7 @@ def test_without_lm_eval(tiny, data, monkeypatch):
 
 def test_the_default_is_the_hub(tiny, monkeypatch):
     """lm-eval's whole index, of 14,000 tasks, takes a while to read."""
-    command = [sys.executable, "-m", "grasp.cli", "eval", str(tiny), "--tasks=piqa"]
+    command = [sys.executable, "-m", "grasp", "eval", str(tiny), "--tasks=piqa"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tiny.parent / "empty")}
     done = subprocess.run(command, capture_output=True, text=True, env=offline)
     assert (done.returncode, done.stdout) == (1, "")

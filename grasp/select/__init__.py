@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.budget.projection import Projection
 from grasp.config import REWRITING, PruneConfig
-from grasp.projection import Projection
+from grasp.gates.training import Journal, TrainSettings
+from grasp.model.units import UnitSpace
 from grasp.select.fisher import fisher_scores
 from grasp.select.flap import flap_scores
 from grasp.select.greedy_output_approximation import prune_greedily
@@ -21,8 +23,6 @@ from grasp.select.output_approximation import output_approximation_scores
 from grasp.select.taylor import taylor_scores
 from grasp.select.wanda_plus_plus import wanda_plus_plus_scores
 from grasp.select.wanda_sp import wanda_sp_scores
-from grasp.training import Journal, TrainSettings
-from grasp.units import UnitSpace
 
 
 class Criterion(NamedTuple):

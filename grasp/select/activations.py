@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.training import Journal, finite_mean, next_token_loss
-from grasp.units import UnitSpace, decoder_layers
+from grasp.gates.training import Journal, finite_mean, next_token_loss
+from grasp.model.units import UnitSpace, decoder_layers
 
 Tap = tuple[nn.Linear, Literal["input", "output"]]
 

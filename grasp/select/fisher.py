@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gating import gated
-from grasp.training import Journal, finite_mean, next_token_loss
-from grasp.units import FFN_COST, UnitSpace
+from grasp.gates.gating import gated
+from grasp.gates.training import Journal, finite_mean, next_token_loss
+from grasp.model.units import FFN_COST, UnitSpace
 
 
 def fisher_scores(

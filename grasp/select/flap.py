@@ -3,7 +3,7 @@
 Source: FLAP (arXiv 2312.11983), the metric WIFV and the search over all layers and modules (AL-AM):
 the columns of each down_proj and o_proj are standardised to mean 0 and deviation 1, a head scores
 the mean of its columns, and one threshold holds for all. Heads become KV groups. The biases that
-make up for dropped means are in `grasp.compensate`, for any method. Left out: the square that only
+make up for dropped means are in `grasp.compress.biases`, for any method. Left out: the square that only
 its code, not the paper, takes of o_proj's columns first.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.gates.training import Journal
+from grasp.model.units import UnitSpace
 from grasp.select.activations import column_moments
-from grasp.training import Journal
-from grasp.units import UnitSpace
 
 
 @torch.no_grad()

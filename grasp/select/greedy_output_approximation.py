@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.fold import expand
-from grasp.layerwise import first_hidden, inputs_of, layer_options
-from grasp.projection import Projection
-from grasp.refit import ridge_solve
+from grasp.budget.projection import Projection
+from grasp.compress.fold import expand
+from grasp.compress.refit import ridge_solve
+from grasp.gates.training import Journal, finite_mean
+from grasp.model.layerwise import first_hidden, inputs_of, layer_options
+from grasp.model.units import Rows, decoder_layers
 from grasp.select.activations import uniform_ratio
 from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
-from grasp.training import Journal, finite_mean
-from grasp.units import Rows, decoder_layers
 
 
 @torch.no_grad()

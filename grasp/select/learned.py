@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.calibrate import scale
+from grasp.budget.projection import Projection
+from grasp.compress.calibrate import scale
 from grasp.config import GateSite, ScaleKind
-from grasp.projection import Projection
-from grasp.scales import scale_count, scaled
-from grasp.training import Journal, TrainSettings, train_gates
+from grasp.gates.scales import scale_count, scaled
+from grasp.gates.training import Journal, TrainSettings, train_gates
 
 TAU = 1.5
 

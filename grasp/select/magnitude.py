@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.model.units import UnitSpace
 from grasp.select.weights import unit_means
-from grasp.units import UnitSpace
 
 
 def magnitude_scores(model: PreTrainedModel, space: UnitSpace) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.gates.training import Journal
+from grasp.model.units import UnitSpace, decoder_layers
 from grasp.select.activations import Tap, channel_moments, uniform_ratio
-from grasp.training import Journal
-from grasp.units import UnitSpace, decoder_layers
 
 
 @torch.no_grad()

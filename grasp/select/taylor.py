@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.gates.training import Journal, finite_mean, next_token_loss
+from grasp.model.units import UnitSpace
 from grasp.select.weights import prunable_weights, unit_means
-from grasp.training import Journal, finite_mean, next_token_loss
-from grasp.units import UnitSpace
 
 
 def taylor_scores(

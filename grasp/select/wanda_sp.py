@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.gates.training import Journal
+from grasp.model.units import UnitSpace
 from grasp.select.activations import column_moments, uniform_ratio
-from grasp.training import Journal
-from grasp.units import UnitSpace
 
 
 @torch.no_grad()

@@ -38,7 +38,8 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.config import ScaleKind
 from grasp.gates.gating import GateSite, gated
-from grasp.gates.training import READ_EVERY, Journal, TrainSettings, next_token_loss
+from grasp.gates.training import READ_EVERY, TrainSettings, next_token_loss
+from grasp.journal import Journal
 from grasp.model.load import cast, load_model, pick_device, processor
 from grasp.model.units import UnitSpace
 from grasp.select import LearnSettings, learn_scores

@@ -36,6 +36,9 @@ PlannedDtype = Literal["fp32", "bf16"]  # "auto" asks the machine, a plan is of 
 PlannedMemory = Literal["fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
+RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
+TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
+
 
 @dataclass(frozen=True)
 class PruneConfig:

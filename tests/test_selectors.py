@@ -18,13 +18,15 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.fold import fold_mask
 from grasp.config import Method
-from grasp.gates.training import Journal, next_token_loss
+from grasp.gates.moments import Moments, channel_moments
+from grasp.gates.training import next_token_loss
+from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.select import CRITERIA, REWRITING
-from grasp.select.activations import Moments, channel_moments, uniform_ratio
 from grasp.select.greedy_output_approximation import prune_greedily
 from grasp.select.head_similarity import distance_to_nearest_later, divergences, returning_maps
+from grasp.select.ratio import uniform_ratio
 
 BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
 families = pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: biased q, k and v

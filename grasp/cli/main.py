@@ -416,7 +416,7 @@ def eval_command(
         raise typer.BadParameter("--record is for --tasks, which is not given")
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
-    from grasp.run.folder import memory_errors
+    from grasp.machine import memory_errors
 
     models = [model] if against is None else [model, against]
     fix = f"lower --batch-size (now {batch_size}) or --seq-len"

@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
 from grasp.errors import GraspError
-from grasp.gates.training import Journal
+from grasp.gates.moments import column_moments
+from grasp.journal import Journal
 from grasp.model.units import decoder_layers
-from grasp.select.activations import column_moments
 
 SWITCHES = ("attention_bias", "mlp_bias")  # of a config: biases in all projections
 

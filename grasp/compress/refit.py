@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
+from grasp.config import TOKENS_PER_CHANNEL
 from grasp.errors import GraspError
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options
 from grasp.model.units import decoder_layers
-from grasp.planning.plan import TOKENS_PER_CHANNEL
 
 RIDGE = 1e-2
 

@@ -28,9 +28,10 @@ from grasp.config import REWRITING, Method, PruneConfig
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
+from grasp.machine import disk_errors, peak_memory, reset_peak_memory
 from grasp.model.load import cast, move
 from grasp.report.comparison import figure, page
-from grasp.run.folder import Run, Show, disk_errors, peak_memory, reset_peak_memory
+from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
     begin,

@@ -33,11 +33,12 @@ from grasp.evaluate.perplexity import perplexity
 from grasp.gates.memory import memory_mode
 from grasp.gates.scales import fold_scales
 from grasp.gates.training import TrainSettings
+from grasp.machine import memory_errors
 from grasp.model.load import TORCH_NAMES, best_dtype, cast, load_model, longest, move, pick_device
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.report.results import add_reports, add_results
 from grasp.report.summary import read_summary
-from grasp.run.folder import Run, Show, memory_errors, open_run
+from grasp.run.folder import Run, Show, open_run
 from grasp.select import select
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from grasp.budget.projection import Projection
 from grasp.config import REWRITING, PruneConfig
-from grasp.gates.training import Journal, TrainSettings
+from grasp.gates.training import TrainSettings
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
 from grasp.select.fisher import fisher_scores
 from grasp.select.flap import flap_scores

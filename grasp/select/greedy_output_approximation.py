@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from grasp.budget.projection import Projection
 from grasp.compress.fold import expand
 from grasp.compress.refit import ridge_solve
-from grasp.gates.training import Journal, finite_mean
+from grasp.gates.training import finite_mean
+from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options
 from grasp.model.units import Rows, decoder_layers
-from grasp.select.activations import uniform_ratio
 from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
+from grasp.select.ratio import uniform_ratio
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Projection
-from grasp.compress.calibrate import scale
 from grasp.config import GateSite, ScaleKind
-from grasp.gates.scales import scale_count, scaled
-from grasp.gates.training import Journal, TrainSettings, train_gates
+from grasp.gates.scales import scale, scale_count, scaled
+from grasp.gates.training import TrainSettings, train_gates
+from grasp.journal import Journal
 
 TAU = 1.5
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal
+from grasp.gates.moments import Tap, channel_moments
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
-from grasp.select.activations import Tap, channel_moments, uniform_ratio
+from grasp.select.ratio import uniform_ratio
 
 
 @torch.no_grad()

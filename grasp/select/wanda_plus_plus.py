@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal, finite_mean
+from grasp.gates.training import finite_mean
+from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.load import cast
 from grasp.model.units import UnitSpace, decoder_layers
-from grasp.select.activations import uniform_ratio
+from grasp.select.ratio import uniform_ratio
 from grasp.sparsity.blocks import Block, fp32
 from grasp.sparsity.methods import regional_factors
 

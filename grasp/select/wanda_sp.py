@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal
+from grasp.gates.moments import column_moments
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
-from grasp.select.activations import column_moments, uniform_ratio
+from grasp.select.ratio import uniform_ratio
 
 
 @torch.no_grad()

@@ -1,0 +1,45 @@
+"""The rooms of the house: what may import what."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the ground up: a room may use itself and those before it.
+ROOMS = [
+    *("errors", "journal", "machine", "model", "data", "budget", "config", "planning", "gates"),
+    *("compress", "sparsity", "select", "checkpoint", "report", "evaluate", "run", "cli"),
+]
+SOURCES = sorted((ROOT / "grasp").rglob("*.py"))
+
+
+def imported(source: Path) -> Iterator[str]:
+    """Dotted names of the modules that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def room(name: str) -> str | None:
+    """`grasp.model.load` is in the room `model`; None for what is outside of grasp's rooms."""
+    package, _, rest = name.partition(".")
+    return rest.partition(".")[0] if package == "grasp" and rest else None
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_room_imports_a_later_one(source):
+    own = source.relative_to(ROOT / "grasp").parts[0].removesuffix(".py")
+    if own in ("__init__", "__main__"):  # the door: names of every room
+        return
+    below = ROOMS[: ROOMS.index(own) + 1]
+    upward = sorted(n for n in imported(source) if (r := room(n)) and r not in below)
+    assert not upward, f"grasp.{own} imports from a later room"
+
+
+def test_kernels_stand_alone():
+    for source in (ROOT / "grasp_kernels").rglob("*.py"):
+        assert not any(n == "grasp" or n.startswith("grasp.") for n in imported(source)), source

@@ -19,6 +19,7 @@ from typing import Any
 _HOMES = {
     "GraspError": "grasp.errors",
     "bench": "grasp.evaluate.bench",
+    "criterion": "grasp.criteria",
     "compare": "grasp.run.compare",
     "evaluate_tasks": "grasp.evaluate.zero_shot",
     "evaluate_text": "grasp.evaluate.perplexity",

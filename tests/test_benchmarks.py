@@ -25,7 +25,7 @@ from grasp.gates.gating import gated
 from grasp.gates.training import TrainSettings
 from grasp.journal import Journal
 from grasp.model.units import UnitSpace
-from grasp.select import LearnSettings, learn_scores
+from grasp.select.learned import LearnSettings, learn_scores
 
 KEEP = 0.5
 

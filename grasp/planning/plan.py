@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from grasp import criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.config import (
     RECOMPUTE_EVERY,
@@ -180,7 +181,7 @@ def plan(
     space, width = header.space, DTYPE_BYTES[dtype]
     cost, kv_values = obtained(space, budget)
     after = params_left(space, budget, cost)
-    epochs = config.epochs if config.method in ("learned", "free") else 0
+    epochs = config.epochs if criteria.get(config.method).learns else 0
     tokens = config.samples * config.seq_len * (epochs + config.scale_epochs)
     at_once = config.seq_len * config.batch_size
     return Plan(

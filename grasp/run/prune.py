@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from grasp import criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.save import check_layout, environment, save_checkpoint
@@ -26,7 +27,7 @@ from grasp.compress.biases import add_biases, mean_biases, with_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.fold import fold_mask
 from grasp.compress.refit import refit
-from grasp.config import REWRITING, PruneConfig, SparsifyConfig
+from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data.text import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
@@ -115,7 +116,7 @@ def prune_each(
     config = configure(model, budget, options)
     if as_published:
         config = config.as_published()
-    if config.method in REWRITING:
+    if criteria.get(config.method).updates_weights:
         raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
     with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
         return _prune(
@@ -223,7 +224,8 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
     saved_as = with_biases(model.config) if config.compensate == "bias" else model.config
     check_layout(saved_as, space, config.budget)
     working = working_dtype(config)
-    if config.method in REWRITING and torch.promote_types(working, model.dtype) != working:
+    updates = criteria.get(config.method).updates_weights
+    if updates and torch.promote_types(working, model.dtype) != working:
         raise GraspError(
             f"--method {config.method} rewrites weights, which {config.dtype} would round: use "
             "--dtype fp32"

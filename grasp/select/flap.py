@@ -20,12 +20,12 @@ from grasp.model.units import UnitSpace
 
 @torch.no_grad()
 def flap_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
     scores = []
-    for weight, x, units in column_moments(model, space, blocks, journal):
+    for weight, x, count in column_moments(model, units, blocks, journal):
         columns = x.var * weight.float().square().sum(0)
         spread = columns.std().clamp(min=torch.finfo(columns.dtype).tiny)
-        scores.append(((columns - columns.mean()) / spread).view(units, -1).mean(1))
+        scores.append(((columns - columns.mean()) / spread).view(count, -1).mean(1))
     return torch.cat(scores)

@@ -21,7 +21,7 @@ from grasp.select.weights import prunable_weights, unit_means
 
 
 def taylor_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device; blocks: int64 [samples, seq_len], one backward each.
 
@@ -47,6 +47,6 @@ def taylor_scores(
             value = finite_mean([loss.detach()], step + 1)
             (loss / len(blocks)).backward(inputs=weights)
             journal.progress(step + 1, len(blocks), value, block.numel())
-    scores = unit_means(model, space, lambda w: (w * gradients[w]).abs())
+    scores = unit_means(model, units, lambda w: (w * gradients[w]).abs())
     journal.save(lambda: {"taylor": scores}, final=True)
     return scores

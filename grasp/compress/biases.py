@@ -8,7 +8,6 @@ then every projection has one: the others' are zeros.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +64,5 @@ def add_biases(model: PreTrainedModel, biases: list[Tensor]) -> None:
             if linear.bias is None:
                 zeros = linear.weight.new_zeros(len(linear.weight))
                 linear.bias = nn.Parameter(zeros, requires_grad=False)
-        outputs: list[Any] = [modules.mlp.down_proj, modules.attention.o_proj]
-        for linear in outputs:
+        for linear in modules.outputs:
             linear.bias += next(left).to(linear.bias)

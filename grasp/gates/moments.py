@@ -81,7 +81,7 @@ def column_moments(
 
     A unit's columns lie side by side: `columns.view(units, -1)` has a row for each.
     """
-    linears = [x for m in decoder_layers(model) for x in (m.mlp.down_proj, m.attention.o_proj)]
+    linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
     units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
     moments = channel_moments(model, [(linear, "input") for linear in linears], blocks, journal)
     return [(x.weight, m, n) for x, m, n in zip(linears, moments, units, strict=True)]

@@ -240,6 +240,20 @@ def test_loss_of_heads_that_do_more_than_multiply(family, change):
         torch.testing.assert_close(loss, want)
 
 
+def test_a_plain_head_is_known_where_two_passes_differ_by_a_bit():
+    """As on a GPU: all logits would be made."""
+    model, passes = tiny_model("llama"), []
+
+    def another_bit(*args):
+        passes.append(1)
+        return args[-1] * (1 + len(passes) * 2**-20)
+
+    model.model.norm.register_forward_hook(another_bit)
+    with Calls(model.get_output_embeddings()) as calls:
+        next_token_loss(model, BLOCKS[:2])
+    assert calls.count == 1  # the one that tries the head out
+
+
 @pytest.mark.parametrize("stop_at", [1, 5, 13, 23])
 def test_resumed_ends_where_uninterrupted_does(stop_at):
     _, want = learn(Memory())

@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "GraspError": "grasp.errors",
     "bench": "grasp.evaluate.bench",

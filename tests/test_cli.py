@@ -408,6 +408,21 @@ def test_show(call, pruned):
     assert json.loads(call("show", pruned, "--json")[1]) == summary
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_all_characters(pruned, tmp_path, encoding):
+    folder = tmp_path / "größer"
+    folder.symlink_to(pruned)
+    done = subprocess.run(
+        [sys.executable, "-m", "grasp", "show", folder],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    said = done.stdout.decode(encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "????" in said and "checkpoint re-read from disk" in said
+    assert ("größer" if encoding == "latin-1" else "gr??er") in said
+
+
 def test_eval(call, pruned, text):
     options = [f"--text={text}", "--seq-len=64", "--windows=3", "--device=cpu"]
     code, said, _ = call("eval", pruned, *options)

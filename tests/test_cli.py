@@ -264,7 +264,7 @@ def test_an_error_of_ours_is_not_hidden(call, tiny, text, tmp_path, monkeypatch)
     def broken(*_args, **_kwargs):
         raise RuntimeError("a shape does not fit")
 
-    monkeypatch.setattr(pipeline, "fold_mask", broken)
+    monkeypatch.setattr(pipeline, "refit", broken)
     options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *AT_ONCE]
     monkeypatch.setattr(sys, "argv", ["grasp", "prune", str(tiny), *options])
     with pytest.raises(RuntimeError, match="a shape does not fit"):

@@ -26,7 +26,9 @@ def check(heads, kv_heads, length, size, dtype, device, kind="random", causal=Tr
     def plain(q, k, v, z):
         return reference.gated_attention(q, k, v, z, causal, None, key_mask)
 
-    assert_accurate(ours, plain, [q, k, v, z], NAMES, z)
+    # flash attention's backward adds up dq with atomics on a GPU
+    atomic = ("dq",) if options.get("backend") == "sdpa" and device == "cuda" else ()
+    assert_accurate(ours, plain, [q, k, v, z], NAMES, z, atomic)
 
 
 @pytest.mark.parametrize("kind", MASKS)

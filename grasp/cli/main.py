@@ -440,6 +440,8 @@ def eval_command(
         return
     for name, result in zip(models, texts, strict=False):
         _line(f"{name}: {result}" if against else str(result))
+        for note in result.notes:
+            _line(note)
     if scores:
         table = Table(*map(escape, scores.head()))
         for row in scores.rows():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from grasp.config import Dtype
-from grasp.data.text import Progress
+from grasp.data.corpus import Progress
 from grasp.errors import GraspError
 from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
 from grasp.model.load import pick_device, processor

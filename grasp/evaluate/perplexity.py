@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp.data.text import Corpus, Progress, read_corpus
+from grasp.data.corpus import Corpus, Progress, read_corpus
 from grasp.errors import GraspError
 from grasp.model.load import load_model, longest, pick_device
 
@@ -36,6 +36,7 @@ class Perplexity:
     data: str
     split: str | None
     sha256: str  # of the text
+    notes: tuple[str, ...] = ()  # on the text, for the user
 
     def __str__(self) -> str:
         data = f"{self.data}, split {self.split}" if self.split else self.data
@@ -110,6 +111,7 @@ def perplexity(
         data=corpus.name,
         split=corpus.split,
         sha256=corpus.sha256,
+        notes=corpus.notes,
     )
 
 

@@ -35,7 +35,8 @@ from grasp.config import PruneConfig
 from grasp.data.blocks import token_blocks
 from grasp.data.corpus import Corpus
 from grasp.gates.scales import fold_scales
-from grasp.gates.training import Journal, TrainSettings
+from grasp.gates.training import TrainSettings
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
 from grasp.report.comparison import span
 from grasp.report.summary import markdown_table

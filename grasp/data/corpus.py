@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +22,6 @@ from grasp.data.reading import SOURCES, Empty, Source, find_source, read_rows
 from grasp.errors import GraspError
 
 ROW_SEPARATOR = "\n\n"
-
-Progress = Callable[[int, int], None]  # (done, of how many)
 
 
 @dataclass(frozen=True, eq=False)

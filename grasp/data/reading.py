@@ -78,9 +78,7 @@ def find_source(spec: str, split: str = "train") -> Source:
     if not spec.strip():
         raise GraspError(f"{spec!r} names no text: expected {SOURCES}, or builtin")
     if spec == "self":
-        raise GraspError(
-            f"self is only for --calibration, the model writes it: expected {SOURCES}"
-        )
+        raise GraspError(f"self is only for --calibration, the model writes it: expected {SOURCES}")
     if os.path.exists(spec) and not os.path.isdir(spec):
         _check_file(Path(spec))
         return Source(spec, file=Path(spec))
@@ -130,9 +128,9 @@ def json_records(path: Path) -> Iterator[tuple[str, Any]]:
         whole = first + "".join(line for _, line in lines)
         yield "record 1", _parse(path, number, whole)
     elif first:
-        for number, line in chain([(number, first)], lines):
+        for at, line in chain([(number, first)], lines):
             if line.strip():
-                yield f"line {number:,}", _parse(path, number, line.rstrip())
+                yield f"line {at:,}", _parse(path, at, line.rstrip())
 
 
 def wikitext_rows(text: str) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp.data.corpus import Corpus, Progress
+from grasp.data.corpus import Corpus
 from grasp.errors import GraspError
+from grasp.journal import Progress
 
 
 def sample_corpus(

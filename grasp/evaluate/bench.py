@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from grasp.config import Dtype
-from grasp.data.corpus import Progress
 from grasp.errors import GraspError
 from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
+from grasp.journal import Progress
+from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device, processor
 from grasp.report.results import add_measured, check_record
-from grasp.run.folder import disk_errors, memory_errors
 
 SEED = 0  # of the prompts
 QUANTILES = (0.5, 0.1, 0.9)

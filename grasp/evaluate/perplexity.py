@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp.data.corpus import Corpus, Progress, read_corpus
+from grasp.data.corpus import Corpus, read_corpus
 from grasp.errors import GraspError
+from grasp.journal import Progress
 from grasp.model.load import load_model, longest, pick_device
 
 DEFAULT_SEQ_LEN = 2048

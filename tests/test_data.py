@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -361,11 +362,12 @@ def test_bad_parquet(tmp_path):
         ("a.jsonl", '{"text": 7}', r"row 0: 'text' holds int, not a text"),
     ],
 )
-def test_a_folder_of_bad_files(tmp_path, name, content, message):
+def test_a_folder_of_bad_files(tmp_path, capfd, name, content, message):
     write(tmp_path / name, content)
     with pytest.raises(GraspError, match=message) as raised:
         read(tmp_path)
     assert "\n" not in str(raised.value)
+    assert "Failed" not in capfd.readouterr().err  # nothing is said twice
 
 
 # What a name means
@@ -422,6 +424,53 @@ def test_names_of_the_hub(spec, found):
 def test_a_source_is_found_without_torch():
     code = "import grasp.data.reading, sys; assert not {'torch', 'datasets'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# Notes
+
+
+@pytest.mark.parametrize("verb", ["prune", "compare", "sparsify"])
+def test_a_run_logs_what_was_left_out_and_rendered(chatty, talk, tmp_path, call, verb):
+    at_once = {
+        "prune": ["--method=random", "--scale-epochs=0", "--ffn-multiple=8"],
+        "compare": ["--keep=0.5", "--methods=random", "--seeds=0", "--scale-epochs=0"],
+        "sparsify": ["--method=magnitude"],
+    }
+    options = ["--samples=8", "--seq-len=32", "--eval-windows=2", "--device=cpu", *at_once[verb]]
+    code, _, err = call(
+        verb, chatty, f"--out={tmp_path / 'out'}", f"--calibration={talk}", *options
+    )
+    assert code == 0, err
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    notes = [r["text"] for r in map(json.loads, log) if r.get("event") == "note"]
+    assert notes[0].startswith("talk.jsonl: 1 of 41 records have no text")
+    assert notes[1].startswith("talk.jsonl: 40 conversations are rendered by the chat template of")
+
+
+def test_eval_prints_the_notes(chatty, talk, call):
+    options = [f"--text={talk}", "--seq-len=32", "--windows=2", "--device=cpu"]
+    code, out, _ = call("eval", chatty, *options)
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("perplexity") and len(lines) == 3
+    assert "1 of 41 records have no text" in lines[1] and f"chat template of {chatty}" in lines[2]
+    code, out, _ = call("eval", chatty, *options, "--json")
+    assert json.loads(out)["notes"] == lines[1:]
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny, tmp_path_factory):
+    """The tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    shutil.copytree(tiny, folder)
+    write(folder / "chat_template.jinja", CHATML)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory):
+    """Forty conversations, and a record without any."""
+    lines = [json.dumps({"messages": TALK})] * 40 + ["{}"]
+    return write(tmp_path_factory.mktemp("talk") / "talk.jsonl", "\n".join(lines))
 
 
 # Tokens

@@ -288,6 +288,8 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[tuple[str, Row]]:
 def _dataset_rows(source: Source, text_field: str) -> Iterator[tuple[str, Row]]:
     import datasets
 
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     try:
         rows = datasets.load_dataset(source.name, source.config, split=source.split)
     except Exception as error:  # its readers raise their own errors, of many kinds
@@ -296,6 +298,8 @@ def _dataset_rows(source: Source, text_field: str) -> Iterator[tuple[str, Row]]:
             f"{source.label}, split {source.split}, is neither a file nor a data set that loads "
             f"({reason(cause or error)}): expected {SOURCES}"
         ) from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     field = _column(source.label, text_field, rows.column_names)
     for number, value in enumerate(rows[field]):
         where = f"row {number:,}"

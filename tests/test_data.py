@@ -436,10 +436,9 @@ def test_a_run_logs_what_was_left_out_and_rendered(chatty, talk, tmp_path, call,
         "compare": ["--keep=0.5", "--methods=random", "--seeds=0", "--scale-epochs=0"],
         "sparsify": ["--method=magnitude"],
     }
-    options = ["--samples=8", "--seq-len=32", "--eval-windows=2", "--device=cpu", *at_once[verb]]
-    code, _, err = call(
-        verb, chatty, f"--out={tmp_path / 'out'}", f"--calibration={talk}", *options
-    )
+    options = [f"--calibration={talk}", "--samples=8", "--seq-len=32", "--eval-windows=2"]
+    out = f"--out={tmp_path / 'out'}"
+    code, _, err = call(verb, chatty, out, *options, *at_once[verb], "--device=cpu")
     assert code == 0, err
     log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     notes = [r["text"] for r in map(json.loads, log) if r.get("event") == "note"]

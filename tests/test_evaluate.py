@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import peak_bytes
 
-from grasp.data.text import Corpus
+from grasp.data.corpus import Corpus
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity as evaluate
 from grasp.evaluate.perplexity import perplexity

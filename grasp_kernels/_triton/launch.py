@@ -12,7 +12,7 @@ class Config(NamedTuple):
     num_stages: int = 1
 
 
-# A kernel, or (kernel, bits of the dtype, head size up to).
+# A kernel, or (kernel, bits of the dtype, size of a head or a row up to).
 Key = str | tuple[str, int, int]
 
 # Element-wise tiles keep 16-byte accesses; BLOCK_F columns share one load of the gate.
@@ -21,6 +21,16 @@ _SHARED: dict[Key, Config] = {
     "swiglu_backward": Config({"BLOCK_T": 16, "BLOCK_F": 128, "ROWS": 128}, num_warps=4),
     "swiglu_pack": Config({"BLOCK_T": 8, "BLOCK_F": 256}, num_warps=8),
     "swiglu_pack_backward": Config({"BLOCK_T": 8, "BLOCK_F": 128, "ROWS": 128}, num_warps=4),
+    "channel_scale": Config({"BLOCK_T": 8, "BLOCK_F": 512}, num_warps=8),
+    "channel_scale_backward": Config({"BLOCK_T": 16, "BLOCK_F": 128, "ROWS": 64}, num_warps=4),
+    ("rms_norm_scale", 16, 4096): Config({}, num_warps=8),
+    ("rms_norm_scale", 16, 16_384): Config({}, num_warps=16),
+    ("rms_norm_scale", 32, 4096): Config({}, num_warps=8),
+    ("rms_norm_scale", 32, 16_384): Config({}, num_warps=16),
+    ("rms_norm_scale_backward", 16, 4096): Config({"PROGRAMS": 256}, num_warps=8),
+    ("rms_norm_scale_backward", 16, 16_384): Config({"PROGRAMS": 256}, num_warps=16),
+    ("rms_norm_scale_backward", 32, 4096): Config({"PROGRAMS": 256}, num_warps=8),
+    ("rms_norm_scale_backward", 32, 16_384): Config({"PROGRAMS": 256}, num_warps=16),
     "attention_delta": Config({"BLOCK_M": 64}, num_warps=4),
     "projection": Config({"BLOCK": 2048}, num_warps=8),
     "projection_write": Config({"BLOCKS": 256}, num_warps=8),

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from grasp_kernels._triton import attention, launch, projection, swiglu
+from grasp_kernels._triton import attention, launch, projection, scale, swiglu
 
 # Bytes that a block may use.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -63,6 +63,11 @@ def cases() -> Iterator[tuple[str, Any]]:
         for tokens, width in shapes:
             name = f"{_NAMES[dtype]} {tokens}x{width}"
             yield f"swiglu {name}", lambda d=dtype, t=tokens, f=width: _swiglu(d, t, f)
+        for tokens, width in ((4096, 4096), (511, 8192)) + ((511, 577),) * (
+            dtype == torch.bfloat16
+        ):
+            name = f"{_TYPES[dtype]} {tokens}x{width}"
+            yield f"scale {name}", lambda d=dtype, t=tokens, c=width: _scale(d, t, c)
     for dtype in (torch.bfloat16, torch.float32):
         for size in (64, 96, 128):
             # Of odd lengths less is known to divide by 16: they compile to kernels of their own.
@@ -159,6 +164,15 @@ def _swiglu(dtype: torch.dtype, tokens: int, width: int) -> None:
     swiglu.swiglu_backward(g, a, u, z)
     _, gate_pre, up, dropped = swiglu.swiglu_pack(a, u, z, order, width // 2)
     swiglu.swiglu_pack_backward(g, gate_pre, up, dropped, z, order)
+
+
+def _scale(dtype: torch.dtype, tokens: int, width: int) -> None:
+    x, grad = (_meta(tokens, width, dtype=dtype) for _ in range(2))
+    weight, factor = _meta(width, dtype=dtype), _meta(width)
+    scale.channel_scale(x, factor)
+    scale.channel_scale_backward(grad, x, factor)
+    _, inverse = scale.rms_norm_scale_forward(x, weight, factor, 1e-5)
+    scale.rms_norm_scale_backward(grad, x, inverse, weight, factor)
 
 
 def _attention(

@@ -12,11 +12,14 @@ def expect(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_gate(z: Tensor, size: int, meaning: str, **tensors: Tensor) -> None:
+def check_gate(z: Tensor, size: int, meaning: str, called: str = "z", **tensors: Tensor) -> None:
     """z is a floating [size] on the device of `tensors`, which all share one floating dtype."""
-    expect(tuple(z.shape) == (size,), f"z has shape {list(z.shape)}, expected [{size}]: {meaning}")
+    expect(
+        tuple(z.shape) == (size,),
+        f"{called} has shape {list(z.shape)}, expected [{size}]: {meaning}",
+    )
     (first, lead), *others = tensors.items()
-    for name, tensor in (*tensors.items(), ("z", z)):
+    for name, tensor in (*tensors.items(), (called, z)):
         if not tensor.is_floating_point():
             raise TypeError(
                 f"{name} is {tensor.dtype}, expected a floating dtype: use {name}.float()"

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from grasp_kernels import (
     attention,
     budget_topk,
+    channel_scale,
     cross_entropy,
     gated_attention,
     gated_swiglu,
@@ -19,6 +20,8 @@ from grasp_kernels import (
     linear_cross_entropy,
     projection,
     reference,
+    rms_norm_scale,
+    scale,
     swiglu,
 )
 
@@ -48,6 +51,18 @@ def make(name: str, device: str, batch: int = 2) -> Op:
 
         return Op(loss, definition, [randn(9, 8)])
     z = (torch.arange(24, device=device) % 3 > 0).float() * 0.8
+    if name == "scale":
+        return Op(channel_scale, reference.channel_scale, [randn(batch, 5, 24), z])
+    if name == "norm":
+        weight = randn(24)
+
+        def norm(x, z):
+            return rms_norm_scale(x, weight, z, 1e-5)
+
+        def normed(x, z):
+            return reference.rms_norm_scale(x, weight, z, 1e-5)
+
+        return Op(norm, normed, [randn(batch, 5, 24), z])
     if name == "swiglu":
         inputs = [randn(batch, 5, 24), randn(batch, 5, 24), z]
         return Op(gated_swiglu, reference.gated_swiglu, inputs)
@@ -64,7 +79,8 @@ def make(name: str, device: str, batch: int = 2) -> Op:
 
 
 GATED = ["swiglu", "ffn", "ffn, bound known", "attention"]
-OPS = pytest.mark.parametrize("name", [*GATED, "loss"])
+SCALED = ["scale", "norm"]
+OPS = pytest.mark.parametrize("name", [*GATED, *SCALED, "loss"])
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
@@ -89,7 +105,7 @@ def test_non_contiguous(name, device):
     assert_same(gradients(op.run, strided, torch.stack([grad, grad], -1)[..., 0]), expected)
 
 
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("name", [*GATED, *SCALED])
 def test_empty_batch(name, device):
     op = make(name, device, batch=0)
     out, *grads = gradients(op.run, op.inputs, torch.zeros_like(op.plain(*op.inputs)))
@@ -130,6 +146,15 @@ def test_autocast(name, device):
     assert [g.dtype for g in grads] == [x.dtype for x in op.inputs]
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_autocast_leaves_the_residual_stream_as_it_is(name, device):
+    op = make(name, device)
+    with torch.autocast(device, torch.float16 if INTERPRETED else torch.bfloat16):
+        out = op.run(*op.inputs)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, op.run(*op.inputs))
+
+
 @OPS
 def test_no_grad_and_frozen_inputs(name, device):
     op = make(name, device)
@@ -153,6 +178,9 @@ def test_opcheck(device):
     weights = [w.detach() for w in (leaf(24, 8), leaf(24, 8), leaf(8, 24))]
     for max_kept in (None, 20, 24):
         check(swiglu._ffn, (leaf(5, 8), *weights, z, max_kept))
+    weight = torch.randn(24, device=device)
+    check(scale._scale, (leaf(5, 24), z))
+    check(scale._norm, (leaf(5, 24), weight, z, 1e-5))
     q, k, v, gate = leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16), leaf(2)
     triton = INTERPRETED or device == "cuda"
     for key_mask in (None, torch.rand(2, 9, device=device) < 0.7):
@@ -160,6 +188,9 @@ def test_opcheck(device):
     with torch.no_grad():
         grad = torch.randn(5, 24, device=device)
         check(swiglu._swiglu_backward, (grad, leaf(5, 24), leaf(5, 24), z))
+        check(scale._scale_backward, (grad, leaf(5, 24), z))
+        _, inverse = scale._norm(grad, weight, z, 1e-5)
+        check(scale._norm_backward, (grad, leaf(5, 24), inverse, weight, z))
         x, grad = leaf(5, 8), torch.randn(5, 8, device=device)
         _, *saved = swiglu._ffn(x, *weights, z, 16)
         check(swiglu._ffn_backward, (grad, *saved, *weights, z))

@@ -5,10 +5,12 @@ import torch
 
 from grasp_kernels import (
     budget_topk,
+    channel_scale,
     gated_attention,
     gated_swiglu,
     gated_swiglu_ffn,
     linear_cross_entropy,
+    rms_norm_scale,
 )
 
 A, Z = torch.zeros(3, 8), torch.ones(8)
@@ -30,6 +32,17 @@ def trained(w):
         (lambda: gated_swiglu(A, A.half(), Z), TypeError, "up is torch.float16 .* cast"),
         (lambda: gated_swiglu(A, A, Z.bool()), TypeError, r"z is torch.bool.* use z.float\(\)"),
         (lambda: gated_swiglu(A, A.to("meta"), Z), ValueError, "up is on meta .* move it"),
+        (
+            lambda: channel_scale(A, Z[:5]),
+            ValueError,
+            "scale has shape .5., expected .8.: one scale",
+        ),
+        (lambda: channel_scale(A[0, 0], Z), ValueError, r"x must be \[..., C\], got \[\]"),
+        (lambda: channel_scale(A.int(), Z), TypeError, r"x is torch.int32.* use x.float\(\)"),
+        (lambda: channel_scale(A, Z.to("meta")), ValueError, "scale is on meta .* move it"),
+        (lambda: rms_norm_scale(A, Z[:5], Z, 1e-5), ValueError, "weight has shape .5., expected"),
+        (lambda: rms_norm_scale(A, Z, Z[:5], 1e-5), ValueError, "scale has shape .5., expected"),
+        (lambda: rms_norm_scale(A, trained(Z), Z, 1e-5), ValueError, "freeze it"),
         (lambda: gated_swiglu_ffn(X, UP, UP[:5], DOWN, Z), ValueError, "w_up has shape"),
         (lambda: gated_swiglu_ffn(X, UP, UP, UP, Z), ValueError, r"w_down .* \[d, F\] = \[4, 8\]"),
         (lambda: gated_swiglu_ffn(X, trained(UP), UP, DOWN, Z), ValueError, "freeze it"),

@@ -27,6 +27,7 @@ if not KERNELS_RUN:
         for path in (
             "on_device/test_attention.py",
             "on_device/test_projection.py",
+            "on_device/test_scale.py",
             "on_device/test_swiglu.py",
             "test_behaviour.py",
         )

@@ -10,12 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grasp_kernels import (
     budget_topk,
+    channel_scale,
     cross_entropy,
     gated_attention,
     gated_swiglu,
     gated_swiglu_ffn,
     linear_cross_entropy,
     reference,
+    rms_norm_scale,
 )
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the CPU path is off in the interpreter")
@@ -63,6 +65,35 @@ def test_ffn_saves_only_what_backward_needs():
         gated_swiglu_ffn(x, *weights, z)
     activations = sum(saved.values()) - sum(w.numel() for w in weights) - 2 * width
     assert activations == tokens * (2 * kept + (width - kept))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_scale_gradients(kind):
+    x, scale = wide(2, 3, 7), mask(kind, 7).double().requires_grad_()
+    weight = wide(7).detach()
+    assert gradcheck(channel_scale, (x, scale))
+    assert gradcheck(lambda x, scale: rms_norm_scale(x, weight, scale, 1e-2), (x, scale))
+    torch.testing.assert_close(channel_scale(x, scale), reference.channel_scale(x, scale))
+    torch.testing.assert_close(
+        rms_norm_scale(x, weight, scale, 1e-2), reference.rms_norm_scale(x, weight, scale, 1e-2)
+    )
+
+
+def test_norm_of_a_scale_of_one_is_the_norm_of_pytorch():
+    x, weight = torch.randn(5, 64), torch.randn(64)
+    got = rms_norm_scale(x, weight, torch.ones(64), 1e-6)
+    torch.testing.assert_close(got, torch.nn.functional.rms_norm(x, (64,), weight, 1e-6))
+
+
+def test_norm_saves_its_input_and_a_number_a_row():
+    x, weight, scale = torch.randn(40, 64, requires_grad=True), torch.randn(64), torch.ones(64)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append((t.data_ptr(), t.numel())), lambda t: t
+    ):
+        rms_norm_scale(x, weight, scale.requires_grad_(), 1e-6)
+    assert sum(size for at, size in set(saved)) == 40 * 64 + 40 + 2 * 64
+    assert (x.data_ptr(), x.numel()) in saved
 
 
 @pytest.mark.parametrize("key_mask", [False, True])

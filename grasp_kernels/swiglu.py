@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grasp_kernels import reference
 from grasp_kernels._backend import kernels, runs_triton
-from grasp_kernels._checks import autocast_dtype, check_gate, expect
+from grasp_kernels._checks import autocast_dtype, check_bound, check_gate, expect
 
 # Above this kept fraction the saved matrix work no longer pays for the copies.
 _COMPACT_BELOW = 0.9
@@ -71,8 +71,8 @@ def gated_swiglu_ffn(
         w_gate, w_up: [F, d]; w_down: [d, F]; as in nn.Linear, same dtype as x, no gradient.
         z: [F], any floating dtype; 0/1 or any scale.
         max_kept: an upper bound on the number of non-zero z. Without it the op counts them, which
-            on CUDA waits for the device once per call; with it there is no host sync. Channels
-            beyond the bound would be lost: on CPU that raises, on CUDA it is not checked.
+            on CUDA waits for the device once per call; with it there is no host sync. More of them
+            raise ValueError on CPU and fail a device-side assertion on CUDA.
 
     Returns:
         [..., d] in the dtype of x.
@@ -170,9 +170,8 @@ def _kept(z: Tensor, max_kept: int | None) -> int:
     """How many channels of the order to compute; syncs with a GPU only where no bound is given."""
     if max_kept is None:
         return _or_all(int(z.count_nonzero()), len(z))
-    if not z.is_cuda:
-        count = int(z.count_nonzero())
-        expect(count <= max_kept, f"z has {count} non-zero entries, max_kept allows {max_kept}")
+    if max_kept < len(z):
+        check_bound(z, max_kept)
     return _or_all(max_kept, len(z))
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grasp_kernels._checks import span
 from grasp_kernels._triton.launch import Config, config, launch
 
 
@@ -59,6 +60,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dz."""
     grad, q, k, v = _unit(grad), _unit(q), _unit(k), _unit(v)
+    if span(grad) >= 2**31:  # offsets are int32; those of q, k and v were checked with the call
+        grad = grad.contiguous()
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
     row_sums, dz = delta(grad, raw, z)
@@ -85,7 +88,7 @@ def delta(grad: Tensor, raw: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     partial = grad.new_empty(batch, heads, blocks, dtype=torch.float32)
     launch(
         _delta,
-        (blocks, batch * heads),
+        (batch * heads, blocks),  # a second axis ends at 65,535
         tile,
         *(grad, raw, row_sums, partial, heads, length, *grad.stride()[:3], *raw.stride()[:3]),
         D=size,
@@ -223,14 +226,18 @@ def _delta(
     grad, raw, row_sums, partial, heads, length, gb, gh, gs, rb, rh, rs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    g = _load_tile(grad + batch * gb + head * gh, row, gs, length, D, BLOCK_D).to(tl.float32)
-    o = _load_tile(raw + batch * rb + head * rh, row, rs, length, D, BLOCK_D).to(tl.float32)
+    pair = tl.program_id(0).to(tl.int64)  # of a sequence and a head
+    batch, head = pair // heads, pair % heads
+    first = tl.program_id(1).to(tl.int64) * BLOCK_M  # int64 up to the tile: of any span
+    left = length - first
+    row = tl.arange(0, BLOCK_M)
+    g_base = grad + batch * gb + head * gh + first * gs
+    o_base = raw + batch * rb + head * rh + first * rs
+    g = _load_tile(g_base, row, gs, left, D, BLOCK_D).to(tl.float32)
+    o = _load_tile(o_base, row, rs, left, D, BLOCK_D).to(tl.float32)
     sums = tl.sum(g * o, 1)
-    tl.store(row_sums + tl.program_id(1).to(tl.int64) * length + row, sums, row < length)
-    tl.store(partial + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(sums, 0))
+    tl.store(row_sums + pair * length + first + row, sums, row < left)
+    tl.store(partial + pair * tl.num_programs(1) + tl.program_id(1), tl.sum(sums, 0))
 
 
 @triton.jit

@@ -158,8 +158,11 @@ def _ffn(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, z: Tensor, max_kept: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [T, d] -> y [T, d]; for backward: gate_pre, up [T, k], dropped [T, F - k], order [F]."""
-    order = torch.argsort(z == 0, stable=True)  # kept channels first
     kept = _kept(z, max_kept)
+    if kept == len(z):
+        order = torch.arange(len(z), device=z.device)
+    else:
+        order = torch.argsort(z == 0, stable=True)  # kept channels first
     pack = _serving(x).swiglu_pack
     hidden, gate_pre, up, dropped = pack(x @ w_gate.T, x @ w_up.T, z, order, kept)
     w_kept = w_down if kept == len(z) else w_down.index_select(1, order[:kept])

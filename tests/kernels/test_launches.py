@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grasp_kernels import swiglu
+from grasp_kernels import gated_swiglu_ffn, swiglu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing here runs")
 
@@ -58,3 +58,11 @@ def test_a_bound_is_asserted_on_the_device():
         swiglu._kept(z, 2)
     assert seen.names.count("aten._assert_async.msg") == 1
     assert not [name for name in seen.names if "_local_scalar_dense" in name]
+
+
+@pytest.mark.parametrize(("max_kept", "sorts"), [(96, 0), (95, 0), (64, 1)])
+def test_channels_are_sorted_only_where_some_are_left_out(max_kept, sorts):
+    weights = torch.zeros(96, 8), torch.zeros(96, 8), torch.zeros(8, 96)
+    with torch.profiler.profile() as seen:  # which looks inside the op
+        gated_swiglu_ffn(torch.zeros(5, 8), *weights, torch.zeros(96), max_kept=max_kept)
+    assert sum(event.name == "aten::sort" for event in seen.events()) == sorts

@@ -66,7 +66,7 @@ def cases() -> Iterator[tuple[str, Any]]:
         for tokens, width in ((4096, 4096), (511, 8192)) + ((511, 577),) * (
             dtype == torch.bfloat16
         ):
-            name = f"{_TYPES[dtype]} {tokens}x{width}"
+            name = f"{_NAMES[dtype]} {tokens}x{width}"
             yield f"scale {name}", lambda d=dtype, t=tokens, c=width: _scale(d, t, c)
     for dtype in (torch.bfloat16, torch.float32):
         for size in (64, 96, 128):

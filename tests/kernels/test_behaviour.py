@@ -64,10 +64,12 @@ def make(name: str, device: str, batch: int = 2) -> Op:
 
         return Op(norm, normed, [randn(batch, 5, 24), z])
     if name == "swiglu":
+        z = (torch.arange(24, device=device) % 3 > 0).float() * 0.8
         inputs = [randn(batch, 5, 24), randn(batch, 5, 24), z]
         return Op(gated_swiglu, reference.gated_swiglu, inputs)
-    weights = randn(24, 8), randn(24, 8), randn(8, 24)
-    max_kept = 16 if name == "ffn, bound known" else None
+    z = (torch.arange(96, device=device) % 3 == 0).float() * 0.8  # 32 kept, 64 computed
+    weights = randn(96, 8), randn(96, 8), randn(8, 96)
+    max_kept = 40 if name == "ffn, bound known" else None
 
     def ffn(x, z):
         return gated_swiglu_ffn(x, *weights, z, max_kept=max_kept)
@@ -175,9 +177,10 @@ def test_opcheck(device):
     check = torch.library.opcheck
     z = (torch.rand(24, device=device) < 0.5).float().requires_grad_()
     check(swiglu._swiglu, (leaf(5, 24), leaf(5, 24), z))
-    weights = [w.detach() for w in (leaf(24, 8), leaf(24, 8), leaf(8, 24))]
-    for max_kept in (None, 20, 24):
-        check(swiglu._ffn, (leaf(5, 8), *weights, z, max_kept))
+    weights = [w.detach() for w in (leaf(96, 8), leaf(96, 8), leaf(8, 96))]
+    channels = (torch.arange(96, device=device) % 3 == 0).float().requires_grad_()
+    for max_kept in (None, 40, 80, 96):  # computed: 64, 64, all, all
+        check(swiglu._ffn, (leaf(5, 8), *weights, channels, max_kept))
     weight = torch.randn(24, device=device)
     check(scale._scale, (leaf(5, 24), z))
     check(scale._norm, (leaf(5, 24), weight, z, 1e-5))
@@ -192,8 +195,8 @@ def test_opcheck(device):
         _, inverse = scale._norm(grad, weight, z, 1e-5)
         check(scale._norm_backward, (grad, leaf(5, 24), inverse, weight, z))
         x, grad = leaf(5, 8), torch.randn(5, 8, device=device)
-        _, *saved = swiglu._ffn(x, *weights, z, 16)
-        check(swiglu._ffn_backward, (grad, *saved, *weights, z))
+        _, *saved = swiglu._ffn(x, *weights, channels, 40)
+        check(swiglu._ffn_backward, (grad, *saved, *weights, channels))
         _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, triton)
         tensors = (torch.randn_like(q), q, k, v, gate, *saved, None)
         check(attention._attention_backward, (*tensors, True, 0.3, None, triton))

@@ -18,6 +18,7 @@ from grasp_kernels import (
     linear_cross_entropy,
     reference,
     rms_norm_scale,
+    swiglu,
 )
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the CPU path is off in the interpreter")
@@ -34,11 +35,11 @@ def test_swiglu_gradients(kind):
     assert gradcheck(reference.gated_swiglu, (wide(2, 3, 7), wide(2, 3, 7), z))
 
 
-@pytest.mark.parametrize("max_kept", [None, 15])
+@pytest.mark.parametrize("max_kept", [None, 96])
 @pytest.mark.parametrize("kind", MASKS)
 def test_ffn_gradients(kind, max_kept):
-    z = mask(kind, 15).double().requires_grad_()
-    x, *weights = wide(2, 3, 5), wide(15, 5), wide(15, 5), wide(5, 15)
+    z = mask(kind, 96).double().requires_grad_()
+    x, *weights = wide(2, 3, 5), wide(96, 5), wide(96, 5), wide(5, 96)
     frozen = [w.detach() for w in weights]
 
     def ffn(x, z):
@@ -48,8 +49,19 @@ def test_ffn_gradients(kind, max_kept):
     torch.testing.assert_close(ffn(x, z), reference.gated_swiglu_ffn(x, *frozen, z))
 
 
+@pytest.mark.parametrize(("kept", "computed"), [(0, 0), (1, 64), (64, 64), (65, 128), (173, 200)])
+def test_ffn_computes_aligned_widths(kept, computed):
+    """Dropped channels fill a matrix up to 64; all are computed where few are left out."""
+    z = torch.zeros(200)
+    z[torch.randperm(200)[:kept]] = 0.7
+    weights = torch.randn(200, 8), torch.randn(200, 8), torch.randn(8, 200)
+    for max_kept in (None, kept):
+        _, gate_pre, up, dropped, _ = swiglu._ffn(torch.randn(5, 8), *weights, z, max_kept)
+        assert gate_pre.shape == up.shape == (5, computed) and dropped.shape == (5, 200 - computed)
+
+
 def test_ffn_saves_only_what_backward_needs():
-    tokens, width, size, kept = 64, 96, 8, 32
+    tokens, width, size, kept = 64, 192, 8, 64
     z = torch.zeros(width)
     z[torch.randperm(width)[:kept]] = 1
     z.requires_grad_()

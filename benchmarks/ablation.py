@@ -26,19 +26,20 @@ from transformers import PreTrainedModel
 
 from benchmarks import published
 from benchmarks.rows import Bench, Score, measured_in, row_parser
-from grasp.budget import Budget
-from grasp.calibrate import learn_scales
-from grasp.comparison_page import span
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Mask, Projection
+from grasp.compress.calibrate import learn_scales
+from grasp.compress.fold import fold_mask
+from grasp.compress.refit import refit
 from grasp.config import PruneConfig
-from grasp.data import Corpus, token_blocks
-from grasp.fold import fold_mask
-from grasp.projection import Mask, Projection
-from grasp.refit import refit
-from grasp.report import markdown_table
-from grasp.scales import fold_scales
+from grasp.data.text import Corpus, token_blocks
+from grasp.gates.scales import fold_scales
+from grasp.gates.training import TrainSettings
+from grasp.journal import Journal
+from grasp.model.units import UnitSpace
+from grasp.report.comparison import span
+from grasp.report.summary import markdown_table
 from grasp.select import select
-from grasp.training import Journal, TrainSettings
-from grasp.units import UnitSpace
 
 
 @dataclass(frozen=True)

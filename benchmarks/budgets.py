@@ -16,8 +16,8 @@ from statistics import mean
 from typing import Any
 
 import grasp
-from grasp.comparison_page import span
-from grasp.report import how_measured, markdown_table, read_summary
+from grasp.report.comparison import span
+from grasp.report.summary import how_measured, markdown_table, read_summary
 
 
 def measure(model: str, out: Path, keep: list[float], seed: int, **options: Any) -> None:

@@ -18,9 +18,9 @@ from statistics import mean
 from typing import Any
 
 import grasp
-from grasp.comparison_page import span
-from grasp.evaluate import evaluate_text
-from grasp.report import markdown_table
+from grasp.evaluate.perplexity import evaluate_text
+from grasp.report.comparison import span
+from grasp.report.summary import markdown_table
 
 
 def measure(folder: str, text: str, options: argparse.Namespace) -> dict[str, Any]:

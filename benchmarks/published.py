@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from grasp.budget import Budget
-from grasp.calibrate import scale
-from grasp.gating import gated
-from grasp.projection import Mask
-from grasp.training import Journal, TrainSettings, next_token_loss, train_gates
-from grasp.units import UnitSpace, decoder_layers
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Mask
+from grasp.gates.gating import gated
+from grasp.gates.scales import scale
+from grasp.gates.training import TrainSettings, next_token_loss, train_gates
+from grasp.journal import Journal
+from grasp.model.units import UnitSpace, decoder_layers
 
 TAU = 1.5
 

@@ -23,10 +23,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from transformers import PreTrainedModel
 
-from grasp.data import read_corpus
-from grasp.evaluate import perplexity
-from grasp.models import load_model, pick_device
-from grasp.report import how_measured, markdown_table
+from grasp.data.text import read_corpus
+from grasp.evaluate.perplexity import perplexity
+from grasp.model.load import load_model, pick_device
+from grasp.report.summary import how_measured, markdown_table
 
 
 @torch.no_grad()

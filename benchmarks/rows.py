@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.gate_training import machine
 from grasp.config import PruneConfig, SparsifyConfig
-from grasp.data import Corpus, read_corpus
-from grasp.evaluate import perplexity
-from grasp.models import load_model, pick_device
+from grasp.data.text import Corpus, read_corpus
+from grasp.evaluate.perplexity import perplexity
+from grasp.model.load import load_model, pick_device
 
 Score = Callable[[PreTrainedModel], float]
 RESULTS = Path(__file__).parent / "results"

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.gate_training import machine
 from benchmarks.rows import RESULTS, write
-from grasp.data import read_corpus, token_blocks
-from grasp.evaluate import perplexity
-from grasp.models import load_model, pick_device
+from grasp.data.text import read_corpus, token_blocks
+from grasp.evaluate.perplexity import perplexity
+from grasp.gates.training import finite_mean, next_token_loss
+from grasp.model.load import load_model, pick_device
 from grasp.sparsity.blocks import linears_of
-from grasp.training import finite_mean, next_token_loss
 
 
 def add_lora(model: PreTrainedModel, *, rank: int, seed: int) -> Any:

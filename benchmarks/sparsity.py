@@ -23,14 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.rows import Bench, measured_in, row_parser
-from grasp.comparison_page import span
+from grasp.budget.pattern import Pattern
 from grasp.config import SparseMethod, SparsifyConfig
-from grasp.data import token_blocks
-from grasp.report import markdown_table
+from grasp.data.text import token_blocks
+from grasp.journal import Journal
+from grasp.report.comparison import span
+from grasp.report.summary import markdown_table
 from grasp.sparsity.blocks import sparsify_blocks
 from grasp.sparsity.methods import method_of
-from grasp.sparsity.pattern import Pattern
-from grasp.training import Journal
 
 
 def row_config(name: str, base: SparsifyConfig) -> SparsifyConfig:

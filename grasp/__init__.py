@@ -11,30 +11,31 @@ Importing grasp also lets transformers' Auto classes load pruned checkpoints.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
+
+from grasp.model.registration import register
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "GraspError": "grasp.errors",
-    "bench": "grasp.speed",
-    "compare": "grasp.comparison",
-    "evaluate_tasks": "grasp.zero_shot",
-    "evaluate_text": "grasp.evaluate",
+    "bench": "grasp.evaluate.bench",
+    "criterion": "grasp.criteria",
+    "compare": "grasp.run.compare",
+    "evaluate_tasks": "grasp.evaluate.zero_shot",
+    "evaluate_text": "grasp.evaluate.perplexity",
     "export": "grasp.checkpoint.export",
-    "load": "grasp.models",
-    "plan": "grasp.planning",
-    "prune": "grasp.pipeline",
-    "prune_each": "grasp.pipeline",
-    "sparsify": "grasp.sparsity.pipeline",
+    "load": "grasp.model.load",
+    "plan": "grasp.planning.plan",
+    "prune": "grasp.run.prune",
+    "prune_each": "grasp.run.prune",
+    "sparsify": "grasp.run.sparsify",
     "verify": "grasp.checkpoint.verify",
 }
 __all__ = sorted(_HOMES)
 
-# The command line loads what each verb needs: `grasp plan` answers without importing torch.
-if Path(sys.argv[0]).stem != "grasp":
-    import_module("grasp.checkpoint.modeling_grasp")
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import save_tiny
 
-from grasp import cli
+from grasp.cli import main as cli
 
 WORDS = ("the", "of", "a", "river", "stone", "light", "moves", "under", "every", "house", "she")
 

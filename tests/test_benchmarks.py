@@ -18,13 +18,14 @@ from benchmarks import (
     quantisation,
     rows,
 )
-from grasp.budget import Budget
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Mask, Projection
 from grasp.config import PruneConfig
-from grasp.gating import gated
-from grasp.projection import Mask, Projection
-from grasp.select import LearnSettings, learn_scores
-from grasp.training import Journal, TrainSettings
-from grasp.units import UnitSpace
+from grasp.gates.gating import gated
+from grasp.gates.training import TrainSettings
+from grasp.journal import Journal
+from grasp.model.units import UnitSpace
+from grasp.select.learned import LearnSettings, learn_scores
 
 KEEP = 0.5
 

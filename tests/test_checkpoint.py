@@ -13,14 +13,14 @@ from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from grasp.budget import Budget
-from grasp.checkpoint.hf import check_layout, save_checkpoint
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Mask
+from grasp.checkpoint.save import check_layout, save_checkpoint
 from grasp.checkpoint.verify import verify
+from grasp.compress.fold import fold_mask
 from grasp.errors import GraspError
-from grasp.fold import fold_mask
-from grasp.models import load_model
-from grasp.projection import Mask
-from grasp.units import UnitSpace
+from grasp.model.load import load_model
+from grasp.model.units import UnitSpace
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 UNEVEN = [(7, 1), (50, 4), (96, 3)]  # (FFN channels, KV groups) of each layer
@@ -425,7 +425,7 @@ def test_verify_does_not_run_foreign_code(checkpoint, tmp_path, one_way):
 
 
 def test_verify_elsewhere_allows_for_rounding(checkpoint, tmp_path, one_way, monkeypatch):
-    import grasp.checkpoint.hf as hf
+    import grasp.checkpoint.save as hf
 
     monkeypatch.setattr(hf, "processor", lambda device: "another processor")
     detail = {check.name: check.detail for check in verify(checkpoint).checks}

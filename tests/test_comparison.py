@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import grasp
-from grasp import comparison
-from grasp.budget import Budget
-from grasp.comparison_page import explained
+from grasp.budget.budget import Budget
 from grasp.errors import GraspError
-from grasp.units import UnitSpace
+from grasp.model.units import UnitSpace
+from grasp.report.comparison import explained
+from grasp.run import compare as comparison
 
 SMALL = dict(samples=4, seq_len=32, epochs=1, scale_epochs=1, eval_windows=2, device="cpu")
 GRID = dict(keep=(0.7, 0.4), seeds=(0, 1), methods=("fisher", "fisher+refit", "learned"))

@@ -9,12 +9,12 @@ import torch
 from families import save_tiny, tiny_model
 
 import grasp
-from grasp.budget import Budget
-from grasp.compensate import add_biases, mean_biases
-from grasp.fold import fold_mask
-from grasp.projection import Projection
-from grasp.training import Journal
-from grasp.units import UnitSpace, decoder_layers
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Projection
+from grasp.compress.biases import add_biases, mean_biases
+from grasp.compress.fold import fold_mask
+from grasp.journal import Journal
+from grasp.model.units import UnitSpace, decoder_layers
 
 BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
 SMALL = dict(samples=4, seq_len=32, eval_windows=2, device="cpu", method="flap")

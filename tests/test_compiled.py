@@ -7,10 +7,10 @@ import sys
 import torch
 from families import tiny_model
 
-from grasp.compiled import ROPE, compiled
-from grasp.gating import gated
-from grasp.training import next_token_loss
-from grasp.units import UnitSpace, decoder_layers
+from grasp.gates.compiled import ROPE, compiled
+from grasp.gates.gating import gated
+from grasp.gates.training import next_token_loss
+from grasp.model.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(3))
 

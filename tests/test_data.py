@@ -16,7 +16,7 @@ from families import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp.data import (
+from grasp.data.text import (
     Corpus,
     held_out_text,
     read_corpus,

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import peak_bytes
 
-from grasp import evaluate
-from grasp.data import Corpus
+from grasp.data.text import Corpus
 from grasp.errors import GraspError
-from grasp.evaluate import perplexity
-from grasp.header import read_header
-from grasp.models import load_model
-from grasp.planning import evaluation_memory
+from grasp.evaluate import perplexity as evaluate
+from grasp.evaluate.perplexity import perplexity
+from grasp.model.header import read_header
+from grasp.model.load import load_model
+from grasp.planning.plan import evaluation_memory
 
 
 def corpus_of(tokens: int, seed: int = 0) -> Corpus:

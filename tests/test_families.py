@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import grasp
-from grasp.units import UnitSpace
+from grasp.model.units import UnitSpace
 
 FAMILIES = ("phi3", "gemma", "gemma2", "gemma3_text")  # other tests of whole runs take a llama
 SMALL = dict(samples=4, seq_len=32, epochs=1, eval_windows=2, ffn_multiple=8, device="cpu")

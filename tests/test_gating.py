@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, tiny_model
+from families import FAMILIES, ops_run, tiny_model
+from transformers import masking_utils
 
-from grasp.budget import Budget
-from grasp.fold import fold_mask
-from grasp.gating import gated, unpadded
-from grasp.projection import Projection
-from grasp.scales import fold_scales, scale_count, scaled
-from grasp.units import UnitSpace, decoder_layers
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Projection
+from grasp.compress.fold import fold_mask
+from grasp.gates.gating import gated, unpadded
+from grasp.gates.scales import fold_scales, scale_count, scaled
+from grasp.model.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
 both_ties = pytest.mark.parametrize("tied", [False, True])
@@ -140,7 +141,8 @@ def test_gradient_of_every_gate(family):
 def test_the_fused_ffn_is_what_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "grasp.gating.gated_swiglu_ffn", lambda x, *_, **__: calls.append(1) or torch.zeros_like(x)
+        "grasp.gates.gating.gated_swiglu_ffn",
+        lambda x, *_, **__: calls.append(1) or torch.zeros_like(x),
     )
     model = tiny_model("llama")
     with gated(model, UnitSpace.of(model)):
@@ -166,11 +168,34 @@ def test_the_attention_kernel_is_what_a_gpu_runs(family, counted, monkeypatch):
         assert gates.count(mask) == [int(part.sum()) for part in mask.split(gates._sizes)]
         want = outcome()
         calls = []
-        monkeypatch.setattr("grasp.gating._takes_kernel", lambda *_: calls.append(1) or True)
+        monkeypatch.setattr("grasp.gates.gating._takes_kernel", lambda *_: calls.append(1) or True)
         got = outcome()
     assert len(calls) == len(decoder_layers(model))
     assert close(got[0], want[0]) and close(got[1], want[1])
     assert (got[1] != 0).all()
+
+
+@pytest.mark.parametrize("tracing", [False, True])
+@pytest.mark.parametrize(
+    ("implementation", "window", "kernel"),
+    [("sdpa", None, True), ("sdpa", 25, True), ("sdpa", 24, False), ("eager", None, False)],
+)
+def test_which_attention_runs(implementation, window, kernel, tracing, monkeypatch):
+    """Ours, once a layer, wherever attention is plainly causal: 24 tokens see no window of 25.
+
+    Under transformers 5.17 the mask builder skips no mask while a CUDA graph is captured.
+    """
+    model = tiny_model("mistral", sliding_window=window)
+    model.set_attn_implementation(implementation)
+    want = logits(model)
+    monkeypatch.setattr("grasp.gates.gating._kernel_is_faster", lambda query: True)
+    if tracing:
+        monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+        monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_: False)
+    with gated(model, UnitSpace.of(model)):
+        ran = ops_run(lambda: logits(model, attention_mask=unpadded(IDS)))
+        assert close(logits(model, attention_mask=unpadded(IDS)), want)
+    assert ran.get("grasp::gated_attention", 0) == kernel * len(decoder_layers(model))
 
 
 def test_a_mask_of_ones_says_so_without_being_read():

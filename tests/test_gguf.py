@@ -32,12 +32,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 import grasp
-from grasp import cli
 from grasp.checkpoint.export import export
 from grasp.checkpoint.gguf import _neighbours
-from grasp.checkpoint.hf import save_checkpoint
+from grasp.checkpoint.save import save_checkpoint
+from grasp.cli import main as cli
 from grasp.errors import GraspError
-from grasp.models import load_model
+from grasp.model.load import load_model
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXT = [

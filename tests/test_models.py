@@ -9,10 +9,10 @@ import torch
 from families import FAMILIES, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
-from grasp import models
 from grasp.errors import GraspError
-from grasp.models import Source, cast, load_model, resolve
-from grasp.units import UnitSpace
+from grasp.model import load as models
+from grasp.model.load import Source, cast, load_model, resolve
+from grasp.model.units import UnitSpace
 
 
 @pytest.fixture(scope="module")

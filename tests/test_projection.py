@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp.budget import Budget
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Projection
 from grasp.errors import GraspError
-from grasp.projection import Projection
-from grasp.units import LayerUnits, UnitSpace
+from grasp.model.units import LayerUnits, UnitSpace
 
 layers = st.builds(
     LayerUnits,

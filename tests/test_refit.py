@@ -8,12 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 
-from grasp import refit as refit_module
+from grasp.budget.projection import Mask
+from grasp.compress import refit as refit_module
+from grasp.compress.fold import fold_mask
+from grasp.compress.refit import refit, solve
 from grasp.errors import GraspError
-from grasp.fold import fold_mask
-from grasp.projection import Mask
-from grasp.refit import refit, solve
-from grasp.units import UnitSpace, decoder_layers
+from grasp.model.units import UnitSpace, decoder_layers
 
 BLOCKS = torch.randint(3, 250, (16, 24), generator=torch.Generator().manual_seed(3))
 

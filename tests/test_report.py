@@ -14,9 +14,9 @@ import pytest
 from test_zero_shot import PIQA, write
 
 import grasp
-from grasp.report import read_summary
-from grasp.report_page import report_page
-from grasp.results import add_measured
+from grasp.report.page import report_page
+from grasp.report.results import add_measured
+from grasp.report.summary import read_summary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SUMMARY = {

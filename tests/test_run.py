@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from importlib import metadata
 from itertools import combinations
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import grasp
-from grasp import cli, pipeline, run
-from grasp.budget import Budget
+from grasp.budget.budget import Budget
+from grasp.cli import main as cli
 from grasp.errors import GraspError
-from grasp.run import open_run
-from grasp.units import UnitSpace
+from grasp.model.units import UnitSpace
+from grasp.run import folder as run
+from grasp.run import prune as pipeline
+from grasp.run.folder import open_run
 
 SMALL = dict(samples=8, seq_len=32, epochs=2, eval_windows=4, device="cpu")
 AT_ONCE = dict(SMALL, method="random", scale_epochs=0)  # nothing is learned
@@ -34,7 +37,13 @@ AT_ONCE = dict(SMALL, method="random", scale_epochs=0)  # nothing is learned
 # Forks of a server that has imported everything: a process for each attempt, without its seconds.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["grasp.cli", "grasp.pipeline", "matplotlib.backends.backend_agg", "pyarrow.parquet", "pytest"]
+    [
+        "grasp.cli.main",
+        "grasp.run.prune",
+        "matplotlib.backends.backend_agg",
+        "pyarrow.parquet",
+        "pytest",
+    ]
 )
 
 
@@ -42,6 +51,16 @@ processes.set_forkserver_preload(
 def learned(tiny, text, tmp_path_factory):
     """A run that nothing interrupted."""
     return grasp.prune(tiny, tmp_path_factory.mktemp("run") / "out", calibration=text, **SMALL)
+
+
+def test_a_checkout_that_is_not_installed_prunes(tiny, text, tmp_path, monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    grasp.prune(tiny, tmp_path / "out", calibration=text, **AT_ONCE)
+    made = json.loads((tmp_path / "out/grasp.json").read_text())
+    assert made["grasp_version"] == grasp.__version__
 
 
 def command(model, out, **options):
@@ -154,18 +173,23 @@ def test_killed_at_random_moments(tiny, text, tmp_path):
         assert len(steps) <= steps[-1] + resumed
 
 
-def test_stopped_by_ctrl_c(tiny, text, tmp_path, learned):
+@pytest.mark.parametrize(
+    ("number", "code", "stopped"),
+    [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_stopped_by_a_signal(tiny, text, tmp_path, learned, number, code, stopped):
     out, stderr = tmp_path / "out", tmp_path / "stderr"
     arguments = command(tiny, out, calibration=text, **SMALL)
     attempt = start(arguments, stderr, pause=0.02)
     while not any(r.get("stage") == "learn" for r in records(run_folder(out))):
         assert attempt.is_alive()
         time.sleep(0.01)
-    os.kill(attempt.pid, signal.SIGINT)
+    os.kill(attempt.pid, number)
     attempt.join()
-    assert attempt.exitcode == 130
+    assert attempt.exitcode == code
     said = stderr.read_text().strip().splitlines()
-    assert said[-1] == "stopped: the same command goes on from where it was"
+    assert said[-1] == f"{stopped}: the same command goes on from where it was"
     assert "Traceback" not in stderr.read_text()
     assert not out.exists() and run_folder(out).is_dir()
 

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import grasp
 from benchmarks import sparse_lora, sparsity
+from grasp.budget.pattern import Pattern
 from grasp.checkpoint import verify
 from grasp.config import SparsifyConfig
 from grasp.errors import GraspError
+from grasp.journal import Journal
 from grasp.sparsity import methods
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import by_magnitude, by_sparsegpt, by_wanda, by_wanda_plus_plus
-from grasp.sparsity.pattern import Pattern
 from grasp.sparsity.sparsegpt import DAMPING, sparsegpt
-from grasp.training import Journal
 
 BLOCKS = torch.randint(3, 250, (8, 24), generator=torch.Generator().manual_seed(3))
 PATTERNS = ("2:4", "4:8", "1:4", "0.5", "0.3")

@@ -16,12 +16,13 @@ from test_gguf import VOCAB, byte_level
 from transformers import LlamaForCausalLM, StaticCache
 
 import grasp
-from grasp import runtimes, speed
 from grasp.checkpoint.export import export
-from grasp.checkpoint.hf import save_checkpoint
+from grasp.checkpoint.save import save_checkpoint
 from grasp.errors import GraspError
-from grasp.models import load_model
-from grasp.speed import Spread, _phase, bench
+from grasp.evaluate import bench as speed
+from grasp.evaluate import runtimes
+from grasp.evaluate.bench import Spread, _phase, bench
+from grasp.model.load import load_model
 
 FAST = dict(batch_sizes=(1, 3), prompt_lens=(5, 16), tokens=4, repetitions=3, device="cpu")
 SHORT = ["--batch-sizes=1,2", "--prompt-lens=6", "--tokens=2", "--repetitions=2", "--device=cpu"]
@@ -267,7 +268,7 @@ def test_gguf_files_are_not_compiled(refused, files):
 def test_no_llama_cpp(refused, files, monkeypatch):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     message = refused("bench", files[0], "--device=cpu")
-    assert message.endswith("which is not installed: pip install 'grasp[llama-cpp]'")
+    assert message.endswith("which is not installed: pip install 'graspprune[llama-cpp]'")
 
 
 def test_no_gpu_in_llama_cpp(files, monkeypatch):

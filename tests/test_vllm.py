@@ -17,7 +17,7 @@ from test_checkpoint import IDS, UNEVEN, pruned, save
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grasp.checkpoint.modeling_grasp import FAMILIES as OURS
+from grasp.model.modeling_grasp import FAMILIES as OURS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import grasp
 from grasp.errors import GraspError
-from grasp.zero_shot import LOCAL_TASKS, evaluate_tasks
+from grasp.evaluate.zero_shot import LOCAL_TASKS, evaluate_tasks
 
 # As on the hub: the fields of a data set, and none that it has not.
 PIQA = [
@@ -295,13 +295,15 @@ def test_weights_that_are_no_numbers(data, tmp_path):
 
 def test_without_lm_eval(tiny, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
-    with pytest.raises(GraspError, match=r"--tasks needs lm-eval: pip install 'grasp\[tasks\]'"):
+    with pytest.raises(
+        GraspError, match=r"needs lm-eval: pip install 'graspprune\[tasks\]'"
+    ):
         evaluate_tasks(str(tiny), "piqa", data=data, device="cpu")
 
 
 def test_the_default_is_the_hub(tiny, monkeypatch):
     """lm-eval's whole index, of 14,000 tasks, takes a while to read."""
-    command = [sys.executable, "-m", "grasp.cli", "eval", str(tiny), "--tasks=piqa"]
+    command = [sys.executable, "-m", "grasp", "eval", str(tiny), "--tasks=piqa"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tiny.parent / "empty")}
     done = subprocess.run(command, capture_output=True, text=True, env=offline)
     assert (done.returncode, done.stdout) == (1, "")

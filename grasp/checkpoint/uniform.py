@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp.checkpoint.hf import as_saved, write_pretrained
+from grasp.checkpoint.save import as_saved, write_pretrained
 from grasp.errors import GraspError
-from grasp.run import check_room
-from grasp.units import Rows, UnitSpace, decoder_layers
+from grasp.machine import check_room
+from grasp.model.units import Rows, UnitSpace, decoder_layers
 
 
 def write_uniform(

@@ -90,13 +90,13 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _is_own_code(path: Path) -> bool:
-    own = Path(__file__).with_name("modeling_grasp.py")
+    own = Path(__file__).parents[1] / "model" / "modeling_grasp.py"
     return path.is_file() and path.read_bytes() == own.read_bytes()
 
 
 def _check_files(folder: Path, hashes: dict[str, str]) -> Check:
     """The weight files are those that were written, to the last bit."""
-    from grasp.checkpoint.hf import sha256
+    from grasp.checkpoint.save import sha256
 
     found = {path.name for path in folder.glob("*.safetensors")}
     wrong = sorted(found.symmetric_difference(hashes))
@@ -138,7 +138,7 @@ def check_sparsity(folder: Path, sparsity: dict[str, Any]) -> Check:
 def _zeros_by_pattern(folder: Path, sparsity: dict[str, Any]) -> Check:
     from safetensors import safe_open
 
-    from grasp.sparsity.pattern import Pattern
+    from grasp.budget.pattern import Pattern
 
     pattern, zeros, matrices = Pattern.parse(sparsity["pattern"]), 0, 0
     for file, names in _index(folder):
@@ -202,7 +202,7 @@ def _check_logits(name: str, folder: Path, found: dict[str, Any]) -> Check:
     import torch
     from safetensors import safe_open
 
-    from grasp.checkpoint.hf import PROBE, environment
+    from grasp.checkpoint.save import PROBE, environment
 
     with safe_open(folder / PROBE, framework="pt") as probe:
         then = probe.metadata()

@@ -6,7 +6,7 @@ in each of its processes. Layers then come from transformers through vLLM's Tran
 
 from __future__ import annotations
 
-from grasp.checkpoint.modeling_grasp import FAMILIES
+from grasp.model.modeling_grasp import FAMILIES
 
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.layerwise import inputs_of
-from grasp.units import LayerModules
+from grasp.model.layerwise import inputs_of
+from grasp.model.units import LayerModules
 
 SAMPLES = 16  # that maps are compared on, as published
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.model.units import UnitSpace
 from grasp.select.weights import unit_means
-from grasp.units import UnitSpace
 
 
-def magnitude_scores(model: PreTrainedModel, space: UnitSpace) -> Tensor:
+def magnitude_scores(model: PreTrainedModel, units: UnitSpace) -> Tensor:
     """fp32 [units] on the model's device."""
-    return unit_means(model, space, lambda weight: weight.float().square())
+    return unit_means(model, units, lambda weight: weight.float().square())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.units import FFN_COST, Rows, UnitSpace, decoder_layers
+from grasp.model.units import FFN_COST, Rows, UnitSpace, decoder_layers
 
 
 def prunable_weights(model: PreTrainedModel) -> list[Tensor]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
-from grasp.layerwise import first_hidden, layer_options
-from grasp.models import cast
-from grasp.sparsity.pattern import Pattern
-from grasp.training import Journal
+from grasp.journal import Journal
+from grasp.model.layerwise import first_hidden, layer_options
+from grasp.model.load import cast
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grasp.budget.pattern import Pattern
 from grasp.config import SparsifyConfig
 from grasp.sparsity.blocks import Block, Method
-from grasp.sparsity.pattern import Pattern
 from grasp.sparsity.sparsegpt import sparsegpt
 
 ALPHA = 100.0  # Wanda++'s weight of gradients beside activations

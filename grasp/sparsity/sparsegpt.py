@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
-from grasp.sparsity.pattern import Pattern
 
 DAMPING = 0.01  # of the mean diagonal
 BATCH = 128  # columns

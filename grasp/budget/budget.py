@@ -1,0 +1,140 @@
+"""Budget: how much may stay, in exact integers, and the widths that are allowed.
+
+Free of torch, so that `grasp plan` can answer from a `config.json` at once. The projection that
+spends a budget on scores is in `grasp.projection`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from grasp.errors import GraspError
+from grasp.model.units import FFN_COST, LayerUnits, UnitSpace
+
+Kind = Literal["keep", "params", "kv_cache"]
+Layout = Literal["per-layer", "uniform"]
+
+
+class Segment(NamedTuple):
+    """One kind of unit in one layer (uniform layout: the first such segment stands for all)."""
+
+    units: slice  # into the flat unit vector
+    multiple: int
+    unit_cost: int  # in the budget's own measure
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked for.
+
+    `keep` is the part of the prunable parameters that may stay, `params` a number of parameters of
+    the whole model, `kv_cache` the part of the KV cache (then every FFN channel stays). Widths are
+    held to `ffn_multiple` channels and `kv_multiple` KV groups; layout "uniform" gives all layers
+    the same widths.
+    """
+
+    kind: Kind
+    asked: float
+    ffn_multiple: int = 32
+    kv_multiple: int = 1
+    layout: Layout = "per-layer"
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(Layout):
+            raise GraspError(f"--layout {self.layout!r}: choose {', '.join(get_args(Layout))}")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        keep: float | None = None,
+        params: float | None = None,
+        kv_cache: float | None = None,
+        **widths: Any,
+    ) -> Budget:
+        """A budget of exactly one kind, keep=0.5 where none is given. Raises GraspError."""
+        given: list[tuple[Kind, float]] = []
+        for kind, asked in (("keep", keep), ("params", params), ("kv_cache", kv_cache)):
+            if asked is not None:
+                given.append((cast(Kind, kind), asked))
+        if len(given) > 1:
+            options = " and ".join("--" + kind.replace("_", "-") for kind, _ in given)
+            raise GraspError(f"{options} are two budgets: give one of them")
+        return cls(*(given[0] if given else ("keep", 0.5)), **widths)
+
+    def unit_costs(self, layer: LayerUnits) -> tuple[int, int]:
+        """(cost of an FFN channel, cost of a KV group) in the measure that this budget limits."""
+        if self.kind == "kv_cache":
+            return 0, layer.head_dim
+        return FFN_COST, layer.kv_cost
+
+    def segments(self, space: UnitSpace) -> Iterator[Segment]:
+        for index, ffn, kv in space.segments():
+            ffn_cost, kv_cost = self.unit_costs(space.layers[index])
+            yield Segment(ffn, self.ffn_multiple, ffn_cost)
+            yield Segment(kv, self.kv_multiple, kv_cost)
+
+    def cost(self, space: UnitSpace) -> int:
+        """Cost of a whole (or already pruned) space in this budget's measure."""
+        return sum(s.unit_cost * (s.units.stop - s.units.start) for s in self.segments(space))
+
+    def floor(self, space: UnitSpace) -> int:
+        """Least cost that leaves every layer one block of each kind."""
+        return sum(s.unit_cost * s.multiple for s in self.segments(space))
+
+    def step(self, space: UnitSpace) -> int:
+        """Largest amount that may stay unspent: one block (uniform: one block in every layer)."""
+        blocks = [s.unit_cost * s.multiple for s in self.segments(space) if s.unit_cost]
+        ffn_blocks = blocks if self.kind == "kv_cache" else blocks[::2]
+        return max(ffn_blocks) * (len(space.layers) if self.layout == "uniform" else 1)
+
+    def limit(self, space: UnitSpace) -> int:
+        """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
+        self._check_widths(space)
+        total, floor = self.cost(space), self.floor(space)
+        if not math.isfinite(self.asked):
+            option = "--" + self.kind.replace("_", "-")
+            raise GraspError(f"{option} {self.asked} is no amount: write a number")
+        # str first: 0.7 means seven tenths, not the nearest binary fraction
+        asked = Fraction(str(self.asked))
+        if self.kind == "params":
+            untouchable = space.total_params - space.prunable_params
+            least = untouchable + floor * space.hidden_size
+            if not least <= asked <= space.total_params:
+                raise GraspError(
+                    f"--params {self.asked:,.0f} is impossible for this model: "
+                    f"choose between {least:,} and {space.total_params:,}"
+                )
+            return int((asked - untouchable) // space.hidden_size)
+        option = "--keep" if self.kind == "keep" else "--kv-cache"
+        if not 0 < asked <= 1:
+            raise GraspError(f"{option} {self.asked} is not a ratio: choose one in (0, 1]")
+        limit = int(asked * total)
+        if limit < floor:
+            share = math.ceil(1e4 * floor / total) / 1e4
+            raise GraspError(
+                f"{option} {self.asked} is impossible: one block of every kind in every layer "
+                f"already takes {share}; ask for at least that, or for smaller multiples"
+            )
+        return limit
+
+    def _check_widths(self, space: UnitSpace) -> None:
+        if self.layout == "uniform" and len(set(space.layers)) > 1:
+            raise GraspError(
+                "--layout uniform needs layers of equal widths, and this model's differ: "
+                "use --layout per-layer"
+            )
+        for option, multiple, widths in (
+            ("--ffn-multiple", self.ffn_multiple, {layer.ffn for layer in space.layers}),
+            ("--kv-multiple", self.kv_multiple, {layer.kv_groups for layer in space.layers}),
+        ):
+            uneven = [w for w in sorted(widths) if multiple < 1 or w % multiple]
+            if uneven:
+                raise GraspError(
+                    f"{option} {multiple} does not divide a width of this model, {uneven[0]}: "
+                    f"choose a divisor of it (1 always is)"
+                )

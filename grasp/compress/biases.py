@@ -1,0 +1,68 @@
+"""Biases that give back, on average, what dropped units added: W times the mean of their outputs.
+
+Source: FLAP (arXiv 2312.11983), its bias compensation, which goes with any mask. The means are the
+dense model's. Only a family whose config can give o_proj and down_proj biases can carry them, and
+then every projection has one: the others' are zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from grasp.budget.projection import Mask
+from grasp.compress.fold import expand
+from grasp.errors import GraspError
+from grasp.gates.moments import column_moments
+from grasp.journal import Journal
+from grasp.model.units import decoder_layers
+
+SWITCHES = ("attention_bias", "mlp_bias")  # of a config: biases in all projections
+
+
+def with_biases(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that has the biases. Raises GraspError where the model's class cannot carry them."""
+    if not all(hasattr(config, switch) for switch in SWITCHES):
+        raise GraspError(
+            f"--compensate bias: {config.model_type} has no class with biases in o_proj and "
+            "down_proj (llama has): use --compensate refit"
+        )
+    biased = copy.deepcopy(config)
+    biased.update(dict.fromkeys(SWITCHES, True))
+    return biased
+
+
+@torch.no_grad()
+def mean_biases(
+    model: PreTrainedModel, mask: Mask, blocks: Tensor, journal: Journal
+) -> list[Tensor]:
+    """What the dense model's dropped units add on average to each down_proj and o_proj.
+
+    fp32 [hidden] each, layer by layer; blocks: int64 [samples, seq_len].
+    """
+    columns = iter(column_moments(model, mask.space, blocks, journal))
+    biases = []
+    for units, (ffn, kv) in zip(mask.space.layers, mask.layers(), strict=True):
+        for kept in (ffn, expand(kv, units.group_size * units.head_dim)):
+            weight, x, _ = next(columns)
+            mean = x.mean.clone()
+            mean[kept.to(mean.device)] = 0
+            biases.append(weight.float() @ mean)
+    return biases
+
+
+@torch.no_grad()
+def add_biases(model: PreTrainedModel, biases: list[Tensor]) -> None:
+    """Add what `mean_biases` gave to down_proj and o_proj, in place."""
+    model.config.update(dict.fromkeys(SWITCHES, True))
+    left = iter(biases)
+    for modules in decoder_layers(model):
+        for linear in modules.linears:
+            if linear.bias is None:
+                zeros = linear.weight.new_zeros(len(linear.weight))
+                linear.bias = nn.Parameter(zeros, requires_grad=False)
+        for linear in modules.outputs:
+            linear.bias += next(left).to(linear.bias)

@@ -1,0 +1,108 @@
+"""Refit: least squares on what is kept, layer by layer, before the dropped columns are cut away.
+
+With H the input of `down_proj` (or `o_proj`) on calibration text, S its kept columns, R the dropped
+ones and W the weight, the target is the dense module on the pruned prefix's own input, W H. The
+kept columns take over what the dropped ones did, W_S + W_R G[R, S] (G[S, S] + D)^-1, where G is the
+Gram matrix H H^T: a ridge towards the weights as they are. D is `RIDGE` times the diagonal of G, so
+that channels of any magnitude are damped alike. Layers go in depth order: each sees what the
+refitted ones before it give. Closed form, no backprop, no parameters added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.budget.projection import Mask
+from grasp.compress.fold import expand
+from grasp.config import TOKENS_PER_CHANNEL
+from grasp.errors import GraspError
+from grasp.model.layerwise import first_hidden, inputs_of, layer_options
+from grasp.model.units import decoder_layers
+
+RIDGE = 1e-2
+
+
+@torch.no_grad()
+def refit(
+    model: PreTrainedModel,
+    mask: Mask,
+    blocks: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Refit o_proj and down_proj of `model` in place to the kept units; dropped columns become 0.
+
+    blocks: int64 [samples, seq_len], of which it takes the first, up to `TOKENS_PER_CHANNEL`.
+    Returns the kept columns of down_proj and o_proj, layer by layer, in fp32, before the model's
+    dtype rounds them, on the CPU. `planning.plan.refit_memory` says what is in memory at one time.
+    Raises GraspError where activations are not finite.
+    """
+    tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
+    blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
+    fitted: list[Tensor] = []
+    layers = model.get_decoder().layers
+    options = layer_options(model, blocks[:1])
+    hidden = first_hidden(model, blocks)
+    parts = zip(
+        layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
+    )
+    for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
+
+        def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
+            return layer(x, **kwargs)
+
+        down_proj, o_proj = modules.outputs
+        heads = expand(kv, units.group_size * units.head_dim)
+        own = {}
+        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # as the layer runs
+            gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
+            for x in inputs_of(linear, run, hidden.split(1)):
+                x = x.flatten(0, -2).float()
+                gram.addmm_(x.T, x)
+            own[linear] = solve(linear, kept.to(gram.device), gram).cpu()
+        fitted += [own[linear] for linear in modules.outputs]
+        for x in hidden.split(1):
+            x.copy_(run(x))
+        progress(index + 1, len(layers))
+    return fitted
+
+
+def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
+    """Columns `kept` (int64) of `linear.weight` [out, in] take over from the others, in place.
+
+    gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve`, and where gram
+    is not finite.
+    """
+    known = gram[kept]
+    if not known.isfinite().all():
+        raise GraspError("activations are not finite: use --dtype fp32, or --compensate none")
+    dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    dropped[kept] = False
+    lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
+    taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost).T
+    columns = (linear.weight[:, kept].double() + taken_over).float()
+    linear.weight.zero_()
+    linear.weight[:, kept] = columns.to(linear.weight.dtype)
+    return columns
+
+
+def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
+    """(gram + D)^-1 target, fp64 [in, out], with D the ridge; gram: fp64 [in, in], used up.
+
+    `power` is what a channel has on average. A factorisation that fails is tried again with ten
+    times the ridge, twice. Raises GraspError where gram has no factorisation.
+    """
+    # a channel that is never active keeps its weight: what is solved for is the change
+    known = gram.diagonal().clone()
+    own = known.clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
+    for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
+        gram.diagonal().copy_(known + ridge * own)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if not failed:
+            return torch.cholesky_solve(target, factor)
+    raise GraspError("refit found no solution: give more --samples, or use --compensate none")

@@ -1,0 +1,304 @@
+"""How fast and how large one model is, or two in one run: prefill, decode, KV cache, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grasp.config import Dtype
+from grasp.data.text import Progress
+from grasp.errors import GraspError
+from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
+from grasp.machine import disk_errors, memory_errors
+from grasp.model.load import pick_device, processor
+from grasp.report.results import add_measured, check_record
+
+SEED = 0  # of the prompts
+QUANTILES = (0.5, 0.1, 0.9)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of what the repetitions gave."""
+
+    median: float
+    q10: float
+    q90: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        sample = torch.tensor(values, dtype=torch.float64)
+        return cls(*(sample.quantile(q).item() for q in QUANTILES))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} x ({self.q10:.2f}-{self.q90:.2f})"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Prefill (a step is a batch of prompts) or decode (a token for each) of one shape.
+
+    `seconds`, `tokens_per_second` and `repetitions`, the seconds a step of each, go by model.
+    """
+
+    seconds: tuple[Spread, ...]
+    tokens_per_second: tuple[float, ...]  # of the median
+    repetitions: tuple[tuple[float, ...], ...]
+    speedup: Spread | None  # seconds of `against` over those of the model, pair by pair
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: `batch_size` prompts of `prompt_len` tokens."""
+
+    batch_size: int
+    prompt_len: int
+    prefill: Phase
+    decode: Phase
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Speed and size of one model, or of two in the same minutes."""
+
+    models: tuple[Benched, ...]
+    cases: tuple[Case, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    def head(self) -> tuple[str, ...]:
+        return ("", *(model.model for model in self.models), *[""] * (len(self.models) > 1))
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """(what, each model's, ratio if there are two) for a table."""
+        sizes: list[tuple[str, Sequence[float]]] = [
+            ("weights on disk", [m.disk_bytes for m in self.models]),
+            ("weights in memory", [m.memory_bytes for m in self.models]),
+            ("KV cache per token", [m.kv_bytes_per_token for m in self.models]),
+            ("by its config", [m.kv_bytes_per_token_planned for m in self.models]),
+        ]
+        rows = []
+        for what, values in sizes:
+            ratio = [f"{values[0] / values[1]:.2%}"] if len(values) > 1 else []
+            rows.append((what, *(f"{value:,.0f} B" for value in values), *ratio))
+        for name in ("prefill", "decode"):
+            for case in self.cases:
+                phase: Phase = getattr(case, name)
+                cells = [
+                    f"{_milliseconds(seconds.median)}, {speed:,.0f} tok/s"
+                    for seconds, speed in zip(phase.seconds, phase.tokens_per_second, strict=True)
+                ]
+                speedup = [str(phase.speedup)] if phase.speedup else []
+                rows.append((f"{name} {_shape(case)}", *cells, *speedup))
+        return rows
+
+    def measured_on(self) -> str:
+        """How it was measured, in one line."""
+        how = self.settings
+        runs = dict.fromkeys(f"{m.runtime}, {m.dtype}" for m in self.models)
+        pairs = ", both models in turns, speed-up pair by pair (10 % to 90 %)"
+        threads = f"{how['threads']} thread" + "s" * (how["threads"] > 1)
+        kinds = "/".join(dict.fromkeys(m.kv_dtype for m in self.models))
+        decode = "compiled, from the static" if how["compile"] else "from the"
+        return (
+            f"Speed: batch x prompt, medians of {how['repetitions']} repetitions"
+            f"{pairs if len(self.models) > 1 else ''}; decode: a step of {how['tokens']}, greedy, "
+            f"{decode} {kinds} cache; {'; '.join(runs)}; {how['machine']}, {threads}."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    model: str,
+    *,
+    against: str | None = None,
+    batch_sizes: Sequence[int] = (1, 4),
+    prompt_lens: Sequence[int] = (128, 512),
+    tokens: int = 32,
+    repetitions: int = 5,
+    dtype: Dtype = "auto",
+    compile: bool = False,
+    device: str = "auto",
+    plot: str | Path | None = None,
+    trust_remote_code: bool = False,
+    record: bool = False,
+    progress: Progress | None = None,
+) -> Bench:
+    """Time `model`, and `against` if given, in every batch size with every prompt length.
+
+    A repetition is one prefill, with the head on the last token alone, and `tokens` decode steps
+    through the model's own forward and cache; the models take turns, in alternating order, after a
+    warm-up each. Both are in memory at the same time. `dtype` is that of models in transformers
+    (auto: bf16 on a GPU, fp32 on a CPU); a GGUF file has its own, and a cache in f16. `compile`
+    decodes through torch.compile with a static cache, compiled in the warm-up; prefill stays as it
+    is. `plot` names a PNG of tokens per second. `record` adds the result to the files of `model`, a
+    checkpoint of grasp.
+
+    Raises GraspError: a model that does not load, numbers it cannot take, a cache with which it
+    computes something else, no llama.cpp for a .gguf file, a model or a machine that torch cannot
+    compile for, memory that runs out.
+    """
+    numbers: dict[str, Sequence[int]] = {
+        "--batch-sizes": batch_sizes,
+        "--prompt-lens": prompt_lens,
+        "--tokens": [tokens],
+        "--repetitions": [repetitions],
+    }
+    for option, counts in numbers.items():
+        if not counts or min(counts) < 1:
+            given = ",".join(map(str, counts)) or "is empty"
+            raise GraspError(f"{option} {given}: choose whole numbers from 1")
+    plot = _plot_path(plot)
+    if record:
+        check_record(Path(model))
+    names = [model] if against is None else [model, against]
+    for name in names if compile else ():
+        if is_for_llama_cpp(name):
+            raise GraspError(f"--compile: {name} runs in llama.cpp, not in torch: leave it out")
+    device = pick_device(device)
+    longest = max(prompt_lens) + tokens
+    fix = "lower --batch-sizes, --prompt-lens or --tokens, or use --dtype bf16"
+    with memory_errors(f"device {device}", fix):
+        runners: list[Transformers | LlamaCpp] = []
+        for name in names:
+            if is_for_llama_cpp(name):
+                runners.append(LlamaCpp(name, device, max(batch_sizes), longest))
+            else:
+                runners.append(Transformers(name, dtype, device, trust_remote_code, compile))
+        for runner in runners:
+            if longest > runner.limit:
+                raise GraspError(
+                    f"--prompt-lens {max(prompt_lens)} and --tokens {tokens} are more than "
+                    f"{runner.name} takes: at most {runner.limit} together"
+                )
+        shapes = [(b, p) for b in dict.fromkeys(batch_sizes) for p in dict.fromkeys(prompt_lens)]
+        cases, cache = [], [0.0 for _ in runners]
+        done = count(1)
+
+        def report() -> None:
+            if progress:
+                progress(next(done), len(shapes) * repetitions)
+
+        for batch, prompt in shapes:
+            if compile:
+                torch.compiler.reset()  # its limit on shapes is small
+            runs = _in_turns(runners, batch, prompt, tokens, repetitions, report)
+            cases.append(_case(batch, prompt, runs))
+            if batch * prompt == max(batch_sizes) * max(prompt_lens):
+                cache = [runner.cache_bytes_per_token() for runner in runners]
+    result = Bench(
+        models=tuple(runner.describe(kv) for runner, kv in zip(runners, cache, strict=True)),
+        cases=tuple(cases),
+        settings={
+            "batch_sizes": list(batch_sizes),
+            "prompt_lens": list(prompt_lens),
+            "tokens": tokens,
+            "repetitions": repetitions,
+            "compile": compile,
+            "seed": SEED,
+            "device": device,
+            "machine": processor(torch.device(device)),
+            "threads": torch.get_num_threads(),
+        },
+        versions={
+            package: version(package)
+            for package in ("grasp", *dict.fromkeys(p for r in runners for p in r.packages))
+        },
+    )
+    if plot:
+        with disk_errors(plot):
+            _plot(result, plot)
+    if record:
+        add_measured(Path(model), "speed", result)
+    return result
+
+
+def _in_turns(
+    runners: Sequence[Transformers | LlamaCpp],
+    batch: int,
+    prompt: int,
+    tokens: int,
+    repetitions: int,
+    report: Callable[[], None],
+) -> list[list[Run]]:
+    """Runs of each model; the warm-up, which checks and may compile, is not among them."""
+    generator = torch.Generator().manual_seed(SEED)
+    vocabulary = min(runner.vocabulary for runner in runners)
+    ids = torch.randint(vocabulary, (batch, prompt), generator=generator)
+    for runner in runners:
+        runner.warm_up(ids, tokens)
+    runs: list[list[Run]] = [[] for _ in runners]
+    for repetition in range(repetitions):
+        turns = list(zip(runners, runs, strict=True))
+        for runner, found in reversed(turns) if repetition % 2 else turns:
+            found.append(runner.run(ids, tokens))
+        report()
+    return runs
+
+
+def _case(batch: int, prompt: int, runs: list[list[Run]]) -> Case:
+    prefill, decode = ([[run[i] for run in found] for found in runs] for i in (0, 1))
+    return Case(batch, prompt, _phase(prefill, batch * prompt), _phase(decode, batch))
+
+
+def _phase(seconds: list[list[float]], tokens: int) -> Phase:
+    """`seconds` [models][repetitions] of a step that gives so many tokens."""
+    spreads = tuple(map(Spread.of, seconds))
+    ratios = [theirs / ours for ours, *others in zip(*seconds, strict=True) for theirs in others]
+    return Phase(
+        seconds=spreads,
+        tokens_per_second=tuple(tokens / spread.median for spread in spreads),
+        repetitions=tuple(map(tuple, seconds)),
+        speedup=Spread.of(ratios) if ratios else None,
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{1 if seconds < 0.1 else 0}f} ms"
+
+
+def _shape(case: Case) -> str:
+    return f"{case.batch_size} x {case.prompt_len}"
+
+
+def _plot_path(plot: str | Path | None) -> Path | None:
+    """Raises GraspError where no PNG can be written, before anything is timed."""
+    path = Path(plot) if plot is not None else None
+    if path and path.suffix != ".png":
+        raise GraspError(f"--plot {path} is no PNG: name a file that ends in .png")
+    if path and not path.parent.is_dir():
+        raise GraspError(f"--plot {path} is in no folder that exists: make {path.parent} first")
+    return path
+
+
+def _plot(result: Bench, path: Path) -> None:
+    """Bars of tokens per second by shape, prefill beside decode, and the speed-up above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    colors = ("#2f6f9f", "#c3c9d2")
+    width = 0.8 / len(result.models)
+    for axes, name in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        phases: list[Phase] = [getattr(case, name) for case in result.cases]
+        for index, model in enumerate(result.models):
+            places = [i + (index + 0.5) * width - 0.4 for i in range(len(phases))]
+            speeds = [phase.tokens_per_second[index] for phase in phases]
+            bars = axes.bar(places, speeds, width, color=colors[index], label=model.model)
+            if index == 0:
+                labels = [f"{p.speedup.median:.2f} x" if p.speedup else "" for p in phases]
+                axes.bar_label(bars, labels, padding=2, fontsize=8)
+        axes.set_title(name)
+        axes.set_xticks(range(len(phases)), [_shape(case) for case in result.cases])
+        axes.set_xlabel("batch x prompt")
+        axes.set_ylabel("tokens/s")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=120)

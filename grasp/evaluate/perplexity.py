@@ -1,0 +1,218 @@
+"""Perplexity as the papers report it, with every setting that changes the number beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grasp.data.text import Corpus, Progress, read_corpus
+from grasp.errors import GraspError
+from grasp.model.load import load_model, longest, pick_device
+
+DEFAULT_SEQ_LEN = 2048
+LOGIT_ROWS = 1024  # rows of logits upcast to fp32 at a time
+NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood, in nats a token, and how it was measured."""
+
+    value: float
+    nll: float
+    tokens: int  # predictions scored: windows * (seq_len - 1)
+    windows: int
+    windows_available: int
+    seq_len: int
+    bos: bool
+    dtype: str  # of the arithmetic, whatever the weights are stored in
+    data: str
+    split: str | None
+    sha256: str  # of the text
+
+    def __str__(self) -> str:
+        data = f"{self.data}, split {self.split}" if self.split else self.data
+        windows = f"{self.windows:,} windows"
+        if self.windows < self.windows_available:
+            windows = f"the first {self.windows:,} of {self.windows_available:,} windows"
+        bos = "BOS before each" if self.bos else "no BOS"
+        return (
+            f"perplexity {self.value:.2f} on {data}: sequence length {self.seq_len}, {windows}, "
+            f"{bos}, {self.dtype} model, fp32 loss"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def perplexity(
+    model: Any,
+    corpus: Corpus,
+    *,
+    seq_len: int | None = None,
+    windows: int | None = None,
+    batch_size: int = 1,
+    bos: bool = False,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of any causal LM of transformers, in fp32, on the device where it is.
+
+    Weights stay as they are: a narrower one is cast while its module runs, which gives the same as
+    a model in fp32 and takes the memory of one matrix.
+
+    The corpus is cut from its beginning into windows of `seq_len` tokens (a shorter rest is left
+    out), each scored alone: seq_len - 1 predictions. `windows` limits it to the first so many. With
+    `bos` a window is a BOS and seq_len - 1 tokens of the corpus, so the model sees as many. Loss
+    summed in fp64. `seq_len` None means 2048, or the model's limit where that is less.
+
+    Raises GraspError: a length beyond the model's, too little text, ids that are not the model's,
+    a loss that is not finite.
+    """
+    if batch_size < 1:
+        raise GraspError(f"--batch-size {batch_size} is too small: choose at least 1")
+    inputs, available = _windows(model, corpus, seq_len, windows, bos)
+    count, length = inputs.shape
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    try:
+        with _in_fp32(model):
+            for first in range(0, count, batch_size):
+                batch = inputs[first : first + batch_size].to(model.device)
+                total += _nll(model, batch)
+                if not torch.isfinite(total):
+                    raise GraspError(
+                        f"the loss is {total.item()} after window {first + len(batch)} of {count}: "
+                        "the weights are damaged, or overflow in fp32: get it anew"
+                    )
+                if progress:
+                    progress(first + len(batch), count)
+    finally:
+        model.train(was_training)
+    tokens = count * (length - 1)
+    nll = total.item() / tokens
+    return Perplexity(
+        value=math.exp(nll) if nll < 700 else math.inf,
+        nll=nll,
+        tokens=tokens,
+        windows=count,
+        windows_available=available,
+        seq_len=length,
+        bos=bos,
+        dtype="float32",
+        data=corpus.name,
+        split=corpus.split,
+        sha256=corpus.sha256,
+    )
+
+
+def evaluate_text(
+    model: str,
+    text: str,
+    *,
+    text_field: str = "text",
+    seq_len: int | None = None,
+    windows: int | None = None,
+    bos: bool = False,
+    batch_size: int = 1,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a model or checkpoint on a text, both named as on the command line."""
+    loaded, tokenizer = load_model(
+        model,
+        dtype=None,
+        device=pick_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    corpus = read_corpus(text, tokenizer, text_field=text_field, split="test")
+    return perplexity(
+        loaded,
+        corpus,
+        seq_len=seq_len,
+        windows=windows,
+        batch_size=batch_size,
+        bos=bos,
+        progress=progress,
+    )
+
+
+def _windows(
+    model: Any, corpus: Corpus, seq_len: int | None, windows: int | None, bos: bool
+) -> tuple[Tensor, int]:
+    """Input ids int64 [windows, seq_len], and how many windows the corpus has in all."""
+    limit = longest(model)
+    length = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
+    if not 2 <= length <= limit:
+        raise GraspError(f"--seq-len {length} is outside what this model takes: 2 to {limit}")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if corpus.tokens and int(corpus.ids.max()) >= vocabulary:
+        raise GraspError(
+            f"token {int(corpus.ids.max())} of {corpus.name} is not in the model's vocabulary of "
+            f"{vocabulary}: use the tokenizer that belongs to the model"
+        )
+    if windows is not None and windows < 1:
+        raise GraspError(f"--windows {windows} is no window: ask for at least 1")
+    step = length - bos
+    available = corpus.tokens // step
+    if available < (windows or 1):
+        raise GraspError(
+            f"too little text: {corpus.name} has {corpus.tokens:,} tokens, {available:,} windows "
+            f"of {length}; {windows or 1} need {(windows or 1) * step:,} tokens: "
+            "ask for fewer --windows, a shorter --seq-len (of prune: --eval-windows, "
+            "--eval-seq-len) or give more text"
+        )
+    count = min(available, windows or available)
+    inputs = corpus.ids[: count * step].view(count, step)
+    if bos:
+        token = model.config.bos_token_id
+        if token is None:
+            raise GraspError("--bos: this model has no BOS token; evaluate without it")
+        inputs = F.pad(inputs, (1, 0), value=token)
+    return inputs, available
+
+
+@contextmanager
+def _in_fp32(model: nn.Module) -> Iterator[None]:
+    """Every module computes in fp32: narrower weights of its own are cast while it runs."""
+    narrow = {
+        module: [w for w in module.parameters(recurse=False) if w.dtype in NARROW]
+        for module in model.modules()
+    }
+    held: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        for weight in narrow[module]:
+            held[weight] = weight.data
+            weight.data = weight.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for weight in narrow[module]:
+            weight.data = held.pop(weight)
+
+    with ExitStack() as stack:
+        for module in narrow:
+            stack.enter_context(module.register_forward_pre_hook(widen))
+            stack.enter_context(module.register_forward_hook(restore, always_call=True))
+        yield
+
+
+@torch.inference_mode()
+def _nll(model: Any, ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood of ids[:, 1:], an fp64 scalar on the CPU."""
+    logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    # in slices: the fp32 copy of [tokens, vocabulary] is what fills a GPU otherwise
+    parts = [
+        F.cross_entropy(rows.float(), wanted, reduction="none").double().sum()
+        for rows, wanted in zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    ]
+    return torch.stack(parts).sum().cpu()

@@ -1,0 +1,62 @@
+"""RMSNorm and RoPE as a kernel each, by torch.compile: some ten small ones a layer otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from grasp.errors import reason
+from grasp.model.units import decoder_layers
+
+ROPE = "apply_rotary_pos_emb"  # what transformers calls it in each family
+VARIANTS = 64  # of one function, by shapes and gradients, all norms of a process together
+
+
+@contextmanager
+def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[None]:
+    """Compile the norms of this instance and, for the time being, RoPE of its family.
+
+    Where a norm does not compile, forward or backward, `note` gets a line that says why and all
+    stays as it is. What does not fit the usual names is left alone.
+    """
+    norms = [m for m in model.get_decoder().modules() if type(m).__name__.endswith("RMSNorm")]
+    failure = _failure(norms[0]) if norms else None
+    if failure:
+        note(f"norms and RoPE run one operation at a time, not compiled: {failure}")
+    if failure or not norms:
+        yield
+        return
+    family: ModuleType = sys.modules[type(decoder_layers(model)[0].attention).__module__]
+    before, rope = [vars(norm).get("forward") for norm in norms], getattr(family, ROPE, None)
+    try:
+        for norm in norms:
+            norm.forward = torch.compile(norm.forward)
+        if rope:
+            setattr(family, ROPE, torch.compile(rope))
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            yield
+    finally:
+        for norm, forward in zip(norms, before, strict=True):
+            del norm.forward
+            if forward is not None:
+                norm.forward = forward
+        if rope:
+            setattr(family, ROPE, rope)
+
+
+def _failure(norm: nn.Module) -> str | None:
+    """Why `norm` does not compile, in one line; None if it does."""
+    weight: Any = norm.weight
+    x = torch.ones_like(weight)[None, None].requires_grad_()
+    try:
+        torch.compile(norm.forward)(x).sum().backward()
+    except Exception as error:  # of any of the compilers behind it
+        return reason(error)
+    return None

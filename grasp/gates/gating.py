@@ -1,0 +1,175 @@
+"""Gates on a live model: one number per unit, multiplied into what enters `down_proj` and `o_proj`.
+
+`with gated(model, space) as gates:` patches this instance only, and leaves it as it was: FFN
+modules get an instance-level `forward`, attention runs through a function registered with
+transformers' AttentionInterface, so no model family's attention code is copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from grasp.config import GateSite
+from grasp.model.units import LayerModules, UnitSpace, decoder_layers
+from grasp_kernels import gated_attention, gated_swiglu_ffn
+from grasp_kernels.attention import has_backend
+
+# Gemma 2's softcap is in its family's own eager attention only; every other model runs SDPA
+SDPA, EAGER = "grasp_gated", "grasp_gated_eager"
+
+
+class Gates:
+    """The gates of a patched model. Values keep their graph, so gradients reach every unit."""
+
+    def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite):
+        self._modules = decoder_layers(model)
+        self._sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+        self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0) - 1
+        self._site = site
+        self.set(torch.ones(space.size, device=model.device))
+
+    def set(self, values: Tensor, open_counts: Sequence[int] | None = None) -> None:
+        """Values of all gates, [units] in the order of UnitSpace: 0/1 masks or any scales.
+
+        `open_counts` is what `count` gives for these values: closed units are then skipped. On a
+        CPU they are skipped without it.
+        """
+        pieces = iter(values.split(self._sizes))
+        counts = iter(self._sizes if open_counts is None else open_counts)
+        for modules in self._modules:
+            modules.mlp.grasp_gate = (next(pieces), next(counts))
+            modules.attention.grasp_gate = (next(pieces), next(counts), self._site)
+
+    def count(self, values: Tensor) -> list[int]:
+        """How many gates are not 0 in each layer's FFN and attention; a GPU is waited for once."""
+        upto = (values != 0).cumsum(0)[self._ends]
+        return upto.diff(prepend=upto.new_zeros(1)).tolist()
+
+
+@contextmanager
+def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -> Iterator[Gates]:
+    """Gates of 1 on every unit of `model`, taken off again on leaving.
+
+    `site="kv"` multiplies the gate into K (after RoPE) and V, as the published code does, instead
+    of into the attention's output: the same forward for a hard mask, another gradient.
+    """
+    before = model.config._attn_implementation
+    modules = decoder_layers(model)
+    gates = Gates(model, space, site)
+    # a library's hook may have put a forward on the instance before us
+    forwards = [{k: v for k, v in vars(m.mlp).items() if k == "forward"} for m in modules]
+    try:
+        model.set_attn_implementation(EAGER if before == "eager" else SDPA)
+        for m in modules:
+            m.mlp.forward = _ffn_forward(m)
+        yield gates
+    finally:
+        model.set_attn_implementation(before)
+        for m, forward in zip(modules, forwards, strict=True):
+            m.mlp.__dict__.pop("forward", None)
+            m.mlp.__dict__.update(forward)
+            del m.mlp.grasp_gate, m.attention.grasp_gate
+
+
+def _ffn_forward(modules: LayerModules) -> Any:
+    mlp, activation = modules.mlp, modules.activation
+    linears = (modules.gate.linear, modules.up.linear, mlp.down_proj)
+    fused = isinstance(activation, nn.SiLU | SiLUActivation) and all(
+        linear.bias is None for linear in linears
+    )
+
+    def forward(x: Tensor) -> Tensor:
+        z, open_count = mlp.grasp_gate
+        if fused:
+            weights = modules.gate.weight, modules.up.weight, mlp.down_proj.weight
+            most = None if x.device.type == "cpu" else open_count
+            return gated_swiglu_ffn(x, *weights, z, max_kept=most)
+        gate, up = (F.linear(x, rows.weight, rows.bias) for rows in (modules.gate, modules.up))
+        hidden = activation(gate) * up
+        return mlp.down_proj((hidden * z).to(hidden.dtype))
+
+    return forward
+
+
+def _attention_forward(
+    module: Any,
+    query: Tensor,  # [B, H, S, D]
+    key: Tensor,  # [B, K, S, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    gate, open_count, site = module.grasp_gate
+    if site == "output" and _takes_kernel(module, query, attention_mask):
+        scale = kwargs.get("scaling")
+        out = gated_attention(query, key, value, gate, scale=scale, max_kept=open_count)
+        return out.transpose(1, 2), None
+    if site == "kv":
+        per_group = gate[:, None, None]
+        key, value = ((t * per_group).to(t.dtype) for t in (key, value))
+    out, _ = _inner(module)(module, query, key, value, attention_mask, **kwargs)
+    if site == "output":  # out: [B, S, H, D]
+        out = (out * gate.repeat_interleave(out.shape[2] // len(gate))[:, None]).to(out.dtype)
+    return out, None
+
+
+def _takes_kernel(module: Any, query: Tensor, attention_mask: Tensor | None) -> bool:
+    """Plain causal attention on a GPU; on a CPU, PyTorch's attention and a product are faster."""
+    plain = module.config._attn_implementation == SDPA and attention_mask is None
+    return plain and _kernel_is_faster(query)
+
+
+def _kernel_is_faster(query: Tensor) -> bool:
+    return query.device.type != "cpu" and has_backend(query)
+
+
+def _inner(module: Any) -> Any:
+    if module.config._attn_implementation == SDPA:
+        return sdpa_attention_forward
+    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+
+
+def unpadded(ids: Tensor) -> Tensor:
+    """A padding mask of ones for a gated model, that nobody needs to read to know that it is one.
+
+    Without a mask transformers looks in each forward pass whether sequences are packed, and with
+    one whether all of it is true: either makes a GPU wait.
+    """
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask.grasp_unpadded = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _unless_unpadded(make: Any, **kwargs: Any) -> Any:
+    """The mask that `make` builds, none where an unpadded sequence is plainly causal.
+
+    That transformers would find out itself, but not while a CUDA graph is captured: then it builds
+    a mask, and the graph would hold masked attention for good.
+    """
+    if hasattr(kwargs["attention_mask"], "grasp_unpadded"):
+        kwargs["attention_mask"] = None
+        window = kwargs.get("local_size")
+        if (
+            make is sdpa_mask
+            and kwargs.get("allow_is_causal_skip", True)
+            and (window is None or kwargs["kv_length"] < window)
+        ):
+            return None
+    return make(**kwargs)
+
+
+for name, mask in ((SDPA, sdpa_mask), (EAGER, eager_mask)):
+    AttentionInterface.register(name, _attention_forward)
+    AttentionMaskInterface.register(name, partial(_unless_unpadded, mask))

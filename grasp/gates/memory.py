@@ -1,0 +1,61 @@
+"""Memory modes: layers whose activations are computed again in the backward pass, not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig
+from grasp.machine import memory_errors
+from grasp.model.header import from_config
+from grasp.model.units import UnitSpace
+from grasp.planning.plan import learning_memory
+
+SLACK = 0.9  # of free memory: the allocator's fragments and the estimate's error take the rest
+
+
+@contextmanager
+def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryMode]:
+    """Learn on this instance in `config.memory`; gives the mode that "auto" stands for.
+
+    Raises GraspError for a memory that is full all the same, with the mode to try then.
+    """
+    mode = choose(model, config) if config.memory == "auto" else config.memory
+    every = RECOMPUTE_EVERY.get(mode)
+    layers = list(model.get_decoder().layers)[::every] if every else []
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    fix = f"run the same with --memory low (now {mode}): it goes on where it stopped"
+    try:
+        with memory_errors(config.device, fix) if mode != "low" else nullcontext():
+            yield mode
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def choose(model: PreTrainedModel, config: PruneConfig) -> MemoryMode:
+    """The fastest mode that a GPU has room for beside the model, "low" if none; on a CPU "fast"."""
+    if model.device.type != "cuda":
+        return "fast"
+    cached = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = SLACK * (torch.cuda.mem_get_info(model.device)[0] + cached)
+    header = replace(from_config(model.config.to_dict()), space=UnitSpace.of(model))
+    tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
+    modes: tuple[MemoryMode, ...] = ("fast", "balanced")
+    for mode in modes:
+        memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
+        if memory.total - memory.weights <= free:
+            return mode
+    return "low"

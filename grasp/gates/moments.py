@@ -1,0 +1,87 @@
+"""Means and variances of what enters or leaves linear layers on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.gates.training import finite_mean, next_token_loss
+from grasp.journal import Journal
+from grasp.model.units import UnitSpace, decoder_layers
+
+Tap = tuple[nn.Linear, Literal["input", "output"]]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of each channel over all tokens, fp32 [channels]."""
+
+    mean: Tensor
+    var: Tensor
+
+    @property
+    def second(self) -> Tensor:
+        """E[x^2]."""
+        return self.var + self.mean**2
+
+
+@torch.no_grad()
+def channel_moments(
+    model: PreTrainedModel, taps: Sequence[Tap], blocks: Tensor, journal: Journal
+) -> list[Moments]:
+    """Moments of the input or output of each tapped linear; blocks: int64 [samples, seq_len].
+
+    One block at a time, merged in fp32 as means and variances: sums of squares would lose the
+    digits of a channel whose mean is far from 0. Resumes from its journal, bit for bit. Raises
+    GraspError where the loss is not finite.
+    """
+    seen: dict[int, tuple[Tensor, ...]] = {}
+
+    def see(place: int, side: str) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            values = args[0] if side == "input" else output
+            seen[place] = torch.var_mean(values.flatten(0, -2).float(), 0, correction=0)
+
+        return hook
+
+    sizes = [linear.weight.shape[side == "input"] for linear, side in taps]
+    mean, var = torch.zeros(2, sum(sizes), device=model.device)
+    done = journal.load()
+    start = 0
+    if done is not None:
+        mean, var = done["mean"].to(mean.device), done["var"].to(var.device)
+        start = int(done["step"])
+    with ExitStack() as hooks:
+        for place, (linear, side) in enumerate(taps):
+            hooks.enter_context(linear.register_forward_hook(see(place, side)))
+        for step in range(start + 1, len(blocks) + 1):
+            block = blocks[step - 1][None].to(model.device)
+            loss = finite_mean([next_token_loss(model, block)], step)
+            parts = zip(*(seen[place] for place in range(len(taps))), strict=True)
+            block_var, block_mean = (torch.cat(part) for part in parts)
+            delta = block_mean - mean
+            var = var + (block_var - var) / step + delta**2 * (step - 1) / step**2
+            mean = mean + delta / step
+            journal.progress(step, len(blocks), loss, block.numel())
+            state = {"mean": mean, "var": var, "step": torch.tensor(step)}
+            journal.save(state.copy, final=step == len(blocks))
+    return [Moments(*pair) for pair in zip(mean.split(sizes), var.split(sizes), strict=True)]
+
+
+def column_moments(
+    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+) -> list[tuple[Tensor, Moments, int]]:
+    """(weight, moments of its input, units) of each down_proj and o_proj, as UnitSpace runs.
+
+    A unit's columns lie side by side: `columns.view(units, -1)` has a row for each.
+    """
+    linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
+    units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+    moments = channel_moments(model, [(linear, "input") for linear in linears], blocks, journal)
+    return [(x.weight, m, n) for x, m, n in zip(linears, moments, units, strict=True)]

@@ -1,0 +1,125 @@
+"""Scales on a live model: numbers that multiply channels and fold into its weights.
+
+The paper (GRASPrune, arXiv 2604.19398, section 3.4) has one scale a unit, where its gate sits. Ours
+("channel") adds one for each channel on the other ends of the linear layers, but for the outputs of
+gate_proj: W becomes diag(r) W diag(c), which folds as well, costs nothing at inference and adds no
+parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.config import GateSite, ScaleKind
+from grasp.gates.gating import Gates, gated
+from grasp.model.units import UnitSpace, decoder_layers
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of linear layers that share what passes there, and the modules that it passes."""
+
+    side: Literal["in", "out"]
+    linears: tuple[nn.Linear, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def channels(self) -> int:
+        rows, columns = self.linears[0].weight.shape
+        return columns if self.side == "in" else rows
+
+
+class Scales:
+    """Gates, and behind them scales. Values keep their graph, so gradients reach all of them."""
+
+    def __init__(self, gates: Gates, units: int, places: list[End]):
+        self._gates, self._units = gates, units
+        self._sizes = [end.channels for end in places]
+        self.pieces: tuple[Tensor, ...] = ()
+
+    def set(self, values: Tensor, open_counts: list[int] | None = None) -> None:
+        """[units + channels]: gates in the order of UnitSpace, scales in the order of `ends`."""
+        gates, scales = values.split([self._units, sum(self._sizes)])
+        self._gates.set(gates, open_counts)
+        self.pieces = scales.split(self._sizes)
+
+    def count(self, values: Tensor) -> list[int]:
+        """As `Gates.count`."""
+        return self._gates.count(values[: self._units])
+
+
+@contextmanager
+def scaled(
+    model: PreTrainedModel, space: UnitSpace, kind: ScaleKind, site: GateSite = "output"
+) -> Iterator[Scales]:
+    """Gates and scales of 1 on `model`, taken off again on leaving."""
+    places = ends(model, kind)
+    with gated(model, space, site) as gates, ExitStack() as hooks:
+        scales = Scales(gates, space.size, places)
+        scales.set(torch.ones(scale_count(model, kind), device=model.device))
+
+        def multiply(place: int, _: nn.Module, *passed: Any) -> Tensor:
+            x = passed[-1][0] if places[place].side == "in" else passed[-1]
+            return (x * scales.pieces[place]).to(x.dtype)
+
+        for place, end in enumerate(places):
+            for module in end.modules:
+                if end.side == "in":
+                    hook = module.register_forward_pre_hook(partial(multiply, place))
+                else:
+                    hook = module.register_forward_hook(partial(multiply, place))
+                hooks.enter_context(hook)
+        yield scales
+
+
+def scale_count(model: PreTrainedModel, kind: ScaleKind) -> int:
+    """How many scales there are: one a unit of the model, one a channel of its `ends`."""
+    return UnitSpace.of(model).size + sum(end.channels for end in ends(model, kind))
+
+
+def ends(model: PreTrainedModel, kind: ScaleKind) -> list[End]:
+    """Where scales sit besides the gates, in depth order; for "unit" nowhere."""
+    if kind == "unit":
+        return []
+    found = []
+    for m in decoder_layers(model):
+        o_proj, down_proj, mlp = (m.attention.o_proj,), (m.mlp.down_proj,), (m.mlp,)
+        found += [End("in", m.qkv, m.qkv), *(End("out", (x,), (x,)) for x in m.qkv)]
+        found += [End("in", o_proj, o_proj), End("out", o_proj, o_proj)]
+        # the gated FFN runs as one op, which calls none of its linear layers
+        found += [End("in", m.gate_up, mlp), End("out", down_proj, mlp)]
+    return found
+
+
+def scale(theta: Tensor) -> Tensor:
+    """Scales in (0.5, 1.5) of unbounded `theta`; 1 where it is 0."""
+    return 1 + 0.5 * torch.tanh(theta)
+
+
+@torch.no_grad()
+def fold_scales(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> None:
+    """Multiply fp32 [`scale_count`] into the weights of this model, as `Scales.set` orders them."""
+    space, places = UnitSpace.of(model), ends(model, kind)
+    per_unit, *pieces = scales.split([space.size, *(end.channels for end in places)])
+    for m, (index, ffn, kv) in zip(decoder_layers(model), space.segments(), strict=True):
+        units = space.layers[index]
+        per_head_dim = per_unit[kv].repeat_interleave(units.group_size * units.head_dim)
+        _multiply(m.mlp.down_proj.weight, per_unit[ffn])
+        _multiply(m.attention.o_proj.weight, per_head_dim)
+    for end, piece in zip(places, pieces, strict=True):
+        for linear in end.linears:
+            _multiply(linear.weight, piece if end.side == "in" else piece[:, None])
+            if end.side == "out" and linear.bias is not None:
+                _multiply(linear.bias, piece)
+
+
+def _multiply(weight: Tensor, by: Tensor) -> None:
+    weight.copy_((weight.float() * by.to(weight.device)).to(weight.dtype))

@@ -1,0 +1,296 @@
+"""One training loop for everything that lives on gates: AdamW on one small vector, model frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.config import PruneConfig, Schedule
+from grasp.errors import GraspError, reason
+from grasp.gates.compiled import compiled
+from grasp.gates.gating import unpadded
+from grasp.journal import Journal
+from grasp_kernels import linear_cross_entropy
+
+READ_EVERY = 10  # steps between reads of the loss from an accelerator
+GRAPH_TOKENS = 2048  # at once; up to here launching kernels takes a GPU longer than running them
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    epochs: int
+    batch_size: int = 1
+    accumulate: int = 1
+    lr: float = 1e-2
+    schedule: Schedule = "constant"
+    decay: float = 0.0  # of scales, over an epoch at the full rate
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: PruneConfig, epochs: int) -> TrainSettings:
+        return cls(
+            epochs,
+            config.batch_size,
+            config.accumulate,
+            config.lr,
+            config.schedule,
+            config.decay,
+            config.seed,
+        )
+
+
+class Multipliers(Protocol):
+    """What multiplies channels of a live model: `Gates`, or `Scales` too."""
+
+    def set(self, values: Tensor, open_counts: list[int] | None = None) -> None: ...
+
+    def count(self, values: Tensor) -> list[int]: ...
+
+
+def train_gates(
+    model: PreTrainedModel,
+    gates: Multipliers,
+    theta: Tensor,
+    gate_values: Callable[[Tensor, Tensor], Tensor],
+    blocks: Tensor,
+    settings: TrainSettings,
+    journal: Journal,
+    info: Callable[[], dict[str, Any]] = dict,
+    *,
+    scales: int = 0,
+) -> Tensor:
+    """Minimise the next-token loss over `theta` (fp32 [units]); returns it, trained.
+
+    `gate_values(theta, progress)` gives the gates; progress is an fp64 scalar on the device, in
+    [0, 1). `blocks` is int64 [samples, seq_len]; each epoch visits all of them in an order of its
+    own, fixed by the seed. AdamW with betas (0.9, 0.99), its rate constant as published or falling
+    to 0 along a half cosine. No weight decay (GRASPrune, section 4.1) but on the last `scales` of
+    theta: what little text cannot tell from noise stays near 0, a scale of 1. It is set by the
+    epoch, so that a step decays less where there is more text (arXiv 2405.13698). `info` adds to
+    the log. Raises GraspError when the loss is not finite. Same state, same order, same result: a
+    run that resumes from its journal ends where an uninterrupted one does, on a CPU bit for bit.
+
+    On a GPU norms and RoPE are compiled, and small steps are launched as one CUDA graph; large
+    ones read back, once a step, how many units are open, and compute only those.
+    """
+    theta = theta.detach().clone().requires_grad_()
+    on_gpu = theta.device.type == "cuda"
+    rate = torch.tensor(settings.lr, device=theta.device) if on_gpu else settings.lr
+    optimizer = torch.optim.AdamW(
+        [theta], lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=on_gpu
+    )
+    per_step = settings.batch_size * settings.accumulate
+    order = torch.cat([_epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
+    order, blocks = order.to(theta.device), blocks.to(theta.device)
+    steps = math.ceil(len(order) / per_step)
+    small = settings.batch_size * blocks.shape[1] <= GRAPH_TOKENS
+    decay = None
+    if scales and settings.decay:
+        decay = torch.zeros_like(theta, requires_grad=False)
+        decay[-scales:] = settings.decay * settings.epochs / steps / settings.lr
+    one_step = Step(model, gates, theta, gate_values, optimizer, settings.batch_size, decay)
+    run_step: Callable[[Tensor, Tensor], Tensor] = one_step
+    if on_gpu and small:
+        run_step = CapturedStep(one_step, journal.note)
+    elif on_gpu:
+        run_step = partial(one_step, count=True)
+
+    start = _restore(theta, optimizer, journal.load())
+    read_every = 1 if theta.device.type == "cpu" else READ_EVERY
+    losses: list[Tensor] = []
+    progress = torch.zeros((), dtype=torch.float64, device=theta.device)
+    tokens = 0  # since the last read
+    with compiled(model, journal.note) if on_gpu else nullcontext():
+        for step in range(start, steps):
+            chosen = order[step * per_step : (step + 1) * per_step]
+            progress.fill_(step / steps)
+            _set_rate(optimizer, _rate(settings, step / steps))
+            losses.append(run_step(blocks[chosen], progress))
+            tokens += chosen.numel() * blocks.shape[1]
+            if len(losses) == read_every or step + 1 == steps:
+                mean = finite_mean(losses, step + 1)
+                journal.progress(step + 1, steps, mean, tokens, **info())
+                losses.clear()
+                tokens = 0
+                done = step + 1
+                journal.save(partial(_state, theta, optimizer, done), final=done == steps)
+    return theta.detach()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimiser. Without `count` nothing in it makes a GPU wait for the host."""
+
+    model: PreTrainedModel
+    gates: Multipliers
+    theta: Tensor
+    gate_values: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    batch_size: int
+    decay: Tensor | None = None  # [units], of theta, times the rate
+
+    def __call__(self, ids: Tensor, progress: Tensor, *, count: bool = False) -> Tensor:
+        """Move theta by the mean loss of `ids`, int64 [samples, seq_len]; returns that loss.
+
+        `count` reads back how many gates are open, so that a GPU computes no others.
+        """
+        values = self.gate_values(self.theta, progress)
+        z = values.detach().requires_grad_()
+        counts = self.gates.count(z) if count else None
+        loss, gradient = torch.zeros((), device=z.device), torch.zeros_like(z)
+        for part in ids.split(self.batch_size):
+            self.gates.set(z, counts)
+            part_loss = next_token_loss(self.model, part) * (len(part) / len(ids))
+            gradient += torch.autograd.grad(part_loss, z)[0]
+            loss += part_loss.detach()
+        (self.theta.grad,) = torch.autograd.grad(values, self.theta, gradient)
+        if self.decay is not None:
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.theta.detach().mul_(torch.exp(-rate * self.decay))
+        self.optimizer.step()
+        return loss
+
+
+class CapturedStep:
+    """A step as one CUDA graph: the first calls run as they are, the next is captured.
+
+    A step of other shapes than the first, as the last of a run may be, runs as it is.
+    """
+
+    WARM_UP = 3  # kernels compile, the optimiser makes its state
+
+    def __init__(self, step: Step, note: Callable[[str], None]):
+        self._step, self._note = step, note
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, ids: Tensor, progress: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls == 1:
+            self._ids, self._progress = torch.empty_like(ids), torch.empty_like(progress)
+        if self._calls <= self.WARM_UP or ids.shape != self._ids.shape:
+            return self._step(ids, progress)
+        self._ids.copy_(ids)
+        self._progress.copy_(progress)
+        if self._calls == self.WARM_UP + 1:
+            self._capture()
+        if self._graph is None:
+            return self._step(ids, progress)
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _capture(self) -> None:
+        graph, device = torch.cuda.CUDAGraph(), self._ids.device
+        try:
+            with (
+                torch.cuda.device(device),  # which need not be the first
+                torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it after a failure
+                torch.cuda.graph(graph, stream=torch.cuda.Stream(device)),
+            ):
+                self._loss = self._step(self._ids, self._progress)
+        except RuntimeError as error:
+            self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason(error)}")
+        else:
+            self._graph = graph
+
+
+def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len].
+
+    A frozen head that is a plain linear layer never makes all logits. Others (capped or scaled
+    logits, heads that train) go through the model's own loss.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight.requires_grad or not _head_is_plain(model, ids[:1, :2]):
+        mask = unpadded(ids)
+        return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+    decoder = model.get_decoder()
+    hidden = decoder(ids, attention_mask=unpadded(ids), use_cache=False).last_hidden_state
+    return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, ids[:, 1:].flatten())
+
+
+_PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a model's logits are its decoder's output times the head's weight: tried, once.
+
+    To the last bit, and of one pass: two may differ by a bit on a GPU, a soft cap by little more.
+    """
+    if model not in _PLAIN:
+        passed: list[Any] = []
+        hook = model.get_decoder().register_forward_hook(lambda *args: passed.append(args[-1]))
+        with hook:
+            logits = model(input_ids=ids, use_cache=False).logits
+        (out,), head = passed, model.get_output_embeddings()
+        _PLAIN[model] = torch.equal(logits, F.linear(out.last_hidden_state, head.weight))
+    return _PLAIN[model]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):  # in place, where a CUDA graph reads it
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _rate(settings: TrainSettings, progress: float) -> float:
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(samples, generator=generator)
+
+
+def finite_mean(losses: list[Tensor], step: int) -> float:
+    """Mean of the losses up to `step`, read back from the device. Raises GraspError."""
+    values: list[float] = torch.stack(losses).tolist()
+    for back, value in enumerate(reversed(values)):
+        if not math.isfinite(value):
+            raise GraspError(
+                f"the loss is {value} at step {step - back}: try a smaller --lr or --dtype fp32, "
+                "and check that the dense model's own loss is finite"
+            )
+    return sum(values) / len(values)
+
+
+def _state(theta: Tensor, optimizer: torch.optim.Optimizer, done: int) -> dict[str, Tensor]:
+    adam = optimizer.state[theta]
+    return {
+        "theta": theta.detach(),
+        "exp_avg": adam["exp_avg"],
+        "exp_avg_sq": adam["exp_avg_sq"],
+        "step": torch.tensor(done),
+    }
+
+
+def _restore(
+    theta: Tensor, optimizer: torch.optim.Optimizer, state: dict[str, Tensor] | None
+) -> int:
+    """Put a saved state back; returns the number of steps it had done."""
+    if state is None:
+        return 0
+    with torch.no_grad():
+        theta.copy_(state["theta"])
+    counter_device = theta.device if optimizer.param_groups[0]["capturable"] else "cpu"
+    optimizer.state[theta] = {
+        "step": state["step"].float().to(counter_device),
+        "exp_avg": state["exp_avg"].to(theta.device),
+        "exp_avg_sq": state["exp_avg_sq"].to(theta.device),
+    }
+    return int(state["step"])

@@ -1,0 +1,255 @@
+"""What a model is, from its `config.json` or GGUF header alone: no weights, no torch.
+
+The supported families are a table of structural facts, enough to count every parameter
+exactly. Any other `model_type` is built on torch's meta device and read by structure, as a loaded
+model would be: slower, and refused with the reason where the structure does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import GraspError, reason
+from grasp.model.load import resolve
+from grasp.model.units import LayerUnits, UnitSpace
+
+LONG_ARRAY = 4096  # a tokenizer's; the model's own arrays have an item a layer
+
+
+@dataclass(frozen=True)
+class Family:
+    """Which projections have a bias (True, False or the config's switch), and what else differs."""
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    fused_qkv: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None  # where the config names none; None: hidden_size / heads
+    norms: int = 2  # in a layer, of the hidden size
+    geglu: bool = False
+    softcap: bool = False  # on attention scores
+    tied: bool = False  # embeddings, where the config does not say
+    gguf: str = "llama"  # llama.cpp's architecture for equal widths
+
+    @property
+    def deci_lacks(self) -> str | None:
+        """What llama.cpp's architecture for widths that differ by layer would have to compute."""
+        return "GeGLU" if self.geglu else "norms on q and k" if self.qk_norm else None
+
+
+_BIAS = ("attention_bias", "attention_bias")
+_GEMMA = Family(*_BIAS, head_dim=256, geglu=True, tied=True, gguf="gemma")
+# the only list of families beside modeling_grasp.STOCK, whose file travels without this one
+FAMILIES = {
+    "llama": Family(*_BIAS, "mlp_bias"),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True, gguf="qwen2"),
+    "qwen3": Family(*_BIAS, qk_norm=True, head_dim=128, gguf="qwen3"),
+    "phi3": Family(fused_qkv=True),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, norms=4, softcap=True, gguf="gemma2"),
+    "gemma3_text": replace(_GEMMA, norms=4, qk_norm=True, gguf="gemma3"),
+}
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
+
+
+@dataclass(frozen=True)
+class Header:
+    space: UnitSpace
+    family: str  # model_type, without the prefix of grasp's own classes
+    facts: Family
+    vocab_size: int
+    source: str  # what was read
+    rope: str = "default"  # its type, and "partial" where a part of each head stays as it is
+    stored_bytes: int = 2  # of a weight, as `load_model` has it where it is asked for no dtype
+
+
+def read_header(spec: str) -> Header:
+    """Read what `grasp.model.load.resolve` takes, or a config.json itself. Raises GraspError."""
+    path = _locate(spec)
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GraspError(f"{path} does not exist: expected a model's config.json") from None
+    except (OSError, ValueError) as error:
+        raise GraspError(f"{path} is not a readable config.json ({error})") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise GraspError(f"{path} names no model_type: expected the config.json of a model")
+    return from_config(config)
+
+
+def from_config(config: Mapping[str, Any]) -> Header:
+    """The header of a config.json, that of a checkpoint with per-layer widths included."""
+    model_type = str(config.get("model_type"))
+    name = model_type.removeprefix("grasp_")
+    if name not in FAMILIES:
+        return _from_structure(config, model_type)
+    family = FAMILIES[name]
+
+    def has(switch: bool | str) -> bool:
+        return bool(config.get(switch)) if isinstance(switch, str) else switch
+
+    hidden, vocab = _size(config, "hidden_size"), _size(config, "vocab_size")
+    head_dim = config.get("head_dim") or family.head_dim
+    head_dim = head_dim or hidden // _size(config, "num_attention_heads")
+    layers, fixed = [], 0
+    # with ten layers or more, transformers writes them as 00, 01, ...
+    overrides = {int(key): own for key, own in (config.get("per_layer_config") or {}).items()}
+    for index in range(_size(config, "num_hidden_layers")):
+        own = {**config, **overrides.get(index, {})}
+        heads = _size(own, "num_attention_heads")
+        groups = _size(own, "num_key_value_heads") if own.get("num_key_value_heads") else heads
+        layer = LayerUnits(
+            ffn=_size(own, "intermediate_size"),
+            kv_groups=groups,
+            group_size=heads // groups,
+            head_dim=head_dim,
+            channel_bias=2 * has(family.mlp_bias),
+            group_bias=(heads // groups + 2) * head_dim * has(family.qkv_bias),
+        )
+        layers.append(layer)
+        fixed += hidden * (family.norms + has(family.o_bias) + has(family.mlp_bias))
+        fixed += 2 * head_dim * family.qk_norm
+    embeddings = 1 if config.get("tie_word_embeddings", family.tied) else 2
+    fixed += hidden * (embeddings * vocab + 1)  # one norm at the end
+    space = UnitSpace(hidden, tuple(layers), fixed)
+    width = _stored_bytes(config)
+    return Header(space, name, family, vocab, "config.json", _rope(config), width)
+
+
+def _stored_bytes(config: Mapping[str, Any]) -> int:
+    return 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
+
+
+def _rope(config: Mapping[str, Any]) -> str:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return kind if part == 1.0 else f"partial {kind}"
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise GraspError(f"config.json: {key} is {value!r}: expected a positive whole number")
+    return value
+
+
+def _from_structure(config: Mapping[str, Any], model_type: str) -> Header:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception as error:  # whatever a foreign model's own code may raise
+        raise GraspError(
+            f"model_type {model_type!r} is none of {', '.join(FAMILIES)}, and transformers cannot "
+            f"build it either ({reason(error)})"
+        ) from None
+    space = UnitSpace.of(model)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    qk_norm = any(name.endswith("q_norm.weight") for name, _ in model.named_parameters())
+    facts = Family(qk_norm=qk_norm)
+    width = _stored_bytes(config)
+    source = "transformers, on the meta device"
+    return Header(space, model_type, facts, vocab, source, stored_bytes=width)
+
+
+def _from_gguf(path: Path) -> Header:
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType
+
+    class HeaderReader(GGUFReader):
+        """Steps over the tokenizer's long arrays, on which GGUFReader spends seconds."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                item_type, count = struct.unpack_from("<IQ", self.data.data, orig_offs)
+                if count > LONG_ARRAY:
+                    return self._end(orig_offs + 12, item_type, count) - orig_offs, [], [], []
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _end(self, offset: int, item_type: int, count: int) -> int:
+            """Where an array ends whose first item is at `offset`."""
+            scalar = self.gguf_scalar_to_np.get(GGUFValueType(item_type))
+            if scalar is not None:
+                return offset + count * np.dtype(scalar).itemsize
+            read_length = struct.Struct("<Q").unpack_from
+            for _ in range(count):
+                offset += 8 + read_length(self.data.data, offset)[0]
+            return offset
+
+    try:
+        reader = HeaderReader(path)
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise GraspError(f"{path} is not a readable GGUF file ({error})") from None
+    fields = {name: field.contents() for name, field in reader.fields.items() if field.data}
+    # [in, out], as GGUF has it; rope_freqs holds constants that transformers computes
+    shapes = {t.name: t.shape.tolist() for t in reader.tensors if not t.name.startswith("rope_")}
+    family = str(fields.get("general.architecture"))
+    try:
+        vocab_size = shapes["token_embd.weight"][1]
+        hidden = fields[f"{family}.embedding_length"]
+        head_dim = fields.get(f"{family}.attention.key_length")
+        head_dim = head_dim or hidden // fields[f"{family}.attention.head_count"]
+        layers = tuple(
+            _gguf_layer(shapes, f"blk.{index}", head_dim)
+            for index in range(fields[f"{family}.block_count"])
+        )
+    except KeyError as error:
+        raise GraspError(
+            f"{path.name} ({family}) is not supported: it has no {error}, and a decoder with gated "
+            "FFNs and q, k, v, o projections is expected"
+        ) from None
+    total = sum(map(prod, shapes.values()))
+    space = UnitSpace(hidden, layers, total - UnitSpace(hidden, layers, 0).total_params)
+    names = {facts.gguf: name for name, facts in reversed(FAMILIES.items())}
+    name = names.get(family, family)
+    facts = FAMILIES.get(name, Family())
+    return Header(space, name, facts, vocab_size, "GGUF header", stored_bytes=4)  # dequantised
+
+
+def _gguf_layer(shapes: Mapping[str, list[int]], block: str, head_dim: int) -> LayerUnits:
+    q, k, v = (f"{block}.attn_{n}" for n in "qkv")
+    gate, up = f"{block}.ffn_gate", f"{block}.ffn_up"
+    kv_groups = shapes[f"{k}.weight"][1] // head_dim
+    group_size = shapes[f"{q}.weight"][1] // head_dim // kv_groups
+    widths = {q: group_size * head_dim, k: head_dim, v: head_dim}
+    return LayerUnits(
+        ffn=shapes[f"{gate}.weight"][1],
+        kv_groups=kv_groups,
+        group_size=group_size,
+        head_dim=head_dim,
+        channel_bias=sum(f"{name}.bias" in shapes for name in (gate, up)),
+        group_bias=sum(width for name, width in widths.items() if f"{name}.bias" in shapes),
+    )
+
+
+def _locate(spec: str) -> Path:
+    """The config.json or GGUF file behind a model's name."""
+    if spec.endswith(".json"):
+        return Path(spec)
+    source = resolve(spec)
+    if source.kind == "folder":
+        return Path(source.location, "config.json")
+    if source.kind == "gguf":
+        return Path(source.location)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source.location, "config.json"))
+    except (OSError, ValueError) as error:
+        raise GraspError(
+            f"{spec} is no local folder, and its config.json cannot be had from the hub: "
+            f"{reason(error)}"
+        ) from None

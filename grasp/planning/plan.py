@@ -1,0 +1,361 @@
+"""What pruning will give and take, before anything runs: from `config.json` or a GGUF header alone.
+
+Free of torch, so that the answer comes at once. Counts and limits are exact; memory is an estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from grasp import criteria
+from grasp.budget.budget import Budget, Layout
+from grasp.config import (
+    RECOMPUTE_EVERY,
+    TOKENS_PER_CHANNEL,
+    MemoryMode,
+    PlannedDtype,
+    PlannedMemory,
+    PruneConfig,
+    ScaleKind,
+)
+from grasp.errors import GraspError
+from grasp.model.header import FAMILIES, STATIC_ROPE, Header, read_header
+from grasp.model.units import FFN_COST, UnitSpace
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+LOGITS_AT_ONCE = 2**25  # as grasp_kernels.linear_cross_entropy makes them
+
+
+class Range(NamedTuple):
+    """Bounds that hold whatever the data says, both included."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return f"{self.most:,}"
+        return f"{self.least:,} to {self.most:,}"
+
+
+class Size(NamedTuple):
+    before: int
+    after: Range
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated peak bytes while gates learn, on top of what the runtime itself takes.
+
+    Assumes frozen weights without gradients, the loss in chunks, and every gate open, as in the
+    first step. `activations` is what is kept for the backward pass, times the tokens of a batch: of
+    a layer two FFN widths (four with GeGLU, which is not fused), queries, keys, values and
+    attention output in the model's dtype, the input of each norm in fp32; of a layer that is
+    computed again its input alone, until its turn comes. Attention is flash-style, but for a
+    softcap on its scores, which are then saved for all pairs of tokens. Scales of channels save
+    what they multiply, at both ends of all linear layers. `workspace` is what the loss or an FFN's
+    backward pass needs for a moment, whichever comes at the dearer time; `gates` are the scores
+    and the scales that learn along, with all that AdamW and the projection hold.
+    """
+
+    weights: int
+    activations: int
+    workspace: int
+    gates: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.workspace + self.gates
+
+
+@dataclass(frozen=True)
+class Runtime:
+    name: str
+    loads: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters in numbers, weights in bytes, the KV cache in bytes a token, all at `dtype`."""
+
+    model: str
+    family: str
+    source: str  # what was read
+    budget: Budget
+    dtype: str
+    layers: int
+    channels: int
+    kv_groups: int
+    params: Size
+    prunable: Size
+    weight_bytes: Size
+    kv_bytes_per_token: Size
+    memory: Memory
+    refit_memory: int | None  # estimated peak bytes while least squares refit, if they do
+    evaluation_memory: int  # estimated peak bytes while the dense model's perplexity is computed
+    learning_tokens: int  # forward and backward, of gates and of the scales after the mask
+    learning_seconds: float | None
+    runtimes: tuple[Runtime, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for name in ("params", "prunable", "weight_bytes", "kv_bytes_per_token"):
+            size: Size = getattr(self, name)
+            values[name] = {"before": size.before, "after": size.after._asdict()}
+        values["memory"]["total"] = self.memory.total
+        return values
+
+    def __str__(self) -> str:
+        budget, memory = self.budget, self.memory
+        stages = [("gates learn", memory.total), ("evaluating", self.evaluation_memory)]
+        if self.refit_memory is not None:
+            stages.insert(1, ("refitting", self.refit_memory))
+        peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
+        time = "give --tokens-per-second for the time"
+        if self.learning_seconds is not None:
+            time = f"{self.learning_seconds / 60:,.1f} minutes"
+        facts = [
+            ("model", f"{self.model} ({self.family}, from {self.source})"),
+            ("budget", f"{budget.kind.replace('_', '-')} {budget.asked:,}, {budget.layout} layout"),
+            ("widths", f"multiples of {budget.ffn_multiple} channels, {budget.kv_multiple} groups"),
+            (
+                "units",
+                f"{self.channels:,} FFN channels, {self.kv_groups:,} KV groups, "
+                f"{self.layers} layers",
+            ),
+            ("parameters", _change(self.params)),
+            ("prunable", _change(self.prunable)),
+            ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
+            ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
+            ("memory", f"about {peaks} (estimates)"),
+            ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
+        ]
+        lines = [f"{name:<12}{text}" for name, text in facts]
+        for runtime in self.runtimes:
+            answer = "yes" if runtime.loads else "no "
+            lines.append(f"{'loads in':<12}{answer} {runtime.name}: {runtime.why}")
+        return "\n".join(lines)
+
+
+def _change(size: Size) -> str:
+    return f"{size.before:,} -> {size.after}"
+
+
+def plan(
+    spec: str,
+    *,
+    keep: float | None = None,
+    params: float | None = None,
+    kv_cache: float | None = None,
+    ffn_multiple: int = 32,
+    kv_multiple: int = 1,
+    layout: Layout = "per-layer",
+    tokens_per_second: float | None = None,
+    dtype: PlannedDtype = "bf16",
+    memory: PlannedMemory = "fast",
+    **options: Any,
+) -> Plan:
+    """Plan `grasp prune` with the same options (see `Budget` for keep, params and kv_cache).
+
+    `spec` is what `grasp.model.load.resolve` takes, or a config.json; `options` are fields of
+    `PruneConfig`. Raises GraspError: a model that is not supported, an impossible budget or option.
+    """
+    if dtype not in DTYPE_BYTES:
+        raise GraspError(f"--dtype {dtype} cannot be planned: choose {' or '.join(DTYPE_BYTES)}")
+    if memory not in ("fast", *RECOMPUTE_EVERY):
+        raise GraspError(f"--memory {memory} cannot be planned: choose fast, balanced or low")
+    if tokens_per_second is not None and not tokens_per_second > 0:
+        raise GraspError(f"--tokens-per-second {tokens_per_second} is no speed: choose one above 0")
+    budget = Budget.of(
+        keep=keep,
+        params=params,
+        kv_cache=kv_cache,
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+    )
+    config = PruneConfig(spec, budget, **options)
+    header = read_header(spec)
+    space, width = header.space, DTYPE_BYTES[dtype]
+    cost, kv_values = obtained(space, budget)
+    after = params_left(space, budget, cost)
+    epochs = config.epochs if criteria.get(config.method).learns else 0
+    tokens = config.samples * config.seq_len * (epochs + config.scale_epochs)
+    at_once = config.seq_len * config.batch_size
+    return Plan(
+        model=spec,
+        family=header.family,
+        source=header.source,
+        budget=budget,
+        dtype=dtype,
+        layers=len(space.layers),
+        channels=sum(layer.ffn for layer in space.layers),
+        kv_groups=sum(layer.kv_groups for layer in space.layers),
+        params=Size(space.total_params, after),
+        prunable=Size(space.prunable_params, _times(space.hidden_size, cost)),
+        weight_bytes=Size(width * space.total_params, _times(width, after)),
+        kv_bytes_per_token=Size(
+            space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
+        ),
+        memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
+        refit_memory=(
+            refit_memory(header, config.samples, config.seq_len, width)
+            if config.compensate == "refit"
+            else None
+        ),
+        evaluation_memory=evaluation_memory(header, config.eval_seq_len),
+        learning_tokens=tokens,
+        learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
+        runtimes=tuple(_runtimes(header, budget)),
+    )
+
+
+def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
+    """What any mask under `budget` costs in all, and how many K values a token it leaves.
+
+    The most is the budget's limit. The least follows from the leftover being filled: what stays
+    unspent is less than one block, an FFN block as long as one is left to take.
+    """
+    limit = budget.limit(space)
+    # all of a kind may be kept, so bounds on the other follow from what the first can take
+    ffn = FFN_COST * sum(layer.ffn for layer in space.layers)
+    ffn_floor = FFN_COST * budget.ffn_multiple * len(space.layers)
+    kv = space.cost - ffn
+    kv_floor = budget.kv_multiple * sum(layer.kv_cost for layer in space.layers)
+    # cost of a KV group over its head_dim; one number except in foreign per-layer models
+    ratios = [2 * layer.group_size + 2 for layer in space.layers]
+
+    unspent = budget.step(space) - 1
+    if budget.kind != "kv_cache" and limit >= ffn + kv_floor:
+        together = len(space.layers) if budget.layout == "uniform" else 1
+        group = budget.kv_multiple * max(layer.kv_cost for layer in space.layers)
+        unspent = max(unspent, together * group - 1)
+    if limit == budget.cost(space):
+        unspent = 0
+    spent = Range(max(budget.floor(space), limit - unspent), limit)
+    if budget.kind == "kv_cache":
+        cost = Range(ffn + spent.least * min(ratios), ffn + spent.most * max(ratios))
+        return cost, spent
+    groups = Range(max(kv_floor, spent.least - ffn), min(kv, spent.most - ffn_floor))
+    return spent, Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
+
+
+def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
+    """All parameters of a result that costs `cost`, with the biases of the units that stay."""
+    most = space.total_params - space.fixed_params - space.prunable_params
+    least = sum(
+        layer.channel_bias * budget.ffn_multiple + layer.group_bias * budget.kv_multiple
+        for layer in space.layers
+    )
+    if cost.least == space.cost:  # nothing goes
+        least = most
+    fixed, d = space.fixed_params, space.hidden_size
+    return Range(fixed + d * cost.least + least, fixed + d * cost.most + most)
+
+
+def _times(factor: int, values: Range) -> Range:
+    return Range(factor * values.least, factor * values.most)
+
+
+def learning_memory(
+    header: Header, tokens: int, seq_len: int, width: int, mode: MemoryMode, scales: ScaleKind
+) -> Memory:
+    """Estimate for a batch of `tokens` in sequences of `seq_len`, in a dtype of `width` bytes."""
+    space, facts, saved, learned = header.space, header.facts, [], header.space.size
+    for layer in space.layers:
+        keys = layer.kv_groups * layer.head_dim
+        queries = layer.group_size * keys
+        ends = 2 * (queries + keys) + 4 * space.hidden_size if scales == "channel" else 0
+        learned += ends
+        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * facts.norms * space.hidden_size
+        if facts.softcap:  # keys and values repeated; scores after tanh and softmax
+            own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
+        else:  # values are a part of the fused output, which stays whole
+            own += width * (2 + facts.fused_qkv) * (queries + keys)
+        saved.append(own + width * ends + 4 * (queries + keys) * facts.qk_norm)
+    kept = list(saved)
+    if every := RECOMPUTE_EVERY.get(mode):
+        kept[::every] = [width * space.hidden_size] * len(kept[::every])
+    logits = tokens * header.vocab_size * (width + 8)  # of a head that caps them: whole
+    if not facts.softcap:  # in fp32, and beside it in a narrower dtype
+        held = min(tokens * header.vocab_size, max(LOGITS_AT_ONCE, header.vocab_size))
+        logits = held * (4 + width % 4)
+    in_loss = tokens * sum(kept), logits
+    widest = 6 * max(layer.ffn for layer in space.layers) + space.hidden_size
+    in_layer = (
+        tokens * max(sum(kept[:index]) + own for index, own in enumerate(saved)),
+        tokens * width * widest,
+    )
+    activations, workspace = max(in_loss, in_layer, key=sum)
+    return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
+
+
+def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
+    """Estimate for a GPU where nearly all of the widest FFN stays, in a dtype of `width` bytes.
+
+    Weights, hidden states of the text, a Gram matrix, its rows of kept channels; in fp64 what these
+    have among themselves, the factor of it twice, the right-hand side and its solutions.
+    """
+    space, widest = header.space, max(layer.ffn for layer in header.space.layers)
+    tokens = seq_len * min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
+    hidden = width * tokens * space.hidden_size
+    return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
+
+
+def evaluation_memory(header: Header, tokens: int) -> int:
+    """Estimate for a window of `tokens`: weights as stored, the fp32 logits, the head cast."""
+    weights = header.stored_bytes * header.space.total_params
+    cast = header.space.hidden_size if header.stored_bytes < 4 else 0
+    return weights + 4 * header.vocab_size * (tokens + cast)
+
+
+def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
+    """Which runtimes load the result. Sources: docs of each, and runs on transformers 5.14-5.23."""
+    family = FAMILIES.get(header.family)
+    no_rope = None
+    if header.rope not in STATIC_ROPE:
+        no_rope = f"its architectures for {header.family} have no rope of type {header.rope}"
+    if budget.layout == "uniform":
+        stock = "equal widths in all layers: a stock class, no code of grasp's"
+        if header.family == "llama":  # whose config wants heads that divide the hidden size
+            stock += " (Mistral's, the same decoder, for head counts that Llama's refuses)"
+        return [
+            Runtime("transformers", True, stock),
+            Runtime("vLLM", True, stock),
+            Runtime("llama.cpp", no_rope is None, no_rope or stock),
+            Runtime("SGLang, TensorRT-LLM, MLX", True, stock),
+        ]
+    ours = family is not None
+    no_class = f"no class with per-layer widths for {header.family}; use --layout uniform"
+    no_gguf = no_rope
+    if family is None:
+        no_gguf = no_class
+    elif family.deci_lacks:
+        no_gguf = f"deci, its per-layer architecture, has no {family.deci_lacks}"
+        no_gguf += "; use --layout uniform"
+    gguf = "grasp export --to gguf writes its per-layer architecture, deci"
+    return [
+        Runtime("transformers, after import grasp", ours, "grasp's class" if ours else no_class),
+        Runtime(
+            "transformers, trust_remote_code=True",
+            ours,
+            "modeling_grasp.py travels with the weights" if ours else no_class,
+        ),
+        Runtime(
+            "vLLM, Transformers backend",
+            ours,
+            f"sizes each layer by its own config; tensor parallelism by divisors of --kv-multiple "
+            f"({budget.kv_multiple})"
+            if ours
+            else no_class,
+        ),
+        Runtime("llama.cpp", no_gguf is None, no_gguf or gguf),
+        Runtime("transformers, stock class", False, "one width for all layers; --layout uniform"),
+        Runtime(
+            "SGLang, TensorRT-LLM, MLX",
+            False,
+            "their per-layer models cannot drop query heads; --layout uniform",
+        ),
+    ]

@@ -1,0 +1,196 @@
+"""report.html: one self-contained page beside a checkpoint, without scripts or network."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from grasp.report.summary import (
+    Summary,
+    how_made,
+    how_to_run,
+    layer_figure,
+    measured_on,
+    recorded,
+    size_rows,
+    weight_bytes,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b2733; --soft: #667085; --line: #e4e7ec; --page: #fff;
+  --accent: #2f6f9f; --other: #c3c9d2 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #344054; --page: #14181f; --accent: #6fb1e0;
+    --other: #475467 }
+}
+body { margin: 0 auto; max-width: 58rem; padding: 2.5rem 1.25rem 4rem; background: var(--page);
+  color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem }
+.soft { color: var(--soft); font-size: .9rem }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem;
+  margin: 1.6rem 0 }
+.tile, figure { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem }
+.tile b { display: block; font-size: 1.5rem }
+.bar { height: .4rem; border-radius: .2rem; background: var(--line); margin-top: .6rem }
+.bar i { display: block; height: 100%; border-radius: .2rem; background: var(--accent) }
+figure { margin: 0; background: #fff }
+figure svg { width: 100%; height: auto; display: block }
+figcaption { color: #667085; font-size: .9rem }
+table { border-collapse: collapse; width: 100%; font-size: .92rem }
+td, th { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  text-align: left; overflow-wrap: anywhere }
+th { color: var(--soft); font-weight: normal }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .6rem 1rem;
+  align-items: center; font-size: .92rem }
+.bars .bar { margin: .15rem 0; height: .55rem; background: none }
+.bars .bar + .bar i { background: var(--other) }
+pre { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto;
+  font-size: .88rem }
+"""
+
+
+def report_page(summary: Summary, records: Sequence[dict[str, Any]]) -> str:
+    """The page of a checkpoint: its grasp.json, and the records of its log.jsonl."""
+    budget, calibration = summary["budget"], summary["calibration"]
+    title = f"{Path(summary['model']).name}, pruned to {budget['obtained'] / budget['of']:.2%}"
+    recipe = dict(summary["recipe"])
+    recipe |= {f"budget, {key}": value for key, value in recipe.pop("budget").items()}
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+<h1>{escape(title)}</h1>
+<p class="soft">{escape(how_made(summary))}</p>
+<div class="tiles">{"".join(_tile(*row) for row in size_rows(summary))}</div>
+<p class="soft">{escape(measured_on(summary))}</p>
+<h2>Size and speed</h2>
+{_bars(summary)}
+{"".join(_recorded(*found) for found in recorded(summary))}
+<h2>What was kept</h2>
+<figure>{_svg(layer_figure(summary))}</figure>
+{_learning(records)}
+<h2>Use it</h2>
+{"".join(_code(where, code) for where, _, code in how_to_run(summary))}
+<h2>Recipe</h2>
+<p class="soft">Calibrated on {escape(calibration["name"])}: {calibration["tokens"]:,} tokens read,
+{recipe["samples"]} blocks of {recipe["seq_len"]} used.</p>
+<table>{"".join(_row(key, value) for key, value in sorted(recipe.items()))}</table>
+<h2>Made with</h2>
+<table>{"".join(_row(key, value) for key, value in summary["versions"].items())}</table>
+</html>
+"""
+
+
+def _tile(what: str, dense: str, pruned: str, ratio: str) -> str:
+    """A number beside the dense model's; a bar where it is a share of that."""
+    share = f'<div class="bar"><i style="width: {ratio}"></i></div>' if ratio.endswith("%") else ""
+    return (
+        f'<div class="tile"><span class="soft">{escape(what)}</span><b>{pruned}</b>'
+        f'<span class="soft">dense {dense} · {ratio}</span>{share}</div>'
+    )
+
+
+def _bars(summary: Summary) -> str:
+    """Pairs of bars, pruned above dense: bytes, and tokens per second where they were recorded."""
+    cache = summary["kv_cache_bytes_per_token"]
+    dense, pruned = weight_bytes(summary)
+    bars = [
+        _pair("weights", pruned, dense, "bytes"),
+        _pair("KV cache of a token", cache["after"], cache["before"], "bytes"),
+    ]
+    speed = summary["results"].get("speed")
+    if speed and len(speed["models"]) > 1:
+        for phase in ("prefill", "decode"):
+            for case in speed["cases"]:
+                shape = f"{phase}, {case['batch_size']} x {case['prompt_len']}"
+                ours, theirs = case[phase]["tokens_per_second"]
+                bars.append(_pair(shape, ours, theirs, "tokens/s"))
+    return f"""<div class="bars">{"".join(bars)}</div>
+<p class="soft">Blue: pruned; grey: dense.</p>"""
+
+
+def _pair(what: str, pruned: float, dense: float, unit: str) -> str:
+    widths = [100 * value / max(pruned, dense) for value in (pruned, dense)]
+    bars = "".join(f'<div class="bar"><i style="width: {w:.2f}%"></i></div>' for w in widths)
+    return (
+        f"<span>{escape(what)}</span><div>{bars}</div>"
+        f'<span>{pruned:,.0f} {unit}<br><span class="soft">dense {dense:,.0f} · '
+        f"{pruned / dense:.2f} x</span></span>"
+    )
+
+
+def _recorded(title: str, found: dict[str, Any]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in found["head"])
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in found["rows"]
+    )
+    return f"""<h2>{title}</h2>
+<table><tr>{head}</tr>{rows}</table>
+<p class="soft">{escape(found["measured_on"])}</p>
+"""
+
+
+def _code(where: str, code: str) -> str:
+    return f'<p class="soft">{escape(where)}:</p><pre>{escape(code)}</pre>'
+
+
+def _row(key: str, value: Any) -> str:
+    return f'<tr><td class="soft">{escape(key)}</td><td>{escape(str(value))}</td></tr>'
+
+
+def _learning(records: Sequence[dict[str, Any]]) -> str:
+    """Losses of learning and calibration, and the kept cost beside its limit."""
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        if record.get("stage") in (
+            "learn",
+            "calibrate",
+        ):  # after a stop some steps are logged twice: the last one counts
+            stages.setdefault(record["stage"], {})[record["step"]] = record
+    if not stages:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    for axes, (name, steps) in zip(
+        figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True
+    ):
+        x = sorted(steps)
+        loss = [steps[step]["loss"] for step in x]
+        window = max(1, len(x) // 20)
+        sums = [0.0, *accumulate(loss)]
+        ends = [(max(0, i - window), i) for i in range(1, len(sums))]
+        smooth = [(sums[b] - sums[a]) / (b - a) for a, b in ends]
+        axes.plot(x, loss, color="#c9d3de", linewidth=0.8)
+        axes.plot(x, smooth, color="#2f6f9f", linewidth=1.6, label="loss")
+        axes.set(title=name, xlabel="step")
+        axes.spines[["top", "right"]].set_visible(False)
+        if "cost" in steps[x[0]]:
+            kept = axes.twinx()
+            kept.plot(
+                x, [100 * steps[s]["limit"] / steps[s]["of"] for s in x], ":", color="#667085"
+            )
+            kept.plot(x, [100 * steps[s]["cost"] / steps[s]["of"] for s in x], color="#c7822b")
+            kept.set(ylim=(0, 105), ylabel="kept, %")
+            kept.spines["top"].set_visible(False)
+    return f"""<h2>Learning</h2>
+<figure>{_svg(figure)}<figcaption>Blue: loss, its mean over the last steps; grey: every step.
+Orange: kept cost, never above its dotted limit.</figcaption></figure>"""
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an SVG element whose text stays text; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "grasp", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.S)

@@ -1,0 +1,284 @@
+"""`grasp compare`: every method at every budget with every seed, on equal footing.
+
+A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed; a bare name makes up for
+nothing that is dropped, so `learned+refit` is what `grasp prune` does by default. All cells share
+the dense results and the calibration text, cells of a seed its blocks, and the budgets of a
+one-shot method its scores. Each cell ends as `grasp prune` does, in a checkpoint that is measured
+as it reads from disk; only the figures stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp import criteria
+from grasp.budget.budget import Budget, Layout
+from grasp.budget.projection import Projection
+from grasp.config import PruneConfig
+from grasp.errors import GraspError
+from grasp.evaluate.zero_shot import evaluate_tasks
+from grasp.gates.memory import memory_mode
+from grasp.machine import disk_errors, peak_memory, reset_peak_memory
+from grasp.model.load import cast, move
+from grasp.report.comparison import figure, page
+from grasp.run.folder import Run, Show
+from grasp.run.prune import (
+    Start,
+    begin,
+    check_budget,
+    configure,
+    finish,
+    load_dense,
+    measure_dense,
+    open_job,
+    pruned_summary,
+    shrink,
+    working_dtype,
+)
+from grasp.select import select
+from grasp.select.choice import Choice
+
+Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
+Cost = dict[str, Any]  # seconds, peak_memory in bytes
+
+KEEP = (0.8, 0.5, 0.4)
+SEEDS = (0, 1, 2)
+METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
+TASK_BATCH = 16  # requests at a time: they are short, and answers hardly depend on it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method, as it was asked for, with one budget and one seed."""
+
+    method: str
+    config: PruneConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, keep {self.config.budget.asked}, seed {self.config.seed}"
+
+    @property
+    def choice(self) -> str:
+        """What its scores depend on."""
+        method, seed = self.config.method, self.config.seed
+        if criteria.get(method).per_budget:
+            return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
+        return f"choice of {method}, seed {seed}"
+
+    @property
+    def rewrites(self) -> bool:
+        return criteria.get(self.config.method).updates_weights
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `summary` is the content of compare.json."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def compare(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: Sequence[float] = KEEP,
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int] = SEEDS,
+    ffn_multiple: int = 1,
+    kv_multiple: int = 1,
+    layout: Layout = "per-layer",
+    tasks: str | None = None,
+    tasks_data: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    show: Show = lambda record: None,
+    **options: Any,
+) -> Comparison:
+    """Perplexity, and accuracy on `tasks`, of each of `methods` at each budget with each seed.
+
+    A method is one of `--method`, with `+refit` or `+bias` where that is wanted. `options` are the
+    fields of `PruneConfig` that all share; `tasks`, `tasks_data` and `limit` are those of
+    `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
+    which is complete or absent. Interrupted, the same call goes on, with the same methods, budgets
+    and seeds or with others. Methods that fit weights as they choose run in fp32 whatever the
+    `dtype`. A GPU holds one model at a time, the host's memory another. Raises GraspError.
+    """
+    for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
+        if not values:
+            raise GraspError(f"{name}=[] leaves nothing to compare: give one at least")
+    base = configure(model, Budget("keep", keep[0], ffn_multiple, kv_multiple, layout), options)
+    cells = [
+        Cell(
+            method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
+        )
+        for seed in dict.fromkeys(seeds)  # one seed of everything first
+        for method in dict.fromkeys(methods)
+        for part in dict.fromkeys(keep)
+    ]
+    asked = {
+        "config": _shared(base),
+        "tasks": tasks and {"names": tasks, "data": tasks_data and str(tasks_data), "limit": limit},
+    }
+    with open_job(base, out, asked, show) as run:
+        dense, start = begin(base, run)
+        for cell in cells:
+            check_budget(cell.config, dense)
+        if start.ruler is None:
+            raise GraspError("the samples leave no text to evaluate on: give --eval-text")
+        perplexity = measure_dense(dense, start, run)
+        cast(dense, working_dtype(base))
+
+        def score(name: str) -> dict[str, Any] | None:
+            if not tasks:
+                return None
+            return evaluate_tasks(
+                name,
+                tasks,
+                data=None if tasks_data is None else Path(tasks_data),
+                limit=limit,
+                batch_size=TASK_BATCH,
+                device=base.device,
+                trust_remote_code=base.trust_remote_code,
+                progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
+            ).to_json()
+
+        grid = _Grid(run, dense, start, score)
+        summary = {
+            "model": base.model,
+            **asked,
+            "calibration": start.corpus.to_json(),
+            "parameters": {
+                "prunable": start.space.prunable_params,
+                "total": start.space.total_params,
+            },
+            "dense": {
+                "perplexity": perplexity,
+                "tasks": run.remember("dense tasks", partial(score, base.model)),
+            },
+            "cells": [grid.measure(cell) for cell in cells],
+            "seconds": run.seconds(),
+        }
+        _write(run.checkpoint, summary)
+        run.log(event="finished", folder=str(run.out))
+        run.publish()
+    return Comparison(Path(out), summary)
+
+
+def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
+    """`config` with what `name` is in --methods, as fisher or fisher+refit. Raises GraspError."""
+    more = next((option for option in ("refit", "bias") if name.endswith(f"+{option}")), "")
+    method = name.removesuffix(f"+{more}") if more else name
+    if method not in criteria.names():
+        raise GraspError(
+            f"--methods {name!r}: choose from {', '.join(criteria.names())}, each as it is, with "
+            "+refit or with +bias"
+        )
+    updates = criteria.get(method).updates_weights
+    if more and updates:
+        raise GraspError(f"--methods {name!r}: {method} has fitted weights already: name it alone")
+    choice: Any = {"method": method, "compensate": more or "none"}
+    if updates:
+        choice["dtype"] = "fp32"  # a narrower one would round what is fitted
+    return replace(config, seed=seed, **choice)
+
+
+class _Grid:
+    """Measures cells of one run, each once, and computes what they share once."""
+
+    def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score):
+        self._run, self._start, self._score = run, start, score
+        self._dense = move(dense, "cpu")  # the device is for the model that is worked on
+        self._chosen: dict[str, tuple[Choice, Cost]] = {}
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        return self._run.part(cell.name).remember("result", partial(self._measure, cell))
+
+    def _choose(
+        self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
+    ) -> tuple[Choice, Cost]:
+        """What the cell's method chooses, and what that costs."""
+        if cell.rewrites or cell.choice not in self._chosen:
+            part = self._run.part(cell.choice)
+            reset_peak_memory()
+            move(model, cell.config.device)
+            with memory_mode(model, cell.config):
+                choice = select(model, projection, blocks, cell.config, part.stage)
+            move(self._dense, "cpu")
+            self._chosen[cell.choice] = choice, part.remember("cost", partial(_cost, part))
+        return self._chosen[cell.choice]
+
+    def _own_model(self, config: PruneConfig) -> PreTrainedModel:
+        """A copy of the dense model in the cell's dtype: from disk where that has been rounded."""
+        dtype = working_dtype(config)
+        if self._dense.dtype == dtype:
+            return move(copy.deepcopy(self._dense), config.device)
+        return cast(load_dense(config)[0], dtype)
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        config, run, part = cell.config, self._run, self._run.part(cell.name)
+        run.log(event="cell", name=cell.name)  # its seconds count from here
+        blocks, projection = self._start.blocks(config), self._start.projection(config)
+        if cell.rewrites:
+            model = self._own_model(config)
+            choice, choosing = self._choose(cell, model, projection, blocks)
+        else:
+            choice, choosing = self._choose(cell, self._dense, projection, blocks)
+            model = self._own_model(config)
+        mask = projection.mask(choice.scores)
+        reset_peak_memory()
+        pruned = shrink(model, mask, choice.scales, blocks, config, self._start.stored_dtype, part)
+        making = part.remember("cost", partial(_cost, part))
+        folder = run.checkpoint / "cell"
+        summary = pruned_summary(config, self._start, mask, pruned)
+        found = finish(pruned, mask, summary, self._start, run, folder)
+        tasks = self._score(str(folder))
+        shutil.rmtree(run.checkpoint)
+        perplexity = found["results"]["pruned"]
+        run.log(event="note", text=f"{cell.name}: perplexity {perplexity['value']:.2f}")
+        return {
+            "method": cell.method,
+            "keep": config.budget.asked,
+            "seed": config.seed,
+            "kept": found["budget"]["obtained"] / found["budget"]["of"],
+            "parameters": found["params"]["total_after"],
+            "perplexity": perplexity,
+            "tasks": tasks,
+            "choosing": choosing,
+            "making": making,
+            "mask_sha256": found["mask_sha256"],
+        }
+
+
+def _cost(part: Run) -> Cost:
+    """Seconds and bytes of a part of the run that has just ended."""
+    part.log(event="done", peak_memory=peak_memory())
+    return {"seconds": part.seconds(), "peak_memory": peak_memory()}
+
+
+def _shared(config: PruneConfig) -> dict[str, Any]:
+    """What is the same for all cells."""
+    shared = config.to_json()
+    for own in ("method", "compensate", "seed"):
+        del shared[own]
+    del shared["budget"]["asked"]
+    return shared
+
+
+def _write(folder: Path, summary: dict[str, Any]) -> None:
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "compare.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(page(summary), encoding="utf-8")
+        figure(summary).savefig(folder / "compare.png", dpi=120)

@@ -1,0 +1,269 @@
+"""A run's folder: what was asked, a log, and a state to resume from. The result appears whole.
+
+Everything happens in `<out>.run`: `config.json`, `log.jsonl`, `state/` (safetensors) and `facts/`
+(JSON). The finished checkpoint is renamed to `<out>` at the very end, so `<out>` is complete or
+absent, and whatever stops a run, the same command picks it up again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import filecmp
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grasp.errors import GraspError
+from grasp.journal import Journal, read_log
+from grasp.machine import disk_errors, peak_memory
+
+SAVE_EVERY = 20.0  # seconds
+OWN_FILES = {
+    *("checkpoint", "config.json", "facts", "finished", "inputs.json", "lock", "log.jsonl", "state")
+}
+Show = Callable[[dict[str, Any]], None]
+
+
+class Run:
+    """One resumable run. Use `open_run`."""
+
+    def __init__(self, out: Path, folder: Path, show: Show, part: str | None = None):
+        self.out, self.folder, self._show, self._part = out, folder, show, part
+        self.checkpoint = folder / "checkpoint"
+
+    def part(self, name: str) -> Run:
+        """The same run for one of several results: its stages, facts and log have its name."""
+        return Run(self.out, self.folder, self._show, name)
+
+    def stage(self, name: str) -> StageJournal:
+        return StageJournal(self, name)
+
+    def path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / (f"{self._part}, {name}" if self._part else name)
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A JSON value that is computed once in the life of the run."""
+        path = self.path("facts", f"{name}.json")
+        if path.exists():
+            return json.loads(path.read_text())
+        value = compute()
+        _write(path, json.dumps(value).encode())
+        return json.loads(json.dumps(value))
+
+    def same_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse to go on from a state that other texts, weights or software have made."""
+        path = self.folder / "inputs.json"
+        if path.exists():
+            _same(self.folder, json.loads(path.read_text()), inputs)
+        else:
+            _write(path, json.dumps(inputs, indent=2).encode())
+
+    def log(self, **record: Any) -> None:
+        """One JSON line to disk, and to whoever shows progress."""
+        record |= {"part": self._part} if self._part else {}
+        with disk_errors(self.folder), open(self.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self._show(record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log so far, of a part without what belongs to others."""
+        return read_log(self.folder / "log.jsonl", self._part)
+
+    def seconds(self) -> float:
+        """How long the run has worked, or up to its last record a part of it; the time that it lay
+        stopped does not count."""
+        worked = [
+            b["time"] - a["time"]
+            for a, b in pairwise([*read_log(self.folder / "log.jsonl"), {"time": time.time()}])
+            if b.get("event") != "resumed" and self._part in (None, b.get("part"))
+        ]
+        return round(sum(worked), 1)
+
+    def finished(self, name: str) -> Path:
+        """Where one of several checkpoints waits for the others."""
+        return self.folder / "finished" / name
+
+    def finish(self, name: str) -> None:
+        """Set the checkpoint aside as one of several; it survives a stop."""
+        with disk_errors(self.folder):
+            self.finished(name).parent.mkdir(exist_ok=True)
+            _sync_all(self.checkpoint)
+            os.rename(self.checkpoint, self.finished(name))
+
+    def publish(self) -> None:
+        """Put the finished checkpoint, or all of several, in place and remove the run's folder."""
+        several = self.folder / "finished"
+        result = several if several.exists() else self.checkpoint
+        with disk_errors(self.out):
+            shutil.copyfile(self.folder / "log.jsonl", result / "log.jsonl")
+            _sync_all(result)
+            os.rename(result, self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps the open lock
+
+
+@contextmanager
+def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None) -> Iterator[Run]:
+    """Start or resume the run that will produce `out`. Raises GraspError if `out` exists, if its
+    run folder belongs to another configuration (with the differences), or is in use. A run that
+    fails before it has anything to resume from leaves no folder."""
+    taken = GraspError(f"{out} exists already: choose another --out or remove it first")
+    if os.path.lexists(out):
+        _remove_published(out)
+        raise taken
+    folder, asked = _folder(out), json.loads(json.dumps(config))
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    with disk_errors(folder):
+        if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
+            raise GraspError(f"{folder} holds files that are not grasp's: choose another --out")
+        for part in (folder / "state", folder / "facts"):
+            part.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GraspError(f"{folder} is in use by another grasp process: wait for it") from None
+        except OSError as error:
+            raise GraspError(
+                f"{folder} cannot be locked ({error.strerror}): choose an --out on a local disk"
+            ) from None
+        resumed = (folder / "config.json").exists()
+        if resumed:
+            _same(folder, json.loads((folder / "config.json").read_text()), asked)
+        try:
+            if os.path.lexists(out):  # by a process that has just finished
+                raise taken
+            if not resumed:
+                _write(folder / "config.json", json.dumps(asked, indent=2).encode())
+            run = Run(out, folder, show)
+            shutil.rmtree(run.checkpoint, ignore_errors=True)
+            _drop_cut_line(folder / "log.jsonl")
+            run.log(event="resumed" if resumed else "started")
+            yield run
+        except BaseException:
+            if not any([*folder.glob("state/*.safetensors"), *folder.glob("facts/*.json")]):
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # a parent that somebody else uses by now
+                    for parent in missing:
+                        parent.rmdir()
+            raise
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(out.name + ".run")
+
+
+def _remove_published(out: Path) -> None:
+    """The run folder that a kill right after the result's renaming leaves behind."""
+    with suppress(OSError, ValueError):
+        if filecmp.cmp(out / "log.jsonl", _folder(out) / "log.jsonl", shallow=False):
+            shutil.rmtree(_folder(out))
+
+
+def _drop_cut_line(log: Path) -> None:
+    """A crash or a full disk may have cut the last line short: the next one begins anew."""
+    if log.exists():
+        os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
+
+
+class StageJournal(Journal):
+    """Logs a training stage and keeps its state: every SAVE_EVERY seconds and at its end."""
+
+    def __init__(self, run: Run, name: str):
+        self._run, self._name = run, name
+        self._path = run.path("state", f"{name}.safetensors")
+        self._began = self._saved = self._seen = time.monotonic()
+        self._first: int | None = None
+
+    def load(self) -> dict[str, Tensor] | None:
+        if not self._path.exists():
+            return None
+        try:
+            return load_file(self._path)
+        except SafetensorError as error:
+            raise GraspError(
+                f"{self._path} is damaged ({error}): remove it to redo the stage"
+            ) from None
+
+    def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
+        if not final and time.monotonic() - self._saved < SAVE_EVERY:
+            return
+        tensors = {name: t.contiguous().cpu() for name, t in state().items()}
+        with disk_errors(self._path):
+            beside = self._path.with_suffix(".new")
+            save_file(tensors, beside)
+            _sync(beside)
+            os.replace(beside, self._path)
+        self._saved = time.monotonic()
+
+    def note(self, text: str) -> None:
+        self._run.log(event="note", stage=self._name, text=text)
+
+    def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step - 1
+        pace = (now - self._began) / (step - self._first)  # seconds a step
+        self._run.log(
+            stage=self._name,
+            step=step,
+            steps=total,
+            loss=round(loss, 5),
+            tokens_per_second=round(tokens / max(now - self._seen, 1e-9), 1),
+            peak_memory=peak_memory(),
+            eta=round(pace * (total - step), 1),
+            **info,
+        )
+        self._seen = now
+
+
+def _write(path: Path, content: bytes) -> None:
+    with disk_errors(path):
+        beside = path.with_name(path.name + ".new")
+        beside.write_bytes(content)
+        _sync(beside)
+        os.replace(beside, path)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in folder.rglob("*.*"):
+        if path.is_file():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before, now = _flat(before), _flat(now)
+    changed = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise GraspError(
+            f"{folder} holds an unfinished run of another configuration ({'; '.join(changed)}): "
+            "restore that to resume it, remove the folder, or choose another --out"
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"budget": {"asked": 0.5}} becomes {"budget.asked": 0.5}, so that a difference is short."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

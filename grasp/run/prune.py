@@ -1,0 +1,486 @@
+"""The main job from end to end: text and model in, a smaller dense checkpoint out."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from grasp import __version__, criteria
+from grasp.budget.budget import Budget, Layout
+from grasp.budget.projection import Mask, Projection
+from grasp.checkpoint.save import check_layout, environment, save_checkpoint
+from grasp.compress.biases import mean_biases, with_biases
+from grasp.compress.calibrate import learn_scales
+from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
+from grasp.compress.refit import refit
+from grasp.config import PruneConfig, SparsifyConfig
+from grasp.data.text import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
+from grasp.errors import GraspError
+from grasp.evaluate.perplexity import perplexity
+from grasp.gates.memory import memory_mode
+from grasp.gates.training import TrainSettings
+from grasp.machine import memory_errors
+from grasp.model.load import TORCH_NAMES, best_dtype, cast, load_model, longest, move, pick_device
+from grasp.model.units import UnitSpace
+from grasp.report.results import add_reports, add_results
+from grasp.report.summary import read_summary
+from grasp.run.folder import Run, Show, open_run
+from grasp.select import select
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` made. `summary` is the content of the checkpoint's grasp.json."""
+
+    folder: Path
+    mask: Mask
+    summary: dict[str, Any]
+
+
+def prune(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: float | None = None,
+    params: float | None = None,
+    kv_cache: float | None = None,
+    ffn_multiple: int = 32,
+    kv_multiple: int = 1,
+    layout: Layout = "per-layer",
+    as_published: bool = False,
+    show: Show = lambda record: None,
+    **options: Any,
+) -> PruneResult:
+    """Select, refit, calibrate, fold, save, evaluate. The folder `out` is complete or absent.
+
+    `keep` (default 0.5), `params` or `kv_cache` is the budget (see `Budget`); `options` are the
+    other fields of `PruneConfig`; `as_published` sets those that the paper sets. Interrupted at any
+    moment, the same call resumes and ends in the same mask. `show` receives each log record.
+    Raises GraspError.
+    """
+    budget = Budget.of(
+        keep=keep,
+        params=params,
+        kv_cache=kv_cache,
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+    )
+    config = configure(model, budget, options)
+    if as_published:
+        config = config.as_published()
+    with open_job(config, out, config.to_json(), show) as run:
+        return _prune(config, {"": config.budget}, run)[0]
+
+
+def prune_each(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: Sequence[float],
+    ffn_multiple: int = 32,
+    kv_multiple: int = 1,
+    layout: Layout = "per-layer",
+    as_published: bool = False,
+    show: Show = lambda record: None,
+    **options: Any,
+) -> list[PruneResult]:
+    """`prune` for several budgets from one choice: out/keep-0.8 and so on, in the order given.
+
+    Units are scored once, learned gates under the smallest budget, and the scores are projected
+    to each, as are scales that learned along with gates; refit, the scales after the mask and
+    evaluation are each budget's own. A GPU holds one model at a time, the host's memory another.
+    All else as `prune`.
+    """
+    asked = list(dict.fromkeys(keep))
+    if not asked:
+        raise GraspError("keep=[] names no budget: give one ratio at least")
+    budget = Budget.of(
+        keep=min(asked), ffn_multiple=ffn_multiple, kv_multiple=kv_multiple, layout=layout
+    )
+    config = configure(model, budget, options)
+    if as_published:
+        config = config.as_published()
+    if criteria.get(config.method).updates_weights:
+        raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
+    with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
+        return _prune(
+            config, {f"keep-{part}": replace(config.budget, asked=part) for part in asked}, run
+        )
+
+
+def configure(
+    model: str | os.PathLike[str], budget: Budget, options: dict[str, Any]
+) -> PruneConfig:
+    """The config with device and dtype named, and paths as text. Raises GraspError."""
+    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    config = PruneConfig(os.fspath(model), budget, **plain)
+    device = pick_device(config.device)
+    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
+    return replace(config, device=device, dtype=dtype)
+
+
+@contextmanager
+def open_job(
+    config: PruneConfig, out: str | os.PathLike[str], asked: dict[str, Any], show: Show
+) -> Iterator[Run]:
+    """`open_run`, where memory that runs out is one line with what to do about it."""
+    fix = (
+        f"lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), or use "
+        f"--dtype bf16; with other options, start anew: remove {out}.run"
+    )
+    with memory_errors(config.device, fix), open_run(Path(out), asked, show) as run:
+        yield run
+
+
+def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[PruneResult]:
+    """Choose once, by `config`, and make a checkpoint for each of `budgets`.
+
+    They are in folders of these names; the one named "" is the result itself.
+    """
+    model, start = begin(config, run)
+    for budget in budgets.values():
+        check_budget(replace(config, budget=budget), model)
+    if start.ruler is None:
+        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
+    dense = measure_dense(model, start, run)
+    cast(model, working_dtype(config))
+    blocks = start.blocks(config)
+    with memory_mode(model, config) as mode:
+        if config.memory == "auto" and mode != "fast":
+            run.log(event="note", text=f"--memory {mode}, for what is free on {config.device}")
+        choice = select(model, start.projection(config), blocks, config, run.stage)
+    if "" not in budgets:
+        move(model, "cpu")  # the device is for the copy that is worked on
+    results = []
+    for name, budget in budgets.items():
+        own = replace(config, budget=budget)
+        mask = start.projection(own).mask(choice.scores)
+        folder = run.finished(name) if name else run.checkpoint
+        if not folder.exists():
+            part = run.part(name) if name else run
+            pruned = move(copy.deepcopy(model), config.device) if name else model
+            pruned = shrink(pruned, mask, choice.scales, blocks, own, start.stored_dtype, part)
+            summary = pruned_summary(own, start, mask, pruned)
+            summary["budget"]["chosen_for"] = config.budget.asked
+            summary = finish(pruned, mask, summary, start, part, run.checkpoint)
+            summary["results"] |= {"dense": dense, "seconds": run.seconds()}
+            add_results(run.checkpoint, summary)
+            add_reports(run.checkpoint, summary, part.records())
+            part.log(event="finished", folder=str(run.out / name), **summary["results"])
+            if name:
+                run.finish(name)
+        results.append(PruneResult(run.out / name, mask, read_summary(folder)))
+    run.publish()
+    return results
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all results of a run share."""
+
+    space: UnitSpace
+    tokenizer: Any
+    stored_dtype: torch.dtype
+    corpus: Corpus
+    ruler: Ruler | None
+
+    def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
+        """The calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
+        return token_blocks(
+            self.corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed
+        )
+
+    def projection(self, config: PruneConfig) -> Projection:
+        return Projection(self.space, config.budget, seed=config.seed, device=config.device)
+
+
+def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
+    """The model as it is stored, the texts; what can be refused before the long work is refused."""
+    model, tokenizer = load_dense(config)
+    check_budget(config, model)
+    return model, read_texts(config, model, tokenizer, run)
+
+
+def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
+    """Refuse a budget that the model cannot meet, and a result that no class could carry."""
+    space = UnitSpace.of(model)
+    config.budget.limit(space)
+    saved_as = with_biases(model.config) if config.compensate == "bias" else model.config
+    check_layout(saved_as, space, config.budget)
+    working = working_dtype(config)
+    updates = criteria.get(config.method).updates_weights
+    if updates and torch.promote_types(working, model.dtype) != working:
+        raise GraspError(
+            f"--method {config.method} rewrites weights, which {config.dtype} would round: use "
+            "--dtype fp32"
+        )
+
+
+def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, Any]:
+    """The model as it is stored, and its tokenizer. Raises GraspError where it cannot be pruned."""
+    model, tokenizer = load_model(
+        config.model,
+        dtype=None,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    UnitSpace.of(model)
+    _check_weights(config, model)
+    return model, tokenizer
+
+
+def read_texts(
+    config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
+) -> Start:
+    """Read or sample the calibration text, and read what to evaluate on."""
+    eval_text = _eval_text(config, tokenizer)
+    corpus = _calibration_text(config, model, tokenizer, run)
+    ruler = _ruler(config, eval_text, corpus, longest(model))
+    start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, ruler)
+    start.blocks(config)
+    return start
+
+
+def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
+    """Bind the run to its inputs and measure the model."""
+    run.same_inputs(_inputs(model, start.corpus, start.ruler))
+    return run.remember("dense", partial(_measure, start.ruler, model, "dense", run))
+
+
+def working_dtype(config: PruneConfig) -> torch.dtype:
+    """What gates and scales learn in."""
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[config.dtype])
+    return dtype
+
+
+def shrink(
+    model: PreTrainedModel,
+    mask: Mask,
+    learned_along: Tensor | None,
+    blocks: Tensor,
+    config: PruneConfig,
+    stored_dtype: torch.dtype,
+    run: Run,
+) -> PreTrainedModel:
+    """Scale, compensate, cut, calibrate: the pruned model in `stored_dtype`.
+
+    `learned_along` are the scales of a `Choice`. `model` itself is used up.
+    """
+    edits: list[Edit] = []
+
+    def edit(found: Edit) -> None:
+        found.apply(model)
+        edits.append(found)
+
+    if learned_along is not None:
+        edit(Scale(config.scales, learned_along))
+    compensation: list[Edit] = []
+    if config.compensate == "bias":
+        compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
+    elif config.compensate == "refit":
+        columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
+        compensation = [Refit(columns)]
+    for found in (Cut(mask), *compensation):
+        edit(found)
+    last: list[Edit] = []
+    if config.scale_epochs:
+        settings = TrainSettings.of(config, config.scale_epochs)
+        with memory_mode(model, config):
+            scales = learn_scales(model, config.scales, blocks, settings, run.stage("calibrate"))
+        last = [Scale(config.scales, scales)]
+    if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
+        # the working dtype has rounded the weights: all edits once more, on those that are stored
+        _release(model)
+        model = load_dense(config)[0]
+        last = [*edits, *last]
+    for found in last:
+        found.apply(model)
+    return cast(model, stored_dtype)
+
+
+def finish(
+    model: PreTrainedModel,
+    mask: Mask,
+    summary: dict[str, Any],
+    start: Start,
+    run: Run,
+    folder: Path,
+) -> dict[str, Any]:
+    """Save the pruned model in the new `folder` and measure what reads from there.
+
+    Returns the summary with those results. `model` itself is used up.
+    """
+    device = str(model.device)
+    kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
+    folder.mkdir(parents=True)
+    saved = save_checkpoint(model, start.tokenizer, folder, kept=kept, grasp_json=summary)
+    if saved.note:
+        run.log(event="note", text=saved.note)
+    _release(model)
+    pruned = None
+    if start.ruler:
+        reread, _ = load_model(folder, dtype=None, device=device)
+        pruned = _measure(start.ruler, reread, "pruned", run)
+    return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
+
+
+def _release(model: PreTrainedModel) -> None:
+    """Free a model's memory, whoever holds it still: the next one needs it."""
+    move(model, "meta")
+
+
+def pruned_summary(
+    config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel
+) -> dict[str, Any]:
+    """All of the pruned `model`'s grasp.json but the kept indices and the results."""
+    budget = config.budget
+    obtained = {
+        "kind": budget.kind,
+        "asked": budget.asked,
+        "limit": budget.limit(mask.space),
+        "obtained": budget.cost(mask.pruned_space()),
+        "of": budget.cost(mask.space),
+    }
+    summary = summary_of(config, start, mask)
+    summary["params"]["total_after"] = UnitSpace.of(model).total_params  # with biases, if any
+    return {**summary, "budget": obtained}
+
+
+def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -> dict[str, Any]:
+    """What grasp.json says of any checkpoint: how it was made, and its sizes."""
+    before, after = mask.space, mask.pruned_space()
+    return {
+        "format": 1,
+        "grasp_version": __version__,
+        "model": config.model,
+        "recipe": config.to_json(),
+        "seed": config.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "calibration": start.corpus.to_json(),
+        "params": {
+            "prunable_before": before.prunable_params,
+            "prunable_after": after.prunable_params,
+            "total_before": before.total_params,
+            "total_after": after.total_params,
+        },
+        "kv_cache_bytes_per_token": {
+            "before": before.kv_cache_bytes_per_token(),
+            "after": after.kv_cache_bytes_per_token(),
+        },
+        "widths": {
+            "before": [[layer.ffn, layer.kv_groups] for layer in before.layers],
+            "after": [[layer.ffn, layer.kv_groups] for layer in after.layers],
+        },
+        "mask_sha256": mask.digest(),
+        "results": {},
+    }
+
+
+def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
+    """What a config cannot check: the weights, and what any of them asks of a model."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise GraspError(
+                f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
+            )
+    if config.seq_len > longest(model):
+        raise GraspError(
+            f"--seq-len {config.seq_len} is more than this model takes: at most {longest(model)}"
+        )
+    family = model.config.model_type.removeprefix("grasp_")
+    if family not in CONFIG_MAPPING:
+        raise GraspError(f"{family} is not in this transformers: its result could not be saved")
+
+
+def _eval_text(config: PruneConfig | SparsifyConfig, tokenizer: Any) -> Corpus | None:
+    if config.eval_text is None:
+        return None
+    return read_corpus(config.eval_text, tokenizer, text_field=config.text_field, split="test")
+
+
+def _calibration_text(
+    config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
+) -> Corpus:
+    if config.calibration != "self":
+        return read_corpus(config.calibration, tokenizer, text_field=config.text_field)
+    done = run.stage("self").load()
+    if done is None:
+        corpus = sample_corpus(
+            model,
+            tokenizer,
+            samples=config.samples,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            progress=lambda n, total: run.log(stage="self", step=n, steps=total),
+        )
+        run.stage("self").save(lambda: {"ids": corpus.ids}, final=True)
+        return corpus
+    return Corpus.of_ids("self", done["ids"])
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """What both models are measured on."""
+
+    text: Corpus
+    seq_len: int
+    windows: int | None
+
+
+def _ruler(
+    config: PruneConfig | SparsifyConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
+) -> Ruler | None:
+    """--eval-text, or what is held out of the calibration text; None where nothing is."""
+    if eval_text:
+        return Ruler(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
+    rest = held_out_text(corpus, seq_len=config.seq_len, samples=config.samples)
+    return None if rest is None else Ruler(rest, config.seq_len, config.eval_windows)
+
+
+def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict[str, Any]:
+    """What decides the result besides the options: texts, weights, software, threads."""
+    software = environment(model.device)
+    if model.device.type != "cpu":
+        del software["threads"]  # they decide nothing there
+    weights = sha256()
+    for parameter in model.parameters():
+        weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
+    return {
+        "calibration text": corpus.sha256,
+        "evaluation text": ruler and ruler.text.sha256,
+        "weights": weights.hexdigest(),
+        "grasp": __version__,
+        **software,
+    }
+
+
+def _measure(
+    ruler: Ruler | None, model: PreTrainedModel, which: str, run: Run
+) -> dict[str, Any] | None:
+    if ruler is None:
+        return None
+    return perplexity(
+        model,
+        ruler.text,
+        seq_len=ruler.seq_len,
+        windows=ruler.windows,
+        progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
+    ).to_json()

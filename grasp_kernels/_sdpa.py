@@ -31,10 +31,10 @@ def forward(
     """Gated output, plain output [B, H, S, D] and the log-sum-exp of the scores [B, H, S]."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    q = q if q.stride(-1) == 1 else q.contiguous()  # ATen's own ops read rows as dense
     if q.numel() == 0:
         raw, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=_wide(q).dtype)
     elif q.is_cuda:
-        q = q if q.stride(-1) == 1 else q.contiguous()
         raw, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     else:
         raw, lse = aten._scaled_dot_product_flash_attention_for_cpu(

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from oracle import DTYPES, INTERPRETED, MASKS, assert_accurate, gradients, mask
+from planted import ERRORS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_kernels import attention, gated_attention, reference
@@ -20,6 +21,8 @@ def check(heads, kv_heads, length, size, dtype, device, kind="random", causal=Tr
         k = k.where(key_mask[:, None, :, None], 1e4 * k)
     z = mask(kind, kv_heads, device)
 
+    error = options.pop("error", None)
+
     def ours(q, k, v, z):
         return gated_attention(q, k, v, z, causal, **{"backend": "triton", **options})
 
@@ -28,7 +31,15 @@ def check(heads, kv_heads, length, size, dtype, device, kind="random", causal=Tr
 
     # flash attention's backward adds up dq with atomics on a GPU
     atomic = ("dq",) if options.get("backend") == "sdpa" and device == "cuda" else ()
-    assert_accurate(ours, plain, [q, k, v, z], NAMES, z, atomic)
+    kernel = error(plain) if error else ours
+    assert_accurate(kernel, plain, [q, k, v, z], NAMES, z, atomic)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_planted_error_is_found(dtype, error, device):
+    with pytest.raises(AssertionError, match="what rounding allows"):
+        check(6, 3, 70, 64, dtype, device, error=error)
 
 
 @pytest.mark.parametrize("kind", MASKS)

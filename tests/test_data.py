@@ -317,7 +317,7 @@ COMPLETE = gzip.compress(b"text " * 100)
         ("cut.gz", COMPLETE[:-9], r"cannot read .*cut.gz \(Truncated compressed stream\)"),
         ("sum.gz", COMPLETE[:-8] + b"12345678", r"cannot read .*sum.gz \(zlib inflate failed"),
         ("bad.zst", b"\x28\xb5\x2f\xfdtext", r"cannot read .*bad.zst \("),
-        ("a.parquet.gz", COMPLETE, r"a.parquet.gz is of a kind that is not read: unpack it"),
+        ("a.parquet.gz", COMPLETE, r"a.parquet.gz is of a kind that is not read: exp"),
         ("a.pdf", "%PDF", r"a.pdf is of a kind that is not read"),
         ("a.txt", b"\0" * 10, r"a.txt is not text \(it holds zero bytes\)"),
     ],
@@ -454,6 +454,10 @@ def test_eval_prints_the_notes(chatty, talk, call):
     assert "1 of 41 records have no text" in lines[1] and f"chat template of {chatty}" in lines[2]
     code, out, _ = call("eval", chatty, *options, "--json")
     assert json.loads(out)["notes"] == lines[1:]
+
+
+def test_eval_looks_for_the_text_before_the_model(refused):
+    assert refused("eval", "no/model", "--text=a.csv").startswith("a.csv does not exist")
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,7 @@ def test_the_result_states_every_setting():
         "data": "notes",
         "split": "test",
         "sha256": "ab" * 32,
+        "notes": [],
     }
 
 

@@ -20,7 +20,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from families import save_tiny
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import grasp
@@ -466,6 +468,54 @@ def test_every_source_of_text(tiny, text, tmp_path):
     assert torch.equal(masks["words.txt"], masks["words.jsonl"])
     assert torch.equal(masks["words.txt"], masks["words.parquet"])
     assert not torch.equal(masks["words.txt"], masks["self"])
+
+
+@pytest.mark.parametrize("verb", ["prune", "several", "sparsify"])
+def test_what_verify_would_fail_is_not_published(tiny, text, tmp_path, verb, monkeypatch):
+    def go():
+        options = dict(calibration=text, samples=8, seq_len=32, eval_windows=4, device="cpu")
+        if verb == "sparsify":
+            return grasp.sparsify(tiny, out, method="magnitude", **options).folder
+        options |= AT_ONCE
+        if verb == "prune":
+            return grasp.prune(tiny, out, **options).folder
+        return grasp.prune_each(tiny, out, keep=(0.7, 0.5), **options)[1].folder
+
+    def save_damaged(model, tokenizer, folder, **options):
+        saved = save(model, tokenizer, folder, **options)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].roll(1)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return saved
+
+    out, save = tmp_path / "out", pipeline.save_checkpoint
+    monkeypatch.setattr(pipeline, "save_checkpoint", save_damaged)
+    for _ in range(2):
+        with pytest.raises(GraspError, match="is not published, as it would fail") as refused:
+            go()
+        assert "(files: not as written: model.safetensors; logits: differ by" in str(refused.value)
+        assert not out.exists() and (run_folder(out) / "facts" / "dense.json").exists()
+    monkeypatch.setattr(pipeline, "save_checkpoint", save)
+    made = go()
+    assert grasp.load(made, device="cpu")[0] is not None and not run_folder(out).exists()
+
+
+def test_a_result_that_overflows_is_not_published(text, tmp_path, monkeypatch):
+    """Its perplexity is measured in fp32, where it does not."""
+
+    def shrink_to_large_weights(*args):
+        model = shrink(*args)
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(300)
+            layer.mlp.gate_proj.weight.mul_(300)
+        return model
+
+    model, shrink = save_tiny(tmp_path / "model", dtype=torch.float16), pipeline.shrink
+    monkeypatch.setattr(pipeline, "shrink", shrink_to_large_weights)
+    said = "logits: not finite in torch.float16: store the model in bf16 or fp32 first"
+    with pytest.raises(GraspError, match=said):
+        grasp.prune(model, tmp_path / "out", calibration=text, **AT_ONCE)
+    assert sorted(os.listdir(tmp_path)) == ["model", "out.run"]
 
 
 def test_the_summary_is_grasp_json_and_the_results_are_measured(learned):

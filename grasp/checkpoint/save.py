@@ -17,7 +17,6 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -29,14 +28,11 @@ from transformers import (
 )
 
 from grasp.budget.budget import Budget
+from grasp.checkpoint.probe import Probe
 from grasp.errors import GraspError
 from grasp.model.load import processor, quiet
 from grasp.model.modeling_grasp import FAMILIES
 from grasp.model.units import LayerUnits, UnitSpace
-
-# In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
-PROBE = Path("verify", "probe.safetensors")
-PROBE_TOKENS = 32
 
 # Config keys that a class or save_pretrained sets anew.
 _WRITTEN_ANEW = (
@@ -87,9 +83,8 @@ def save_checkpoint(
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
         write_pretrained(target, tokenizer, folder, max_shard_size)
-        probe = _probe(model, seed=int(grasp_json.get("seed", 0)))
-        (folder / PROBE).parent.mkdir()
-        save_file(probe, folder / PROBE, metadata=environment(model.device))
+        seed = int(grasp_json.get("seed", 0))
+        Probe.of(model, tokenizer, environment(model.device), seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -216,16 +211,6 @@ def write_pretrained(
     finally:
         model.generation_config = as_read
     as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """Token ids [1, 32] (int64) and the logits [1, 32, vocabulary] in the model's dtype, on CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, PROBE_TOKENS)
-    input_ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    logits = model(input_ids.to(model.device), use_cache=False).logits
-    return {"input_ids": input_ids, "logits": logits.cpu().contiguous()}
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -22,6 +22,7 @@ from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.save import check_layout, environment, save_checkpoint
+from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases, with_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
@@ -324,9 +325,10 @@ def finish(
     run: Run,
     folder: Path,
 ) -> dict[str, Any]:
-    """Save the pruned model in the new `folder` and measure what reads from there.
+    """Save the pruned model in the new `folder`, and check and measure what reads from there.
 
-    Returns the summary with those results. `model` itself is used up.
+    Returns the summary with those results. `model` itself is used up. Raises GraspError where
+    `grasp verify` would fail.
     """
     device = str(model.device)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
@@ -335,10 +337,9 @@ def finish(
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
-    pruned = None
-    if start.ruler:
-        reread, _ = load_model(folder, dtype=None, device=device)
-        pruned = _measure(start.ruler, reread, "pruned", run)
+    reread, tokenizer = load_model(folder, dtype=None, device=device)
+    check_saved(folder, reread, tokenizer)
+    pruned = _measure(start.ruler, reread, "pruned", run)
     return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
 
 

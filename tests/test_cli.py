@@ -264,7 +264,7 @@ def test_an_error_of_ours_is_not_hidden(call, tiny, text, tmp_path, monkeypatch)
     def broken(*_args, **_kwargs):
         raise RuntimeError("a shape does not fit")
 
-    monkeypatch.setattr(pipeline, "fold_mask", broken)
+    monkeypatch.setattr(pipeline, "refit", broken)
     options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *AT_ONCE]
     monkeypatch.setattr(sys, "argv", ["grasp", "prune", str(tiny), *options])
     with pytest.raises(RuntimeError, match="a shape does not fit"):
@@ -406,6 +406,21 @@ def test_show(call, pruned):
     assert "pruned[1]" in said.replace("\n", "")
     assert said.splitlines()[-1].endswith("fp32, checkpoint re-read from disk.")
     assert json.loads(call("show", pruned, "--json")[1]) == summary
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_all_characters(pruned, tmp_path, encoding):
+    folder = tmp_path / "größer"
+    folder.symlink_to(pruned)
+    done = subprocess.run(
+        [sys.executable, "-m", "grasp", "show", folder],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    said = done.stdout.decode(encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "????" in said and "checkpoint re-read from disk" in said
+    assert ("größer" if encoding == "latin-1" else "gr??er") in said
 
 
 def test_eval(call, pruned, text):

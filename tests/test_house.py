@@ -1,6 +1,8 @@
 """The rooms of the house: what may import what."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +38,33 @@ def test_no_room_imports_a_later_one(source):
     if own in ("__init__", "__main__"):  # the door: names of every room
         return
     below = ROOMS[: ROOMS.index(own) + 1]
-    upward = sorted(n for n in imported(source) if (r := room(n)) and r not in below)
+    doors = {"__version__"}
+    upward = sorted(n for n in imported(source) if (r := room(n)) and r not in {*below, *doors})
     assert not upward, f"grasp.{own} imports from a later room"
 
 
 def test_kernels_stand_alone():
     for source in (ROOT / "grasp_kernels").rglob("*.py"):
         assert not any(n == "grasp" or n.startswith("grasp.") for n in imported(source)), source
+
+
+LOADS = """
+import {first}
+import {then}
+from transformers import AutoConfig, AutoModelForCausalLM
+assert AutoConfig.for_model("grasp_llama").model_type == "grasp_llama"
+assert any(c.__name__ == "GraspLlamaConfig" for c in AutoModelForCausalLM._model_mapping)
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import grasp, sys; assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}",
+        LOADS.format(first="grasp", then="transformers"),
+        LOADS.format(first="transformers.models.auto.modeling_auto", then="grasp"),
+    ],
+    ids=["without torch", "grasp first", "transformers first"],
+)
+def test_importing_grasp_is_cheap_and_registers_the_classes(code):
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

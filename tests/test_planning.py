@@ -390,7 +390,7 @@ def test_a_plan_needs_neither_torch_nor_two_seconds(tmp_path, source):
     spec = DEMO if source == "gguf" else write_config(tmp_path, QWEN3_8B)
     program = (
         "import sys, time\n"
-        "sys.argv[0] = 'grasp'\n"
+        ""
         "from grasp.planning.plan import plan\n"
         f"plan({spec!r}, keep=0.5)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from grasp import criteria
+from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.save import check_layout, environment, save_checkpoint
@@ -366,7 +365,7 @@ def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -
     before, after = mask.space, mask.pruned_space()
     return {
         "format": 1,
-        "grasp_version": version("grasp"),
+        "grasp_version": __version__,
         "model": config.model,
         "recipe": config.to_json(),
         "seed": config.seed,
@@ -468,7 +467,7 @@ def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict
         "calibration text": corpus.sha256,
         "evaluation text": ruler and ruler.text.sha256,
         "weights": weights.hexdigest(),
-        "grasp": version("grasp"),
+        "grasp": __version__,
         **software,
     }
 

@@ -1,10 +1,14 @@
 """The one exception that reaches a user as a single line, and what goes into that line."""
 
+from textwrap import shorten
+
+REASON = 1000  # characters: some list every model that they know
+
 
 class GraspError(Exception):
     """A user's mistake or a machine's limit: names the value, what was expected, and the fix."""
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception of another library says, or else its name."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """All that an exception of another library says, on one line, or else its name."""
+    return shorten(str(error), REASON, placeholder=" ...") or type(error).__name__

@@ -27,7 +27,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grasp.budget.budget import Budget
 from grasp.errors import GraspError
 from grasp.model.load import processor, quiet
 from grasp.model.modeling_grasp import FAMILIES
@@ -117,24 +116,6 @@ def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel,
     return target, note
 
 
-def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> None:
-    """Raises GraspError if some widths that `budget` allows have no class to be saved as."""
-    if budget.layout == "per-layer":
-        _own_classes(_family(config))
-        return
-    for groups in range(budget.kv_multiple, space.layers[0].kv_groups + 1, budget.kv_multiple):
-        _config(config, space.resized([(layer.ffn, groups) for layer in space.layers]))
-    least = space.resized([(budget.ffn_multiple, budget.kv_multiple)] * len(space.layers))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(config, least)[0])
-    made = UnitSpace.of(model).layers
-    if any(
-        (_widths(a), a.head_dim) != (_widths(b), b.head_dim)
-        for a, b in zip(made, least.layers, strict=True)
-    ):
-        raise GraspError(f"{type(model).__name__} does not take the widths that its config names")
-
-
 def _family(config: PreTrainedConfig) -> str:
     return config.model_type.removeprefix("grasp_")  # a pruned model may be pruned again
 
@@ -158,7 +139,7 @@ def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfi
                 f"({reason}): use --layout per-layer, or a --kv-multiple that avoids them"
             ) from None
 
-    classes = _own_classes(family)
+    classes = FAMILIES[family]
     config_class: Any = classes[0]
     auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     auto_map = {a: f"modeling_grasp.{c.__name__}" for a, c in zip(auto_names, classes, strict=True)}
@@ -171,15 +152,6 @@ def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfi
         ),
         None,
     )
-
-
-def _own_classes(family: str) -> tuple[Any, Any, Any]:
-    if family not in FAMILIES:
-        raise GraspError(
-            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
-            "use --layout uniform"
-        )
-    return FAMILIES[family]
 
 
 def _widths(layer: LayerUnits) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from textwrap import shorten
 
 REASON = 1000  # characters: some list every model that they know
+DISTRIBUTION = "graspprune"  # what pip calls this; `grasp` is somebody else's
 
 
 class GraspError(Exception):
@@ -12,3 +13,8 @@ class GraspError(Exception):
 def reason(error: BaseException) -> str:
     """All that an exception of another library says, on one line, or else its name."""
     return shorten(str(error), REASON, placeholder=" ...") or type(error).__name__
+
+
+def install(extra: str) -> str:
+    """The command that installs what one of our extras needs."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -1,6 +1,7 @@
 """The rooms of the house: what may import what."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,3 +69,11 @@ assert any(c.__name__ == "GraspLlamaConfig" for c in AutoModelForCausalLM._model
 )
 def test_importing_grasp_is_cheap_and_registers_the_classes(code):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_hint_sends_anybody_to_another_package():
+    """On the package index, the name `grasp` belongs to somebody else."""
+    stranger = re.compile(r"pip install (-\S+ )*['\"]?grasp(?!prune|_kernels)")
+    texts = [path for kind in ("*.py", "*.md", "*.toml", "*.yml") for path in ROOT.rglob(kind)]
+    own = [p for p in texts if not {".venv", "build"} & {*p.relative_to(ROOT).parts}]
+    assert [p for p in own if p != Path(__file__) and stranger.search(p.read_text())] == []

@@ -15,37 +15,21 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
-    MistralConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from grasp.errors import GraspError
 from grasp.model.load import processor, quiet
-from grasp.model.modeling_grasp import FAMILIES
-from grasp.model.units import LayerUnits, UnitSpace
+from grasp.model.units import UnitSpace
 
 # In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
 PROBE = Path("verify", "probe.safetensors")
 PROBE_TOKENS = 32
-
-# Config keys that a class or save_pretrained sets anew.
-_WRITTEN_ANEW = (
-    "architectures",
-    "auto_map",
-    "dtype",
-    "model_type",
-    "per_layer_config",
-    "serialize_explicit_per_layer_config",
-    "transformers_version",
-)
 
 
 @dataclass(frozen=True)
@@ -101,7 +85,7 @@ def save_checkpoint(
 
 def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
     """The model as the class that will load it, sharing the weights; and why, if not its own."""
-    config, note = _config(model.config, space)
+    config, note = config_of(model.config.to_dict(), space)
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
     target.load_state_dict(model.state_dict(), assign=True)
@@ -114,67 +98,6 @@ def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel,
         if not target.generation_config.do_sample and any(v is not None for v in values):
             target.generation_config.do_sample = True
     return target, note
-
-
-def _family(config: PreTrainedConfig) -> str:
-    return config.model_type.removeprefix("grasp_")  # a pruned model may be pruned again
-
-
-def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfig, str | None]:
-    """A config of the class that can express the widths of `space`, and why, if not its own."""
-    family = _family(config)
-    values = {k: v for k, v in config.to_dict().items() if k not in _WRITTEN_ANEW}
-    values["head_dim"] = space.layers[0].head_dim
-    widths = [_widths(layer) for layer in space.layers]
-    if all(layer == widths[0] for layer in widths):
-        values |= widths[0]
-        if family == "llama" and values["hidden_size"] % values["num_attention_heads"]:
-            return _mistral_config(values)
-        try:
-            return CONFIG_MAPPING[family](**values), None
-        except StrictDataclassError as error:  # a rule on head counts
-            reason = str(error.__cause__ or error)
-            raise GraspError(
-                f"{family} takes no layers of {values['num_attention_heads']} query heads "
-                f"({reason}): use --layout per-layer, or a --kv-multiple that avoids them"
-            ) from None
-
-    classes = FAMILIES[family]
-    config_class: Any = classes[0]
-    auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    auto_map = {a: f"modeling_grasp.{c.__name__}" for a, c in zip(auto_names, classes, strict=True)}
-    return (
-        config_class(
-            **values,
-            per_layer_config=dict(enumerate(widths)),
-            serialize_explicit_per_layer_config=True,  # all three widths of every layer
-            auto_map=auto_map,
-        ),
-        None,
-    )
-
-
-def _widths(layer: LayerUnits) -> dict[str, int]:
-    return {
-        "intermediate_size": layer.ffn,
-        "num_attention_heads": layer.kv_groups * layer.group_size,
-        "num_key_value_heads": layer.kv_groups,
-    }
-
-
-def _mistral_config(values: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
-    """Llama's config class wants heads that divide the hidden size; Mistral's is the same decoder
-    without that rule, and without biases."""
-    heads = values["num_attention_heads"]
-    rule = f"{heads} query heads do not divide the hidden size {values['hidden_size']}"
-    if values.pop("attention_bias") or values.pop("mlp_bias"):
-        raise GraspError(
-            f"{rule}, which LlamaConfig demands, and no other stock class has its biases: "
-            "use --layout per-layer"
-        )
-    values.pop("pretraining_tp", None)
-    config = MistralConfig(**values, sliding_window=None)
-    return config, f"{rule}, which LlamaConfig demands: saved as the equivalent Mistral class"
 
 
 def write_pretrained(

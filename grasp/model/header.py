@@ -39,7 +39,6 @@ class Family:
     geglu: bool = False
     softcap: bool = False  # on attention scores
     tied: bool = False  # embeddings, where the config does not say
-    heads_divide: bool = False  # its config wants query heads that divide the hidden size
     gguf: str = "llama"  # llama.cpp's architecture for equal widths
 
     @property
@@ -57,14 +56,14 @@ _BIAS = ("attention_bias", "attention_bias")
 _GEMMA = Family(*_BIAS, head_dim=256, geglu=True, tied=True, gguf="gemma")
 # the only list of families beside modeling_grasp.STOCK, whose file travels without this one
 FAMILIES = {
-    "llama": Family(*_BIAS, "mlp_bias", heads_divide=True),
+    "llama": Family(*_BIAS, "mlp_bias"),
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True, gguf="qwen2"),
     "qwen3": Family(*_BIAS, qk_norm=True, head_dim=128, gguf="qwen3"),
     "phi3": Family(fused_qkv=True),
     "gemma": _GEMMA,
-    "gemma2": replace(_GEMMA, norms=4, softcap=True, heads_divide=True, gguf="gemma2"),
-    "gemma3_text": replace(_GEMMA, norms=4, qk_norm=True, heads_divide=True, gguf="gemma3"),
+    "gemma2": replace(_GEMMA, norms=4, softcap=True, gguf="gemma2"),
+    "gemma3_text": replace(_GEMMA, norms=4, qk_norm=True, gguf="gemma3"),
 }
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
 

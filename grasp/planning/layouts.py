@@ -6,12 +6,13 @@ layout is open where there is a class that computes the model with every width a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 from grasp.budget.budget import Budget, Layout
-from grasp.errors import GraspError, reason
-from grasp.model.header import FAMILIES, Header, from_config
+from grasp.errors import GraspError
+from grasp.model.header import FAMILIES, SWITCHES, Header, from_config
 
 
 def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> None:
@@ -38,54 +39,31 @@ def lacks(header: Header, budget: Budget, *, biased: bool = False) -> str | None
     if budget.layout == "per-layer":
         if header.family in FAMILIES:
             return None
-        return f"{header.family} has no class with per-layer widths ({', '.join(FAMILIES)} have)"
-    layers = header.space.layers
-    if len({*layers}) > 1:
+        return f"{header.family} has no class with per-layer widths ({', '.join(FAMILIES)} do)"
+    if len({*header.space.layers}) > 1:
         return "its layers differ in width"
-    group_size = layers[0].group_size
-    counts = range(budget.kv_multiple, layers[0].kv_groups + 1, budget.kv_multiple)
-    heads = [group_size * groups for groups in counts]
-    if header.family in FAMILIES:
-        return _heads_lack(header, heads, biased)
-    return None if header.config is None else _class_lacks(header, budget, heads)
-
-
-def _heads_lack(header: Header, heads: list[int], biased: bool) -> str | None:
-    """What the config class of a family in the table has against some counts of query heads."""
-    layer, hidden = header.space.layers[0], header.space.hidden_size
-    biased = biased or layer.channel_bias > 0 or layer.group_bias > 0
-    awkward = [n for n in heads if hidden % n]
-    # Mistral's is the same decoder as Llama's, without the rule and without biases
-    if not awkward or not header.facts.heads_divide or (header.family == "llama" and not biased):
+    if header.config is None:  # GGUF: known when it is loaded
         return None
-    others = " (a --kv-multiple may avoid such counts)"
-    if header.family == "llama":
-        others = " and Mistral's, which has no such rule, has no biases"
-    return (
-        f"{header.family}'s class wants query heads that divide the hidden size {hidden}, which "
-        f"{awkward[-1]} does not{others}"
-    )
+    return _class_lacks(header.config, header, budget, biased)
 
 
-def _class_lacks(header: Header, budget: Budget, heads: list[int]) -> str | None:
-    """What the class of a family that is not in the table has against the budget's widths."""
-    from transformers import AutoConfig
+def _class_lacks(
+    config: Mapping[str, Any], header: Header, budget: Budget, biased: bool
+) -> str | None:
+    """What the stock class has against a width that the budget allows."""
+    from grasp.model.classes import config_of  # and with it transformers: seconds
 
-    assert header.config is not None
-    layers = header.space.layers
-    config: dict[str, Any] = {**header.config, "head_dim": layers[0].head_dim}
-    least = replace(layers[0], ffn=budget.ffn_multiple, kv_groups=budget.kv_multiple)
+    if biased:
+        config = {**config, **dict.fromkeys(SWITCHES, True)}
+    layer, depth = header.space.layers[0], len(header.space.layers)
+    choices = range(budget.kv_multiple, layer.kv_groups + 1, budget.kv_multiple)
     try:
-        for count in heads:
-            AutoConfig.for_model(**config | _widths(count, layers[0].group_size))
-        few = _widths(heads[0], layers[0].group_size) | {"intermediate_size": least.ffn}
-        made = from_config(config | few).space.layers
-    except Exception as error:  # whatever rule a foreign class has
-        return f"{header.family} does not accept all widths ({reason(error)})"
-    if made != (least,) * len(layers):
-        return f"{header.family}'s class does not take the widths that its config names"
+        made = [config_of(config, header.space.resized([(layer.ffn, n)] * depth)) for n in choices]
+    except GraspError as error:
+        return str(error)
+    if header.family not in FAMILIES:
+        least, _ = made[0]
+        found = from_config(least.to_dict()).space
+        if found != header.space.resized([(layer.ffn, choices[0])] * depth):
+            return f"{header.family}'s class does not take the widths that its config names"
     return None
-
-
-def _widths(heads: int, group_size: int) -> dict[str, int]:
-    return {"num_attention_heads": heads, "num_key_value_heads": heads // group_size}

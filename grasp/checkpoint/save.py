@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from grasp.errors import GraspError
+from grasp.model.classes import config_of
 from grasp.model.load import processor, quiet
 from grasp.model.units import UnitSpace
 

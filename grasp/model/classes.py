@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MistralConfig, PreTrainedConfig
 
 from grasp.errors import GraspError, reason
+from grasp.model.header import from_config
 from grasp.model.modeling_grasp import FAMILIES
 from grasp.model.units import LayerUnits, UnitSpace
 
@@ -34,8 +34,8 @@ def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedCo
     have against these widths.
     """
     family = config["model_type"].removeprefix("grasp_")  # a pruned model may be pruned again
-    values = {k: v for k, v in config.items() if k not in _WRITTEN_ANEW}
-    values["head_dim"] = space.layers[0].head_dim
+    own = {k: v for k, v in config.items() if k not in _WRITTEN_ANEW}
+    values = own | {"head_dim": space.layers[0].head_dim}
     widths = [_widths(layer) for layer in space.layers]
     if all(layer == widths[0] for layer in widths):
         values |= widths[0]
@@ -43,14 +43,16 @@ def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedCo
             return _mistral_config(values)
         try:
             return CONFIG_MAPPING[family](**values), None
-        except StrictDataclassError as error:  # a rule on head counts
+        except Exception as error:  # a rule on head counts, of whatever kind
             raise GraspError(
-                f"{family} takes no layers of {values['num_attention_heads']} query heads "
+                f"its class refuses layers of {values['num_attention_heads']} query heads "
                 f"({reason(error.__cause__ or error)})"
             ) from None
 
     if family not in FAMILIES:
-        raise GraspError(f"{family} has no class with per-layer widths ({', '.join(FAMILIES)} do)")
+        if from_config(config).space.layers == space.layers:  # nothing was cut
+            return CONFIG_MAPPING[family](**own), None
+        raise GraspError(f"{family} has no class with per-layer widths")
     classes = FAMILIES[family]
     config_class: Any = classes[0]
     auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")

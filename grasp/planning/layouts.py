@@ -7,6 +7,7 @@ layout is open where there is a class that computes the model with every width a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -18,20 +19,31 @@ from grasp.model.header import FAMILIES, SWITCHES, Header, from_config
 def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> None:
     """Raises GraspError if some widths that `budget` allows have no class to be saved as.
 
-    `biased`: the result has biases in all projections. The error names a layout that would do, or
-    says that none does. Families that are not in the table are built on torch's meta device.
+    `biased`: the result has biases in all projections. The error names what would do, if anything.
+    A stock class is asked itself, which takes transformers and torch: for the uniform layout only.
     """
     why = lacks(header, budget, biased=biased)
     if why is None:
         return
+    fixes = _fixes(header, budget, biased)
+    fix = f"use {' or '.join(fixes)}" if fixes else "grasp cannot prune this model"
+    raise GraspError(f"--layout {budget.layout} is not open to {header.family}: {why}: {fix}")
+
+
+def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
+    """Options that would do, first of all the other layout."""
     (other,) = {*get_args(Layout)} - {budget.layout}
-    others = lacks(header, replace(budget, layout=other), biased=biased)
-    if others is None:
-        raise GraspError(f"--layout {budget.layout}: {why}: use --layout {other}")
-    raise GraspError(
-        f"{header.family} cannot be pruned in either layout: {budget.layout}: {why}; {other}: "
-        f"{others}"
-    )
+    groups = header.space.layers[0].kv_groups
+    multiples = [m for m in range(budget.kv_multiple + 1, groups + 1) if groups % m == 0]
+    others = {f"--layout {other}": replace(budget, layout=other)}
+    others |= {f"--kv-multiple {m}": replace(budget, kv_multiple=m) for m in multiples}
+    fixes: list[str] = []
+    for option, changed in others.items():
+        with suppress(GraspError):  # a budget that these multiples cannot meet
+            changed.limit(header.space)
+            if len(fixes) < 2 and lacks(header, changed, biased=biased) is None:
+                fixes.append(option)
+    return fixes
 
 
 def lacks(header: Header, budget: Budget, *, biased: bool = False) -> str | None:
@@ -39,7 +51,7 @@ def lacks(header: Header, budget: Budget, *, biased: bool = False) -> str | None
     if budget.layout == "per-layer":
         if header.family in FAMILIES:
             return None
-        return f"{header.family} has no class with per-layer widths ({', '.join(FAMILIES)} do)"
+        return f"no class has its layers in widths of their own ({', '.join(FAMILIES)} have one)"
     if len({*header.space.layers}) > 1:
         return "its layers differ in width"
     if header.config is None:  # GGUF: known when it is loaded
@@ -65,5 +77,5 @@ def _class_lacks(
         least, _ = made[0]
         found = from_config(least.to_dict()).space
         if found != header.space.resized([(layer.ffn, choices[0])] * depth):
-            return f"{header.family}'s class does not take the widths that its config names"
+            return "its class does not take the widths that its config names"
     return None

@@ -5,7 +5,7 @@ Free of torch, so that the answer comes at once. Counts and limits are exact; me
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from grasp import criteria
@@ -23,7 +23,6 @@ from grasp.errors import GraspError
 from grasp.model.header import STATIC_ROPE, Header
 from grasp.model.units import FFN_COST, UnitSpace
 from grasp.planning.check import check
-from grasp.planning.layouts import lacks
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 LOGITS_AT_ONCE = 2**25  # as grasp_kernels.linear_cross_entropy makes them
@@ -196,7 +195,7 @@ def plan(
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
-        runtimes=tuple(_runtimes(header, config)),
+        runtimes=tuple(_runtimes(header, budget)),
     )
 
 
@@ -299,9 +298,9 @@ def evaluation_memory(header: Header, tokens: int) -> int:
     return weights + 4 * header.vocab_size * (tokens + cast)
 
 
-def _runtimes(header: Header, config: PruneConfig) -> list[Runtime]:
+def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
     """Which runtimes load the result. Sources: docs of each, and runs on transformers 5.14-5.23."""
-    budget, no_gguf = config.budget, None
+    no_gguf = None
     if header.rope not in STATIC_ROPE:
         no_gguf = f"its architectures for {header.family} have no rope of type {header.rope}"
     if budget.layout == "uniform":
@@ -314,12 +313,9 @@ def _runtimes(header: Header, config: PruneConfig) -> list[Runtime]:
             Runtime("llama.cpp", no_gguf is None, no_gguf or stock),
             Runtime("SGLang, TensorRT-LLM, MLX", True, stock),
         ]
-    uniform = replace(budget, layout="uniform")
-    can = lacks(header, uniform, biased=config.compensate == "bias") is None
-    fix = "; use --layout uniform" if can else ""
     if header.facts.deci_lacks:
         no_gguf = f"deci, its per-layer architecture, has no {header.facts.deci_lacks}"
-        no_gguf += fix
+        no_gguf += ": needs --layout uniform"
     gguf = "grasp export --to gguf writes its per-layer architecture, deci"
     return [
         Runtime("transformers, after import grasp", True, "grasp's class"),
@@ -335,10 +331,12 @@ def _runtimes(header: Header, config: PruneConfig) -> list[Runtime]:
             f"({budget.kv_multiple})",
         ),
         Runtime("llama.cpp", no_gguf is None, no_gguf or gguf),
-        Runtime("transformers, stock class", False, f"one width for all layers{fix}"),
+        Runtime(
+            "transformers, stock class", False, "one width for all layers: needs --layout uniform"
+        ),
         Runtime(
             "SGLang, TensorRT-LLM, MLX",
             False,
-            f"their per-layer models cannot drop query heads{fix}",
+            "their per-layer models cannot drop query heads: needs --layout uniform",
         ),
     ]

@@ -145,10 +145,10 @@ Samples = Annotated[int, typer.Option(help="Blocks of calibration text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per block.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the blocks while gates learn.")]
 BatchSize = Annotated[int, typer.Option(help="Blocks per forward pass.")]
-TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
+TextField = Annotated[str, typer.Option(help="Field or column that holds texts or conversations.")]
 Calibration = Annotated[
     str,
-    typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
+    typer.Option(help="Text, JSON-lines, CSV or Parquet file, hub data set, self, or builtin."),
 ]
 Rate = Annotated[float, typer.Option(help="Learning rate of gates and scales.")]
 Scales = Annotated[
@@ -416,7 +416,7 @@ def plan_command(
 def eval_command(
     model: Model,
     text: Annotated[
-        str | None, typer.Option(help="Text, JSON-lines or Parquet file, or hub data set.")
+        str | None, typer.Option(help="Text, JSON-lines, CSV or Parquet file, or hub data set.")
     ] = None,
     tasks: Tasks = None,
     against: Annotated[
@@ -472,6 +472,8 @@ def eval_command(
         return
     for name, result in zip(models, texts, strict=False):
         _line(f"{name}: {result}" if against else str(result))
+        for note in result.notes:
+            _line(note)
     if scores:
         table = Table(*map(escape, scores.head()))
         for row in scores.rows():

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from grasp.data.text import Progress, json_records
+from grasp.data.reading import json_records
 from grasp.errors import GraspError, install, reason
+from grasp.journal import Progress
 from grasp.model.load import load_model, pick_device
 from grasp.model.source import resolve
 from grasp.report.results import add_measured, check_record

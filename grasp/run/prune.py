@@ -27,7 +27,9 @@ from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, SparsifyConfig
-from grasp.data.text import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
+from grasp.data.blocks import held_out_text, token_blocks
+from grasp.data.corpus import Corpus, read_corpus
+from grasp.data.sampling import sample_corpus
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.memory import memory_mode
@@ -253,6 +255,8 @@ def read_texts(
     """Read or sample the calibration text, and read what to evaluate on."""
     eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
+    for note in dict.fromkeys((*corpus.notes, *(eval_text.notes if eval_text else ()))):
+        run.log(event="note", text=note)
     ruler = _ruler(config, eval_text, corpus, longest(model))
     start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, ruler)
     start.blocks(config)

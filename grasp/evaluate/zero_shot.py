@@ -23,7 +23,8 @@ import torch
 from grasp.data.reading import json_records
 from grasp.errors import DISTRIBUTION, GraspError, install, reason
 from grasp.journal import Progress
-from grasp.model.load import load_model, pick_device, resolve
+from grasp.model.load import load_model, pick_device
+from grasp.model.source import resolve
 from grasp.report.results import add_measured, check_record
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"

@@ -25,6 +25,7 @@ from grasp.run.prune import (
     read_texts,
     summary_of,
 )
+from grasp.run.ready import check_run
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import method_of
 
@@ -51,8 +52,8 @@ def sparsify(
     any moment, the same call goes on behind the last finished block and ends in the same weights.
     `show` receives each log record. Raises GraspError.
     """
-    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    config = SparsifyConfig(os.fspath(model), **plain)
+    config = SparsifyConfig.of(model, **options)
+    check_run(config, out)
     config = replace(config, device=pick_device(config.device))
     fix = (
         f"lower --samples (now {config.samples}) or --seq-len (now {config.seq_len}), and start "

@@ -242,7 +242,7 @@ _PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
     """Whether a model's logits are its decoder's output times the head's weight: tried, once.
 
-    To the last bit, so of one pass: two may differ by a bit on a GPU, and a soft cap by little more.
+    To the last bit, since a soft cap changes little, and so in one pass: two may differ on a GPU.
     """
     if model not in _PLAIN:
         passed: list[Any] = []

@@ -118,9 +118,9 @@ def _attention(size: int, dtype: torch.dtype, small: bool) -> Iterator[Sweep]:
         return (reference.gated_attention(q, k, v, z, True, scale),)
 
     def exact_backward(grad, q, k, v, z, raw, lse) -> Tensors:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, z)]
-        out = reference.gated_attention(*leaves, causal=True, scale=scale)
-        return torch.autograd.grad(out, leaves, grad)
+        q, k, v, z = (x.detach().requires_grad_() for x in (q, k, v, z))
+        out = reference.gated_attention(q, k, v, z, True, scale)
+        return torch.autograd.grad(out, (q, k, v, z), grad)
 
     def delta(grad, q, k, v, z, raw, lse) -> Tensors:
         return kernels("attention").delta(grad, raw, z)

@@ -173,18 +173,23 @@ def test_killed_at_random_moments(tiny, text, tmp_path):
         assert len(steps) <= steps[-1] + resumed
 
 
-def test_stopped_by_ctrl_c(tiny, text, tmp_path, learned):
+@pytest.mark.parametrize(
+    ("number", "code", "stopped"),
+    [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_stopped_by_a_signal(tiny, text, tmp_path, learned, number, code, stopped):
     out, stderr = tmp_path / "out", tmp_path / "stderr"
     arguments = command(tiny, out, calibration=text, **SMALL)
     attempt = start(arguments, stderr, pause=0.02)
     while not any(r.get("stage") == "learn" for r in records(run_folder(out))):
         assert attempt.is_alive()
         time.sleep(0.01)
-    os.kill(attempt.pid, signal.SIGINT)
+    os.kill(attempt.pid, number)
     attempt.join()
-    assert attempt.exitcode == 130
+    assert attempt.exitcode == code
     said = stderr.read_text().strip().splitlines()
-    assert said[-1] == "stopped: the same command goes on from where it was"
+    assert said[-1] == f"{stopped}: the same command goes on from where it was"
     assert "Traceback" not in stderr.read_text()
     assert not out.exists() and run_folder(out).is_dir()
 

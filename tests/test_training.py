@@ -21,13 +21,13 @@ from grasp.gates.gating import gated
 from grasp.gates.training import (
     GRAPH_TOKENS,
     CapturedStep,
-    Journal,
     Step,
     TrainSettings,
     _epoch_order,
     next_token_loss,
     train_gates,
 )
+from grasp.journal import Journal
 from grasp.model.units import LayerUnits, UnitSpace, decoder_layers
 from grasp.select.fisher import fisher_scores
 from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores

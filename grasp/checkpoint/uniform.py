@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.checkpoint.save import as_saved, write_pretrained
 from grasp.errors import GraspError
+from grasp.machine import check_room
 from grasp.model.units import Rows, UnitSpace, decoder_layers
-from grasp.run.folder import check_room
 
 
 def write_uniform(

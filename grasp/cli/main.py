@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from grasp import criteria
 from grasp.budget.budget import Layout
 from grasp.config import (
     Compensation,
     Dtype,
     GateSite,
     MemoryMode,
-    Method,
     PlannedDtype,
     PlannedMemory,
     PruneConfig,
@@ -39,12 +41,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Structured pruning of large language models under an exact budget.",
 )
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 out_console, err_console = Console(), Console(stderr=True)
+
+
+class Terminated(BaseException):
+    """SIGTERM, by which schedulers stop a job: nothing on the way takes it for a failure."""
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 1, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # in ASCII, say; stderr replaces by itself
+    signal.signal(signal.SIGTERM, _terminate)
     code = None
     try:
         code = app(standalone_mode=False)  # that of typer.Exit, or None
@@ -52,15 +61,23 @@ def main() -> None:
         _fail(f"error: {error}", 1)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except Terminated:
+        code = TERMINATED
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
         message = error.format_message()  # none where the help was printed instead
         _fail(f"error: {message}" if message else "", 2)
-    if code == INTERRUPTED:  # newer releases of typer return it
+    if code in (INTERRUPTED, TERMINATED):  # newer releases of typer return the first
+        stopped = "stopped" if code == INTERRUPTED else "stopped by SIGTERM"
         resumable = sys.argv[1:2] in (["prune"], ["compare"], ["sparsify"])
-        _fail("stopped" + ": the same command goes on from where it was" * resumable, code)
+        _fail(stopped + ": the same command goes on from where it was" * resumable, code)
     sys.exit(code)
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
+    raise Terminated
 
 
 def _fail(message: str, code: int) -> None:
@@ -114,7 +131,14 @@ KvCache = Annotated[float | None, typer.Option(help="Part of the KV cache to kee
 FfnMultiple = Annotated[int, typer.Option(help="FFN widths are multiples of this.")]
 KvMultiple = Annotated[int, typer.Option(help="KV head counts are multiples of this.")]
 LayoutOption = Annotated[Layout, typer.Option(help="Widths of each layer, or the same in all.")]
-MethodOption = Annotated[Method, typer.Option(help="How units are chosen.")]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"How units are scored: {', '.join(criteria.names())}.",
+        autocompletion=criteria.names,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Samples = Annotated[int, typer.Option(help="Blocks of calibration text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per block.")]
@@ -416,7 +440,7 @@ def eval_command(
         raise typer.BadParameter("--record is for --tasks, which is not given")
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
-    from grasp.run.folder import memory_errors
+    from grasp.machine import memory_errors
 
     models = [model] if against is None else [model, against]
     fix = f"lower --batch-size (now {batch_size}) or --seq-len"

@@ -19,6 +19,7 @@ from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
 from grasp.gates.gating import unpadded
+from grasp.journal import Journal
 from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
@@ -54,23 +55,6 @@ class Multipliers(Protocol):
     def set(self, values: Tensor, open_counts: list[int] | None = None) -> None: ...
 
     def count(self, values: Tensor) -> list[int]: ...
-
-
-class Journal:
-    """Where a stage reports and keeps its resumable state. This one keeps nothing."""
-
-    def load(self) -> dict[str, Tensor] | None:
-        """The last saved state of this stage, if any."""
-        return None
-
-    def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
-        """Called after every read of the loss; keeps the state when it is time to, or `final`."""
-
-    def note(self, text: str) -> None:
-        """Something that a reader of the log should know."""
-
-    def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
-        """`step` of `total` done, with the mean loss and the tokens seen since the last call."""
 
 
 def train_gates(
@@ -242,7 +226,7 @@ _PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
     """Whether a model's logits are its decoder's output times the head's weight: tried, once.
 
-    To the last bit, since a soft cap changes little, and so in one pass: two may differ on a GPU.
+    To the last bit, and of one pass: two may differ by a bit on a GPU, a soft cap by little more.
     """
     if model not in _PLAIN:
         passed: list[Any] = []

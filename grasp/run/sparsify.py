@@ -15,10 +15,11 @@ from grasp.budget.projection import Mask
 from grasp.checkpoint.verify import check_sparsity
 from grasp.config import SparsifyConfig
 from grasp.errors import GraspError
+from grasp.machine import memory_errors
 from grasp.model.load import pick_device
 from grasp.report.results import add_results
 from grasp.report.summary import read_summary
-from grasp.run.folder import Run, Show, memory_errors, open_run
+from grasp.run.folder import Run, Show, open_run
 from grasp.run.prune import (
     finish,
     load_dense,

@@ -1,7 +1,8 @@
-"""Gated attention as a composition: PyTorch's flash attention forward on all heads, its backward on
-the heads of kept groups only, and the gate gradient from the row sums of grad * output.
+"""Gated attention as a composition: PyTorch's flash attention or cuDNN's forward on all heads, its
+backward on the heads of kept groups only, and the gate gradient from the row sums of grad * output.
 """
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -30,14 +31,24 @@ def forward(
     causal: bool,
     scale: float,
     key_mask: Tensor | None,
+    *,
+    cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated output, plain output [B, H, S, D] and the log-sum-exp of the scores [B, H, S]."""
     if q.numel() == 0:
         wide = torch.promote_types(q.dtype, torch.float32)
         raw, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wide)
     elif q.is_cuda:
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
-        raw, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        tensors = _aligned(q), _aligned(k), _aligned(v)
+        if cudnn:
+            raw, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+                *tensors, None, True, 0.0, causal, scale=scale
+            )
+            lse = lse.squeeze(3)
+        else:
+            raw, lse, *_ = aten._scaled_dot_product_flash_attention(
+                *tensors, 0.0, causal, scale=scale
+            )
     else:
         k, v = _per_query(q, k), _per_query(q, v)
         mask = _additive(key_mask, q)
@@ -62,6 +73,8 @@ def backward(
     scale: float,
     key_mask: Tensor | None,
     max_kept: int | None,
+    *,
+    cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dz; zeros for groups with z = 0."""
     kept = max_kept
@@ -71,14 +84,46 @@ def backward(
         check_bound(z, kept)
     serving = _serving(grad)
     *packed, dz = serving.pack_heads(grad, q, k, v, z, raw, lse, kept)
-    gradients = _flash_backward(*packed, causal=causal, scale=scale, key_mask=key_mask)
+    gradients: Iterable[Tensor]
+    if packed[0].numel() == 0:
+        gradients = (torch.zeros_like(x) for x in packed[1:4])
+    elif q.is_cuda:
+        gradients = _cuda_backward(*packed, causal=causal, scale=scale, cudnn=cudnn)
+    else:
+        gradients = _cpu_backward(*packed, causal=causal, scale=scale, key_mask=key_mask)
     if kept < len(z):
         gradients = serving.unpack_heads(*gradients, z, q.shape[1])
     dq, dk, dv = (_heads_last(x) for x in gradients)
     return dq, dk, dv, dz
 
 
-def _flash_backward(
+def _cuda_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    raw: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    cudnn: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = q.shape[2]
+    tensors = (grad, _aligned(q), _aligned(k), _aligned(v), raw)
+    no_ends = (None, None, length, length)  # all sequences are of one length
+    if cudnn:
+        seed = q.new_empty((), dtype=torch.int64)  # read for a dropout only, as below
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *(*tensors, lse.unsqueeze(3), seed, seed, None, *no_ends, 0.0, causal), scale=scale
+        )
+    seeds = (q.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    return aten._scaled_dot_product_flash_attention_backward(
+        *(*tensors, lse, *no_ends, 0.0, causal, *seeds), scale=scale
+    )
+
+
+def _cpu_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -90,16 +135,6 @@ def _flash_backward(
     scale: float,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if q.is_cuda:
-        length = q.shape[2]
-        unread = (q.new_empty(s, dtype=torch.uint64) for s in ((2,), ()))  # seeds of a dropout
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
-        return aten._scaled_dot_product_flash_attention_backward(
-            *(grad, q, k, v, raw, lse, None, None, length, length, 0.0, causal, *unread),
-            scale=scale,
-        )
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(grad, q, _per_query(q, k), _per_query(q, v), raw, lse, 0.0, causal),
         attn_mask=_additive(key_mask, q),

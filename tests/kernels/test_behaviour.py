@@ -156,18 +156,18 @@ def test_opcheck(device):
     for max_kept in (None, 40, 80, 96):  # computed: 64, 64, all, all
         check(swiglu._ffn, (leaf(5, 8), *weights, channels, max_kept))
     q, k, v, gate = leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16), leaf(2)
-    triton = INTERPRETED or device == "cuda"
+    backend = "triton" if INTERPRETED or device == "cuda" else "sdpa"
     for key_mask in (None, torch.rand(2, 9, device=device) < 0.7):
-        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, triton))
+        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, backend))
     with torch.no_grad():
         grad = torch.randn(5, 24, device=device)
         check(swiglu._swiglu_backward, (grad, leaf(5, 24), leaf(5, 24), z))
         x, grad = leaf(5, 8), torch.randn(5, 8, device=device)
         _, *saved = swiglu._ffn(x, *weights, channels, 40)
         check(swiglu._ffn_backward, (grad, *saved, *weights, channels))
-        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, triton)
+        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, backend)
         tensors = (torch.randn_like(q), q, k, v, gate, *saved, None)
-        check(attention._attention_backward, (*tensors, True, 0.3, None, triton))
+        check(attention._attention_backward, (*tensors, True, 0.3, None, backend))
         check(attention._gate_backward, (torch.randn_like(q), torch.randn_like(q), gate))
     targets = torch.arange(5, device=device)
     for gradient in (True, False):

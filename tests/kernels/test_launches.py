@@ -65,8 +65,9 @@ def test_a_bound_is_asserted_on_the_device():
     assert not [name for name in seen.names if "_local_scalar_dense" in name]
 
 
+@pytest.mark.parametrize("cudnn", [False, True])
 @pytest.mark.parametrize("max_kept", [2, 4])
-def test_attention_around_pytorchs_makes_no_copies(max_kept, monkeypatch):
+def test_attention_around_pytorchs_makes_no_copies(max_kept, cudnn, monkeypatch):
     """Of 4 groups of 2 heads: no fp32 tensors, no k and v for each query, no gather of all."""
     sdpa = pytest.importorskip("grasp_kernels._triton.sdpa")
     launched = []
@@ -79,8 +80,9 @@ def test_attention_around_pytorchs_makes_no_copies(max_kept, monkeypatch):
             for n in (8, 4, 4, 8)
         )
         z = torch.ones(4, device="cuda")
-        out, raw, lse = _sdpa.forward(q, k, v, z, True, 0.1, None)
-        gradients = _sdpa.backward(grad, q, k, v, z, raw, lse, True, 0.1, None, max_kept)
+        out, raw, lse = _sdpa.forward(q, k, v, z, True, 0.1, None, cudnn=cudnn)
+        saved = (q, k, v, z, raw, lse)
+        gradients = _sdpa.backward(grad, *saved, True, 0.1, None, max_kept, cudnn=cudnn)
     around = [sdpa._gate, sdpa._pack] + [sdpa._unpack] * (max_kept < 4)
     assert launched == [kernel.fn for kernel in around]
     assert not [x for x in seen.results if x.dtype == torch.float32 and x.numel() >= q.numel()]

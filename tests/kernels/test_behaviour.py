@@ -191,9 +191,9 @@ def test_opcheck(device):
     check(scale._scale, (leaf(5, 24), z))
     check(scale._norm, (leaf(5, 24), weight, z, 1e-5))
     q, k, v, gate = leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16), leaf(2)
-    triton = INTERPRETED or device == "cuda"
+    backend = "triton" if INTERPRETED or device == "cuda" else "sdpa"
     for key_mask in (None, torch.rand(2, 9, device=device) < 0.7):
-        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, triton))
+        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, backend))
     with torch.no_grad():
         grad = torch.randn(5, 24, device=device)
         check(swiglu._swiglu_backward, (grad, leaf(5, 24), leaf(5, 24), z))
@@ -203,9 +203,9 @@ def test_opcheck(device):
         x, grad = leaf(5, 8), torch.randn(5, 8, device=device)
         _, *saved = swiglu._ffn(x, *weights, channels, 40)
         check(swiglu._ffn_backward, (grad, *saved, *weights, channels))
-        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, triton)
+        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, backend)
         tensors = (torch.randn_like(q), q, k, v, gate, *saved, None)
-        check(attention._attention_backward, (*tensors, True, 0.3, None, triton))
+        check(attention._attention_backward, (*tensors, True, 0.3, None, backend))
         check(attention._gate_backward, (torch.randn_like(q), torch.randn_like(q), gate))
     targets = torch.arange(5, device=device)
     for gradient in (True, False):

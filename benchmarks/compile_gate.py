@@ -1,11 +1,11 @@
-"""Compile every kernel that ships for sm_80 and sm_90, without a GPU, and print what it takes.
+"""Compile every kernel that ships for each chip, without a GPU, and print what it takes.
 
     python -m benchmarks.compile_gate [--out benchmarks/results/compile.md] [--only NAME]
 
-Exits with 1 if a kernel spills registers to the stack or asks for more shared memory than the chip
-has; the compiler refuses neither. The kernels are compiled as they run: the ops' own launchers are
-called on meta tensors at real shapes, and each launch is compiled with its argument types, the
-divisibility of its arguments and its configuration.
+Exits with 1 if a kernel asks for more shared memory than the chip has, which the compiler does not
+refuse, or keeps much on the stack: that is a mistake, while a few bytes may still be fastest. The
+kernels are compiled as they run: the ops' own launchers are called on meta tensors at real shapes,
+through Triton's own launcher, which is only told that a GPU of that chip is there.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,44 +23,37 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from grasp_kernels._triton import attention, launch, projection, swiglu
+from grasp_kernels._triton import attention, launch, projection, scale, swiglu
 
-# Bytes a block may use; for sm_80 those of sm_86, sm_89 and sm_120, which take its tiles too.
-SHARED_LIMIT = {80: 101_376, 90: 232_448}
-_TYPES = {
+# Bytes that a block may use.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+STACK_LIMIT = 256  # bytes a thread
+
+
+_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
-    torch.bool: "i1",
 }
 
 
-class Kernel(NamedTuple):
-    """One launch, as far as the compiler can tell launches apart."""
-
-    case: str
-    function: Any
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]  # positions of arguments divisible by 16
-    options: tuple[tuple[str, int], ...]
-
-
 class Usage(NamedTuple):
-    kernel: Kernel
     chip: int
+    case: str
+    kernel: str
+    config: launch.Config
     registers: int
     stack: int
     shared: int
 
     @property
     def fits(self) -> bool:
-        return self.stack == 0 and self.shared <= SHARED_LIMIT[self.chip]
+        return self.stack <= STACK_LIMIT and self.shared <= SHARED_LIMIT[self.chip]
 
 
 def cases() -> Iterator[tuple[str, Any]]:
@@ -68,13 +61,18 @@ def cases() -> Iterator[tuple[str, Any]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         shapes = [(4096, 11008)] + [(511, 1531)] * (dtype == torch.bfloat16)
         for tokens, width in shapes:
-            name = f"{_TYPES[dtype]} {tokens}x{width}"
+            name = f"{_NAMES[dtype]} {tokens}x{width}"
             yield f"swiglu {name}", lambda d=dtype, t=tokens, f=width: _swiglu(d, t, f)
+        for tokens, width in ((4096, 4096), (511, 8192)) + ((511, 577),) * (
+            dtype == torch.bfloat16
+        ):
+            name = f"{_NAMES[dtype]} {tokens}x{width}"
+            yield f"scale {name}", lambda d=dtype, t=tokens, c=width: _scale(d, t, c)
     for dtype in (torch.bfloat16, torch.float32):
         for size in (64, 96, 128):
             # Of odd lengths less is known to divide by 16: they compile to kernels of their own.
             for causal, masked, length in ((1, 0, 2048), (1, 1, 2047), (0, 1, 2047)):
-                name = f"{_TYPES[dtype]} D={size} {length}" + " causal" * causal
+                name = f"{_NAMES[dtype]} D={size} {length}" + " causal" * causal
                 yield (
                     f"attention {name}{' key mask' * masked}",
                     lambda d=dtype, s=size, c=causal, m=masked, n=length: _attention(
@@ -83,58 +81,78 @@ def cases() -> Iterator[tuple[str, Any]]:
                 )
     yield "attention fp16 D=128 2048 causal", lambda: _attention(torch.float16, 128, True, False)
     for dtype, costs in ((torch.float32, torch.int64), (torch.bfloat16, torch.int32)):
-        name = f"{_TYPES[dtype]}, costs {_TYPES[costs]}"
+        name = f"{_NAMES[dtype]}, costs {_NAMES[costs]}"
         yield f"projection {name}", lambda d=dtype, c=costs: _projection(d, c)
 
 
-def record(chip: int, only: str = "") -> list[Kernel]:
+def compiled(chip: int, only: str = "") -> list[Usage]:
     """The distinct kernels that the cases launch on a chip."""
-    found: dict[tuple, Kernel] = {}
-    case = ""
-
-    def run(function, *args, grid, warmup, **kwargs):
-        kernel = _describe(case, function, args, kwargs)
-        found.setdefault(kernel[1:], kernel)
-
-    with _replaced(JITFunction, "run", run), _replaced(launch, "_chip", lambda device: chip):
-        for case, call in cases():
-            if only in case:
-                call()
+    found: dict[str, Usage] = {}
+    for case, call in cases():
+        if only in case:
+            for digest, usage in compiling(chip, launch.of_chip(chip), call, case).items():
+                found.setdefault(digest, usage)
     return list(found.values())
 
 
-def compile_kernel(kernel: Kernel, chip: int) -> Usage:
-    source = ASTSource(
-        kernel.function,
-        dict(kernel.signature),
-        {(kernel.function.arg_names.index(n),): v for n, v in kernel.constants},
-        {(i,): [["tt.divisibility", 16]] for i in kernel.aligned},
-    )
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", chip, 32), options=dict(kernel.options)
-    )
-    registers, stack = _resources(binary.asm["cubin"])
-    return Usage(kernel, chip, registers, stack, binary.metadata.shared)
+def compiling(
+    chip: int, table: launch.Table, call: Callable[[], Any], case: str = ""
+) -> dict[str, Usage]:
+    """What is launched by a call on meta tensors, with these configurations, by Triton's hash.
+
+    No kernel runs in this process from then on.
+    """
+    found: dict[str, Usage] = {}
+    run = JITFunction.run
+
+    def compile_only(function, *args, grid, warmup, **kwargs):
+        binary = run(function, *args, grid=grid, warmup=True, **kwargs)
+        blocks = {k: v for k, v in kwargs.items() if re.match("BLOCK|ROWS", k)}
+        config = launch.Config(blocks, kwargs["num_warps"], kwargs["num_stages"])
+        used = (*_resources(binary.asm["cubin"]), binary.metadata.shared)
+        found[binary.hash] = Usage(chip, case, function.__name__, config, *used)
+
+    driver.set_active(_Driver(chip))
+    with (
+        _replaced(JITFunction, "run", compile_only),
+        _replaced(launch, "table", lambda device: table),
+    ):
+        call()
+    return found
+
+
+class _Driver:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, chip: int):
+        self._chip = chip
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._chip, 32)
+
+    def get_current_device(self) -> int:
+        return self._chip  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def table(usages: list[Usage]) -> str:
+    limits = ", ".join(f"{bytes:,} (sm_{chip})" for chip, bytes in SHARED_LIMIT.items())
     lines = [
         f"Triton {triton.__version__}, torch {torch.__version__.split('+')[0]}. Shared memory in "
-        f"bytes; limits {SHARED_LIMIT[80]:,} (sm_80) and {SHARED_LIMIT[90]:,} (sm_90).",
+        f"bytes; limits {limits}.",
         "",
         "| chip | case | kernel | blocks | warps | stages | registers | stack | shared | fits |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for kernel, chip, registers, stack, shared in usages:
-        sizes = " ".join(
-            f"{name}={value}" for name, value in kernel.constants if re.match("BLOCK|ROWS", name)
-        )
-        options = dict(kernel.options)
-        fits = "yes" if Usage(kernel, chip, registers, stack, shared).fits else "**no**"
+    for usage in usages:
+        blocks, warps, stages = usage.config
+        sizes = " ".join(f"{name}={value}" for name, value in blocks.items())
         lines.append(
-            f"| sm_{chip} | {kernel.case} | {kernel.function.__name__} | {sizes} "
-            f"| {options['num_warps']} | {options['num_stages']} "
-            f"| {registers} | {stack} | {shared:,} | {fits} |"
+            f"| sm_{usage.chip} | {usage.case} | {usage.kernel} | {sizes} | {warps} | {stages} "
+            f"| {usage.registers} | {usage.stack} | {usage.shared:,} "
+            f"| {'yes' if usage.fits else '**no**'} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -146,6 +164,15 @@ def _swiglu(dtype: torch.dtype, tokens: int, width: int) -> None:
     swiglu.swiglu_backward(g, a, u, z)
     _, gate_pre, up, dropped = swiglu.swiglu_pack(a, u, z, order, width // 2)
     swiglu.swiglu_pack_backward(g, gate_pre, up, dropped, z, order)
+
+
+def _scale(dtype: torch.dtype, tokens: int, width: int) -> None:
+    x, grad = (_meta(tokens, width, dtype=dtype) for _ in range(2))
+    weight, factor = _meta(width, dtype=dtype), _meta(width)
+    scale.channel_scale(x, factor)
+    scale.channel_scale_backward(grad, x, factor)
+    _, inverse = scale.rms_norm_scale_forward(x, weight, factor, 1e-5)
+    scale.rms_norm_scale_backward(grad, x, inverse, weight, factor)
 
 
 def _attention(
@@ -170,29 +197,6 @@ def _projection(dtype: torch.dtype, costs: torch.dtype) -> None:
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _describe(case: str, function: Any, args: tuple, kwargs: dict[str, Any]) -> Kernel:
-    """The argument types, constants and alignment that Triton's launcher would derive."""
-    names = function.arg_names
-    values = {**dict(zip(names, args, strict=False)), **kwargs}
-    signature, constants, aligned = [], [], []
-    for position, (name, parameter) in enumerate(zip(names, function.params, strict=True)):
-        value, specialized = values[name], not parameter.do_not_specialize
-        if isinstance(value, Tensor):
-            signature.append((name, "*" + _TYPES[value.dtype]))
-            aligned.append(position)
-        elif parameter.is_constexpr or (specialized and isinstance(value, int) and value == 1):
-            signature.append((name, "constexpr"))
-            constants.append((name, value))
-        elif isinstance(value, float):
-            signature.append((name, "fp32"))
-        else:
-            signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            if specialized and value % 16 == 0:
-                aligned.append(position)
-    options = tuple((name, value) for name, value in kwargs.items() if name not in names)
-    return Kernel(case, function, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -228,17 +232,15 @@ def main() -> int:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
-    usages = [
-        compile_kernel(kernel, chip)
-        for chip in ([options.chip] if options.chip else sorted(SHARED_LIMIT))
-        for kernel in record(chip, options.only)
-    ]
+    chips = [options.chip] if options.chip else sorted(SHARED_LIMIT)
+    usages = [usage for chip in chips for usage in compiled(chip, options.only)]
     text = table(usages)
     print(text)
     if options.out:
         options.out.write_text(text)
     bad = sum(not usage.fits for usage in usages)
-    print(f"{len(usages)} kernels, {bad} spill or exceed shared memory")
+    spilled = sum(usage.stack > 0 for usage in usages)
+    print(f"{len(usages)} kernels, {spilled} spill, {bad} do not fit")
     return 1 if bad else 0
 
 

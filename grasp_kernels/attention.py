@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grasp_kernels import _sdpa
 from grasp_kernels._backend import kernels, runs_triton
-from grasp_kernels._checks import autocast_dtype, check_gate, expect
+from grasp_kernels._checks import autocast_dtype, check_gate, expect, span
 
 # From this length on the composition is the default in half precision: published figures for
 # hdim 128 (H100, causal) put Triton level with FlashAttention-2 in the forward pass at S = 2048
@@ -46,7 +46,8 @@ def gated_attention(
         scale: softmax scale, 1/sqrt(D) by default.
         key_mask: [B, S] bool, True where a key may be attended to. A query without a key gives 0.
         max_kept: an upper bound on the number of non-zero z. It spares the "sdpa" backend one host
-            sync per backward pass on CUDA; beyond the bound gradients would be lost (unchecked).
+            sync per backward pass on CUDA. More of them raise ValueError on CPU and, where it is
+            used, fail a device-side assertion on CUDA.
         backend: "triton" is our flash attention, which skips dropped groups on the device. "sdpa"
             runs PyTorch's flash attention forward, and its backward on kept groups only; on CUDA
             that backward adds dq atomically, so two runs differ in the last bits unless
@@ -118,7 +119,8 @@ def _choose_triton(
         f'backend is "{backend}", expected "auto", "triton" or "sdpa"',
     )
     # offsets within a sequence are int32, and a launch takes 65,535 heads
-    fits = q.shape[0] * q.shape[1] < 2**16 and all(_span(x) < 2**31 for x in (q, k, v))
+    spans = [span(x) for x in (q, k, v)] + [q[:1].numel()]  # the last is that of the output
+    fits = q.shape[0] * q.shape[1] < 2**16 and max(spans) < 2**31
     can_triton = runs_triton(q) and size <= 128 and fits
     can_sdpa = _sdpa.supports(q, key_mask)
     if backend == "auto":
@@ -143,11 +145,6 @@ def _choose_triton(
         f'no key_mask, got {q.dtype}, {size}: use "auto"',
     )
     return backend == "triton"
-
-
-def _span(x: Tensor) -> int:
-    """Distance in memory between the first and the last value of one sequence."""
-    return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
 @torch.library.custom_op("grasp::gated_attention", mutates_args=())

@@ -71,6 +71,55 @@ def swiglu_pack_backward(
     return torch.cat([d_gate, d_up], 1), dz
 
 
+# ---- scales of channels ---------------------------------------------------------------------
+
+
+def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """x * scale, computed in fp32 (fp64 for fp64 inputs); [..., C], [C]."""
+    return (_wide(x) * _wide(scale)).to(x.dtype)
+
+
+def channel_scale_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [T, C] and d_scale [C] of `channel_scale` on [T, C] inputs."""
+    g = _wide(grad)
+    d_scale = (g * _wide(x)).sum(0)
+    return (g * _wide(scale)).to(x.dtype), d_scale.to(scale.dtype)
+
+
+# ---- scales of channels in a norm -----------------------------------------------------------
+
+
+def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight * scale, computed in fp32; [..., d], [d], [d]."""
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * (_wide(weight) * _wide(scale))).to(x.dtype)
+
+
+def rms_norm_scale_forward(
+    x: Tensor, weight: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Output of `rms_norm_scale` on [T, d], and the inverse root mean square [T] for backward."""
+    wide = _wide(x)
+    inverse = torch.rsqrt(wide.square().mean(1) + eps)
+    out = (wide * inverse[:, None]).mul_(_wide(weight) * _wide(scale))
+    return out.to(x.dtype), inverse
+
+
+def rms_norm_scale_backward(
+    grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx [T, d] and d_scale [d] of `rms_norm_scale` on [T, d] inputs."""
+    r, w = inverse[:, None], _wide(weight)
+    factor = w * _wide(scale)
+    g, normed = _wide(grad), _wide(x) * r
+    product = g * normed
+    d_scale = product.sum(0).mul_(w)
+    mean = (product @ factor)[:, None] / len(factor)
+    dx = (g * factor).sub_(normed.mul_(mean)).mul_(r)
+    return dx.to(x.dtype), d_scale.to(scale.dtype)
+
+
 # ---- gated attention ------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -481,6 +482,28 @@ def test_the_summary_is_grasp_json_and_the_results_are_measured(learned):
             64,
             learned.summary["widths"]["after"][0][0],
         ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "temperature": 0.9, "length_penalty": 2.0},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"num_beams": 4, "early_stopping": True, "pad_token_id": 2, "a_key_of_tomorrow": 3},
+    ],
+)
+def test_the_generation_config_goes_along_as_it_is(tiny, text, tmp_path, settings):
+    """Some that transformers reads it refuses to write."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    pruned = grasp.prune(model, tmp_path / "pruned", calibration=text, **AT_ONCE).folder
+    padded = grasp.export(pruned, tmp_path / "padded", to="hf-uniform").path
+    options = dict(calibration=text, method="magnitude", samples=8, seq_len=32, eval_windows=4)
+    sparse = grasp.sparsify(model, tmp_path / "sparse", device="cpu", **options).folder
+    for folder in (pruned, padded, sparse):
+        written = json.loads((folder / "generation_config.json").read_text())
+        del written["transformers_version"]
+        assert written == settings
 
 
 def test_learning_in_bf16_does_not_round_what_is_saved(tiny, text, tmp_path):

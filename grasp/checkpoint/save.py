@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -92,21 +93,25 @@ def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel,
     target.load_state_dict(model.state_dict(), assign=True)
     target.tie_weights()
     target.generation_config = model.generation_config
-    if target.generation_config is not None:
-        # older models set a temperature without sampling, which transformers refuses to save
-        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-        values = [getattr(target.generation_config, name, None) for name in sampling]
-        if not target.generation_config.do_sample and any(v is not None for v in values):
-            target.generation_config.do_sample = True
     return target, note
 
 
 def write_pretrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str
 ) -> None:
-    with quiet():
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
+    """The files of transformers: weights, config, generation config, tokenizer, our classes.
+
+    The generation config is written as it was read: `save_pretrained` refuses some that it reads,
+    a temperature without sampling or beam flags without beams, say.
+    """
+    as_read, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with quiet():
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            tokenizer.save_pretrained(folder)
+    finally:
+        model.generation_config = as_read
+    as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 @torch.no_grad()

@@ -1,9 +1,23 @@
-"""Launch configurations, as data per chip, and the one place where kernels are launched."""
+"""Launch configurations, read from data, and the one place where kernels are launched.
 
+`configs/all.json` holds for every chip. On top come the tiles of a chip, from the newest
+`sm_*.json` that is not newer than the device, and then what was measured on a device of that very
+name, since an H100 is not an H200. `python -m benchmarks.tune` writes the last kind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+CONFIGS = Path(__file__).parent / "configs"
+_INTERPRETED = 90  # the chip whose tiles Triton's interpreter runs
 
 
 class Config(NamedTuple):
@@ -12,73 +26,77 @@ class Config(NamedTuple):
     num_stages: int = 1
 
 
-# A kernel, or (kernel, bits of the dtype, head size up to).
+# A kernel, or (kernel, bits of the dtype, size of a head or a row up to); "kernel" or
+# "kernel 16 128" in a file.
 Key = str | tuple[str, int, int]
-
-# Element-wise tiles keep 16-byte accesses; BLOCK_F columns share one load of the gate.
-_SHARED: dict[Key, Config] = {
-    "swiglu": Config({"BLOCK_T": 8, "BLOCK_F": 512}, num_warps=8),
-    "swiglu_backward": Config({"BLOCK_T": 16, "BLOCK_F": 128, "ROWS": 128}, num_warps=4),
-    "swiglu_pack": Config({"BLOCK_T": 8, "BLOCK_F": 256}, num_warps=8),
-    "swiglu_pack_backward": Config({"BLOCK_T": 8, "BLOCK_F": 128, "ROWS": 128}, num_warps=4),
-    "attention_delta": Config({"BLOCK_M": 64}, num_warps=4),
-    "projection": Config({"BLOCK": 2048}, num_warps=8),
-    "projection_write": Config({"BLOCKS": 256}, num_warps=8),
-}
-
-# By compute capability; a chip takes the newest entry that is not newer than itself. The attention
-# tiles compile without spills (benchmarks/compile_gate); no GPU has timed them yet.
-CONFIGS: dict[int, dict[Key, Config]] = {
-    80: {
-        **_SHARED,
-        ("attention_forward", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
-        ("attention_forward", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3),
-        ("attention_forward", 32, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 1),
-        ("attention_forward", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 1),
-        ("attention_backward_kv", 16, 64): Config({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
-        ("attention_backward_kv", 16, 128): Config({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
-        ("attention_backward_kv", 32, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
-        ("attention_backward_kv", 32, 128): Config({"BLOCK_M": 16, "BLOCK_N": 32}, 8, 1),
-        ("attention_backward_q", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2),
-        ("attention_backward_q", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2),
-        ("attention_backward_q", 32, 64): Config({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1),
-        ("attention_backward_q", 32, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1),
-    },
-    90: {
-        **_SHARED,
-        ("attention_forward", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
-        ("attention_forward", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
-        ("attention_forward", 32, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 1),
-        ("attention_forward", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 1),
-        ("attention_backward_kv", 16, 64): Config({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
-        ("attention_backward_kv", 16, 128): Config({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 1),
-        ("attention_backward_kv", 32, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
-        ("attention_backward_kv", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 1),
-        ("attention_backward_q", 16, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
-        ("attention_backward_q", 16, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
-        ("attention_backward_q", 32, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
-        ("attention_backward_q", 32, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 1),
-    },
-}
-CONFIGS[120] = CONFIGS[80]  # 12.0 has the 99 KiB of shared memory of 8.6 and 8.9, not those of 9.0
+Table = dict[Key, Config]
 
 
 def config(key: Key, device: torch.device) -> Config:
-    return CONFIGS[_chip(device)][key]
+    return table(device)[key]
 
 
 @cache
-def _chip(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter, and the compile gate
-        return 90
+def table(device: torch.device) -> Table:
+    """All configurations of a device; of the interpreter's chip for what is no GPU."""
+    if device.type != "cuda":
+        return of_chip(_INTERPRETED)
+    name = torch.cuda.get_device_name(device)
     major, minor = torch.cuda.get_device_capability(device)
-    known = [chip for chip in CONFIGS if chip <= 10 * major + minor]
-    if not known:
+    if major < 8:
         raise RuntimeError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, "
-            "expected 8.0 or newer: move the tensors to the CPU for the reference path"
+            f"{name} has compute capability {major}.{minor}, expected 8.0 or newer: "
+            "move the tensors to the CPU for the reference path"
         )
-    return max(known)
+    measured = CONFIGS / f"{slug(name)}.json"
+    if measured.exists():
+        return {**of_chip(10 * major + minor), **read(measured)}
+    logging.getLogger(__name__).debug(
+        "nothing was measured on %s: kernels take the launch configurations of sm_%d, until "
+        "`python -m benchmarks.tune` finds better ones",
+        *(name, _nearest(10 * major + minor)),
+    )
+    return of_chip(10 * major + minor)
+
+
+def of_chip(chip: int) -> Table:
+    """The configurations for a compute capability, times ten, of at least 80."""
+    return {**read(CONFIGS / "all.json"), **read(CONFIGS / f"sm_{_nearest(chip)}.json")}
+
+
+def _nearest(chip: int) -> int:
+    return max(known for known in chips() if known <= chip)
+
+
+def chips() -> list[int]:
+    return sorted(int(file.stem.removeprefix("sm_")) for file in CONFIGS.glob("sm_*.json"))
+
+
+def slug(device_name: str) -> str:
+    """The name of a device in that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def read(file: Path) -> Table:
+    found: Table = {}
+    for spelled, values in json.loads(file.read_text()).items():
+        name, *numbers = spelled.split()
+        key = (name, *map(int, numbers)) if numbers else name
+        found[key] = Config(
+            {k: v for k, v in values.items() if k.isupper()},
+            values["num_warps"],
+            values["num_stages"],
+        )
+    return found
+
+
+def write(found: Table, file: Path) -> None:
+    lines = []
+    for key, (blocks, warps, stages) in found.items():
+        spelled = key if isinstance(key, str) else " ".join(map(str, key))
+        values = {**blocks, "num_warps": warps, "num_stages": stages}
+        lines.append(f"  {json.dumps(spelled)}: {json.dumps(values)}")
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def launch(kernel, grid: tuple[int, ...], config: Config, *args, **constants) -> None:

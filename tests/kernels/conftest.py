@@ -4,6 +4,8 @@
 TRITON_INTERPRET=1, which `test_processes.py` does.
 """
 
+import os
+
 import pytest
 import torch
 from oracle import INTERPRETED, KERNELS_RUN
@@ -16,9 +18,10 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+# `SEEDS=50 pytest tests/kernels` runs every test with 50 seeds.
+@pytest.fixture(autouse=True, params=range(int(os.environ.get("SEEDS", "1"))))
+def seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,12 @@ from oracle import INTERPRETED, KERNELS_RUN
 
 ROOT = Path(__file__).parents[2]
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+GATE = ["-m", "benchmarks.compile_gate"]
 COMMANDS = {
-    f"compile for sm_{chip}": ["-m", "benchmarks.compile_gate", "--chip", chip]
-    for chip in ("80", "90")
+    f"compile for sm_{chip}": [*GATE, "--chip", chip] for chip in ("80", "90")
+} | {  # the others differ in the tiles of attention
+    f"compile for sm_{chip}": [*GATE, "--chip", chip, "--only", "attention bf16 D=128"]
+    for chip in ("86", "100", "120")
 }
 if not KERNELS_RUN:
     COMMANDS |= {
@@ -24,6 +27,7 @@ if not KERNELS_RUN:
         for path in (
             "on_device/test_attention.py",
             "on_device/test_projection.py",
+            "on_device/test_scale.py",
             "on_device/test_swiglu.py",
             "test_behaviour.py",
         )

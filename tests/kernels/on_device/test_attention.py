@@ -1,9 +1,10 @@
 import pytest
 import torch
 from oracle import DTYPES, INTERPRETED, MASKS, assert_accurate, gradients, mask
+from planted import ERRORS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grasp_kernels import gated_attention, reference
+from grasp_kernels import attention, gated_attention, reference
 from grasp_kernels._triton import attention as kernels
 
 NAMES = ["dq", "dk", "dv", "dz"]
@@ -20,13 +21,25 @@ def check(heads, kv_heads, length, size, dtype, device, kind="random", causal=Tr
         k = k.where(key_mask[:, None, :, None], 1e4 * k)
     z = mask(kind, kv_heads, device)
 
+    error = options.pop("error", None)
+
     def ours(q, k, v, z):
         return gated_attention(q, k, v, z, causal, **{"backend": "triton", **options})
 
     def plain(q, k, v, z):
         return reference.gated_attention(q, k, v, z, causal, None, key_mask)
 
-    assert_accurate(ours, plain, [q, k, v, z], NAMES, z)
+    # flash attention's backward adds up dq with atomics on a GPU
+    atomic = ("dq",) if options.get("backend") == "sdpa" and device == "cuda" else ()
+    kernel = error(plain) if error else ours
+    assert_accurate(kernel, plain, [q, k, v, z], NAMES, z, atomic)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_planted_error_is_found(dtype, error, device):
+    with pytest.raises(AssertionError, match="what rounding allows"):
+        check(6, 3, 70, 64, dtype, device, error=error)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -82,6 +95,31 @@ def test_strides(device):
 
     assert_accurate(ours, reference.gated_attention, [q, k, v, z], NAMES, z)
     assert ours(q, k, v, z).transpose(1, 2).is_contiguous()
+
+
+def test_a_gradient_of_any_span(device, tmp_path):
+    """Offsets within a sequence are int32: what spans more is copied, or not taken."""
+    shape, strides = (1, 2, 130, 16), (0, 16, 2**24, 1)
+    size = 129 * 2**24 + 32
+    if device == "cpu":  # a sparse file: nobody touches most of it
+        memory = torch.from_file(str(tmp_path / "memory"), True, size, dtype=torch.float16)
+    else:
+        memory = torch.empty(size, dtype=torch.float16, device=device)
+    grad = memory.as_strided(shape, strides).copy_(torch.randn(shape))
+    q, k, v = (torch.randn(1, n, 130, 16, device=device).half() for n in (2, 1, 1))
+    z = torch.ones(1, device=device)
+
+    def run(q, k, v, z):
+        return gated_attention(q, k, v, z, backend="triton")
+
+    wanted = gradients(run, [q, k, v, z], grad.contiguous())
+    for a, b in zip(gradients(run, [q, k, v, z], grad), wanted, strict=True):
+        assert torch.equal(a, b)
+    dz = attention._gate_backward(grad, wanted[0], z)
+    assert torch.equal(dz, attention._gate_backward(grad.contiguous(), wanted[0], z))
+    wide = torch.zeros(1, 1, 1, 128, device=device).expand(1, 2**10, 2**14, 128)
+    with pytest.raises(ValueError, match=r"2\^31 values in a sequence"):
+        gated_attention(wide, wide, wide, torch.ones(2**10, device=device), backend="triton")
 
 
 @pytest.mark.parametrize("max_kept", [None, 2])

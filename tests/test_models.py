@@ -117,7 +117,7 @@ def test_no_weights_at_all(folder, tmp_path):
 def test_truncated_weights(folder, tmp_path):
     half = (folder / "model.safetensors").read_bytes()[:9000]
     copy = damaged(folder, tmp_path, **{"model.safetensors": half})
-    with pytest.raises(GraspError, match="model.safetensors is cut off after 9,000 by") as error:
+    with pytest.raises(GraspError, match=r"model.safetensors is cut off after 9,000 by") as error:
         load_model(copy, dtype=torch.float32)
     assert "\n" not in str(error.value)
 

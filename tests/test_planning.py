@@ -247,7 +247,9 @@ def test_another_family_is_read_by_structure(tmp_path):
     assert result.source == "transformers, on the meta device"
     assert result.params.before == from_config(config | {"model_type": "llama"}).space.total_params
     assert all(r.loads for r in result.runtimes)
-    with pytest.raises(GraspError, match="not open to granite: no class has .*: use --layout unif"):
+    with pytest.raises(
+        GraspError, match=r"not open to granite: no class has .*: use --layout unif"
+    ):
         plan(str(tmp_path), keep=0.5)
 
 
@@ -459,7 +461,7 @@ def test_bad_configs(tmp_path, content, message):
 def test_models_that_are_not_there(tmp_path):
     with pytest.raises(GraspError, match=r"config.json does not exist: expected a model's config"):
         plan(str(tmp_path / "config.json"), keep=0.5)
-    with pytest.raises(GraspError, match="is not a model folder: it has no config.json"):
+    with pytest.raises(GraspError, match=r"is not a model folder: it has no config.json"):
         plan(str(tmp_path), keep=0.5)
     with pytest.raises(GraspError, match="no such folder or file"):
         plan(str(tmp_path / "nothing"), keep=0.5)

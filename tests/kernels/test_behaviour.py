@@ -1,6 +1,7 @@
 """How the ops behave inside PyTorch: the same on the CPU path, in the interpreter and on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -88,6 +89,22 @@ def test_non_contiguous(name, device):
     grad = torch.randn_like(op.run(*op.inputs))
     expected = gradients(op.run, op.inputs, grad)
     assert_same(gradients(op.run, strided, torch.stack([grad, grad], -1)[..., 0]), expected)
+
+
+def test_down_projection_by_channel(device):
+    """The same FFN from a w_down that lies in memory as [F, d]; kept channels are rows of it."""
+    x, z = torch.randn(5, 8, device=device), (torch.arange(96, device=device) % 3 == 0).float()
+    up, down = torch.randn(96, 8, device=device), torch.randn(8, 96, device=device)
+
+    def run(x, z, down=down):
+        return gated_swiglu_ffn(x, up, up, down, z)
+
+    by_channel = down.t().contiguous().t()
+    grad = torch.randn_like(x)
+    expected = gradients(run, [x, z], grad)
+    assert_same(gradients(partial(run, down=by_channel), [x, z], grad), expected)
+    kept = swiglu._columns(by_channel, torch.tensor([2, 5], device=device))
+    assert torch.equal(kept, down[:, [2, 5]]) and kept.T.is_contiguous()
 
 
 @pytest.mark.parametrize("name", GATED)

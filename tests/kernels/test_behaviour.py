@@ -1,6 +1,7 @@
 """How the ops behave inside PyTorch: the same on the CPU path, in the interpreter and on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -119,6 +120,23 @@ def test_non_contiguous(name, device):
 
     op = make(name, device)
     op.check(lambda *inputs: spread(op.run(*map(spread, inputs))))
+
+
+def test_down_projection_by_channel(device):
+    """The same FFN from a w_down that lies in memory as [F, d]; kept channels are rows of it."""
+    x, z = torch.randn(5, 8, device=device), (torch.arange(96, device=device) % 3 == 0).float()
+    up, down = torch.randn(96, 8, device=device), torch.randn(8, 96, device=device)
+
+    def run(x, z, down=down):
+        return gated_swiglu_ffn(x, up, up, down, z)
+
+    by_channel = down.t().contiguous().t()
+    grad = torch.randn_like(x)
+    expected = gradients(run, [x, z], grad)
+    for a, b in zip(gradients(partial(run, down=by_channel), [x, z], grad), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    kept = swiglu._columns(by_channel, torch.tensor([2, 5], device=device))
+    assert torch.equal(kept, down[:, [2, 5]]) and kept.T.is_contiguous()
 
 
 @pytest.mark.parametrize("name", [*GATED, *SCALED])

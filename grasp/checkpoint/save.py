@@ -17,7 +17,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,7 +24,7 @@ from transformers import (
 
 from grasp.checkpoint.probe import Probe
 from grasp.errors import GraspError
-from grasp.model.classes import config_of
+from grasp.model.classes import as_saved
 from grasp.model.load import processor, quiet
 from grasp.model.units import UnitSpace
 
@@ -78,17 +77,6 @@ def save_checkpoint(
             f"cannot write {folder}: {error} (the weights need {weight_bytes:,} bytes)"
         ) from error
     return Saved(type(target).__name__, weight_bytes, note)
-
-
-def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will load it, sharing the weights; and why, if not its own."""
-    config, note = config_of(model.config.to_dict(), space)
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(config)
-    target.load_state_dict(model.state_dict(), assign=True)
-    target.tie_weights()
-    target.generation_config = model.generation_config
-    return target, note
 
 
 def write_pretrained(

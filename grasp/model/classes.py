@@ -8,10 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MistralConfig, PreTrainedConfig
+from accelerate import init_empty_weights
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from grasp.errors import GraspError, reason
 from grasp.model.header import from_config
+from grasp.model.load import move
 from grasp.model.modeling_grasp import FAMILIES
 from grasp.model.units import LayerUnits, UnitSpace
 
@@ -66,6 +74,21 @@ def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedCo
         ),
         None,
     )
+
+
+def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
+    """The model as the class that will load it, sharing the weights; and why, if not its own.
+
+    `space` is that of `model`, whose weights may be cut already. The result is ready to run.
+    """
+    config, note = config_of(model.config.to_dict(), space)
+    implementation = model.config._attn_implementation
+    with init_empty_weights(include_buffers=False):
+        target = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    target.load_state_dict(model.state_dict(), assign=True)
+    target.tie_weights()
+    target.generation_config = model.generation_config
+    return move(target, str(model.device)).train(model.training), note
 
 
 def _widths(layer: LayerUnits) -> dict[str, int]:

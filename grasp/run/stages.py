@@ -1,7 +1,7 @@
 """The stages of `grasp.prune` one by one, on a live model: for a program that puts its own between.
 
-`learn`, `refit` and `calibrate` freeze the model that they are given and change its weights; copy it
-first (`copy.deepcopy`) where it is needed as it was.
+`learn`, `refit` and `calibrate` freeze their model and change its weights; copy it first
+(`copy.deepcopy`) where it is needed as it was.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 
@@ -10,11 +11,11 @@ import torch
 from families import FAMILIES, stock_model, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grasp.budget import Budget
+from grasp.budget.budget import Budget
 from grasp.config import PruneConfig
 from grasp.gates.memory import memory_mode
 from grasp.gates.norms import norms_before
-from grasp.gates.scales import ends, fold_scales, scale_count, scaled
+from grasp.gates.scales import _OnInput, ends, fold_scales, scale_count, scaled
 from grasp.gates.training import next_token_loss
 from grasp.model.units import UnitSpace, decoder_layers
 
@@ -174,3 +175,13 @@ def test_nothing_is_left_behind():
         (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
     ]
     assert before == after
+
+
+def test_a_shared_product_lives_until_its_last_reader_has_it():
+    hook, x = _OnInput(lambda: torch.full((4,), 2.0), readers=3), torch.ones(1, 4)
+    products = [hook(None, (x,)) for _ in range(3)]
+    assert torch.equal(products[0], 2 * x) and all(p is products[0] for p in products)
+    left = weakref.ref(products[0])
+    del products
+    assert left() is None
+    assert hook(None, (x,)) is not hook(None, (x.clone(),))

@@ -76,7 +76,7 @@ def greedy(space: UnitSpace, budget: Budget, scores: list[float], limit: int) ->
     return keep
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_equals_greedy(problem):
     space, budget, scores = problem
@@ -86,7 +86,7 @@ def test_equals_greedy(problem):
     assert mask.tolist() == greedy(space, budget, scores.tolist(), budget.limit(space))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems() | problems(uniform=True), st.integers(0, 5))
 def test_budget_floors_and_widths(problem, seed):
     space, budget, scores = problem
@@ -105,7 +105,7 @@ def test_budget_floors_and_widths(problem, seed):
         assert pruned.total_params <= budget.asked
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(uniform=True), st.integers(0, 2**31))
 def test_uniform_equals_greedy(problem, seed):
     space, budget, _ = problem

@@ -150,7 +150,6 @@ def test_empty_batch(name, device):
 
 @OPS
 def test_compiles_to_one_graph(name, device):
-    torch._dynamo.reset()
     op = make(name, device)
     backend = "inductor" if device == "cuda" else "aot_eager"
     op.check(torch.compile(op.run, fullgraph=True, backend=backend))
@@ -241,7 +240,6 @@ def test_opcheck(device):
 
 
 def test_projection_compiles_and_takes_an_empty_problem(device):
-    torch._dynamo.reset()
     scores, costs = torch.randn(50, device=device), torch.randint(1, 9, (50,), device=device)
     compiled = torch.compile(budget_topk, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(scores, costs, 77), budget_topk(scores, costs, 77), strict=True):

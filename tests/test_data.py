@@ -83,17 +83,12 @@ def test_plain_text_is_one_row_as_it_is(tmp_path):
 # Formats
 
 
-<<<<<<< HEAD
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.lists(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1
     )
 )
-=======
-@settings(max_examples=25)
-@given(rows=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1))
->>>>>>> oracle
 def test_every_format_gives_the_same_text(tmp_path_factory, rows):
     rows = [*rows, "a word"]
     folder = tmp_path_factory.mktemp("formats")

@@ -85,15 +85,9 @@ def greedy(
     return keep
 
 
-<<<<<<< HEAD
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.integers(0, 2**31))
 def test_equals_greedy(problem, seed):
-=======
-@settings(max_examples=150)
-@given(problems())
-def test_equals_greedy(problem):
->>>>>>> oracle
     space, budget, scores = problem
     rank = torch.randperm(space.size, generator=torch.Generator().manual_seed(seed))
     mask = Projection(space, budget, tie_rank=rank)(scores)

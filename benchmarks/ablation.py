@@ -34,7 +34,8 @@ from grasp.compress.refit import refit
 from grasp.config import PruneConfig
 from grasp.data.text import Corpus, token_blocks
 from grasp.gates.scales import fold_scales
-from grasp.gates.training import Journal, TrainSettings
+from grasp.gates.training import TrainSettings
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
 from grasp.report.comparison import span
 from grasp.report.summary import markdown_table

@@ -38,11 +38,11 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.config import ScaleKind
 from grasp.gates.gating import GateSite, gated
-from grasp.gates.training import READ_EVERY, Journal, TrainSettings, next_token_loss
+from grasp.gates.training import READ_EVERY, TrainSettings, next_token_loss
+from grasp.journal import Journal
 from grasp.model.load import cast, load_model, pick_device, processor
 from grasp.model.units import UnitSpace
-from grasp.select import LearnSettings, learn_scores
-from grasp.select.learned import TAU
+from grasp.select.learned import TAU, LearnSettings, learn_scores
 
 WHOLE_RUN = 512 * 512 * 4  # tokens of the published run
 SLACK = 1e-3  # of relative error, for the other order of fp32 sums

@@ -26,7 +26,7 @@ from benchmarks.rows import Bench, measured_in, row_parser
 from grasp.budget.pattern import Pattern
 from grasp.config import SparseMethod, SparsifyConfig
 from grasp.data.text import token_blocks
-from grasp.gates.training import Journal
+from grasp.journal import Journal
 from grasp.report.comparison import span
 from grasp.report.summary import markdown_table
 from grasp.sparsity.blocks import sparsify_blocks

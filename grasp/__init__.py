@@ -11,14 +11,17 @@ Importing grasp also lets transformers' Auto classes load pruned checkpoints.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
+
+from grasp.model.registration import register
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "GraspError": "grasp.errors",
     "bench": "grasp.evaluate.bench",
+    "criterion": "grasp.criteria",
     "compare": "grasp.run.compare",
     "evaluate_tasks": "grasp.evaluate.zero_shot",
     "evaluate_text": "grasp.evaluate.perplexity",
@@ -32,9 +35,7 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-# The command line loads what each verb needs: `grasp plan` answers without importing torch.
-if Path(sys.argv[0]).stem != "grasp":
-    import_module("grasp.model.modeling_grasp")
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,25 +6,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from grasp import criteria
 from grasp.budget.budget import Budget
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
 
-Method = Literal[
-    "learned",
-    "free",
-    "fisher",
-    "taylor",
-    "output-approximation",
-    "greedy-output-approximation",
-    "greedy-head-similarity",
-    "flap",
-    "wanda-sp",
-    "wanda++",
-    "magnitude",
-    "random",
-]
-REWRITING = ("greedy-output-approximation", "greedy-head-similarity")  # fit weights as they choose
 Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
@@ -36,6 +22,9 @@ PlannedDtype = Literal["fp32", "bf16"]  # "auto" asks the machine, a plan is of 
 PlannedMemory = Literal["fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
+RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
+TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -43,7 +32,7 @@ class PruneConfig:
 
     model: str
     budget: Budget
-    method: Method = "learned"
+    method: str = "learned"  # a name in grasp.criteria
     calibration: str = "builtin"
     text_field: str = "text"
     samples: int = 512
@@ -87,7 +76,7 @@ class PruneConfig:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
         if not 0 <= self.decay < math.inf:
             raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 1")
-        if self.method in REWRITING:  # nothing is left to make up for
+        if criteria.get(self.method).updates_weights:  # nothing is left to compensate
             object.__setattr__(self, "compensate", "none")
 
     def as_published(self) -> PruneConfig:

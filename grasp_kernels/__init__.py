@@ -11,6 +11,7 @@ from grasp_kernels.cross_entropy import linear_cross_entropy
 from grasp_kernels.projection import Selection, budget_topk
 from grasp_kernels.swiglu import gated_swiglu, gated_swiglu_ffn
 
+__version__ = "0.1.0"
 __all__ = [
     "Selection",
     "budget_topk",

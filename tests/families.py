@@ -1,13 +1,15 @@
-"""Tiny models with random weights, one per supported family, and a tokenizer for them."""
+"""Tiny models with random weights, one per supported family, a tokenizer, and what ops they run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -99,6 +101,13 @@ def tiny_tokenizer(vocab: int = 256) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="</s>",  # or Qwen2's tokenizer class adds one beyond the embedding on loading
     )
+
+
+def ops_run(call: Callable[[], Any]) -> dict[str, int]:
+    """How often each op of grasp_kernels runs in a call, by PyTorch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    return {e.key: e.count for e in seen.key_averages() if e.key.startswith("grasp::")}
 
 
 def save_tiny(folder: Path, family: str = "llama", **options: Any) -> Path:

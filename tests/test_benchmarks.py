@@ -22,9 +22,10 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.config import PruneConfig
 from grasp.gates.gating import gated
-from grasp.gates.training import Journal, TrainSettings
+from grasp.gates.training import TrainSettings
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
-from grasp.select import LearnSettings, learn_scores
+from grasp.select.learned import LearnSettings, learn_scores
 
 KEEP = 0.5
 

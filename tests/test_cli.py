@@ -79,6 +79,7 @@ def damaged(tiny, folder, value):
         (["--scale-epochs=-1"], "--scale-epochs -1 is too small: choose at least 0"),
         (["--seed=-1"], "--seed -1 is outside 0 to 4294967295"),
         (["--lr=0"], "--lr 0.0 is no learning rate: choose one above 0, as 0.01"),
+        (["--method=magic"], "method 'magic': choose learned, free, fisher, taylor"),
         (["--anneal=2"], "--anneal 2.0 is no part of the run: choose one in [0, 1]"),
         (["--device=gpu"], "--device gpu is no device: write cpu, cuda, cuda:1 or auto"),
         (["--calibration=no/such.txt"], "no/such.txt does not exist: expected a text, .jsonl"),
@@ -101,10 +102,6 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
         (
             ["prune", "MODEL", "--out=x", "--keep=0.8,0.5", "--params=1B"],
             "several --keep go without --params and --kv-cache",
-        ),
-        (
-            ["prune", "MODEL", "--out=x", "--method=magic"],
-            "'magic' is not one of 'learned', 'free'",
         ),
         (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option: --kep"),
         (["plan", "MODEL", "--params=7X"], "'7X' is no number: write 3500000000, 3.5B or 120M"),
@@ -267,7 +264,7 @@ def test_an_error_of_ours_is_not_hidden(call, tiny, text, tmp_path, monkeypatch)
     def broken(*_args, **_kwargs):
         raise RuntimeError("a shape does not fit")
 
-    monkeypatch.setattr(pipeline, "fold_mask", broken)
+    monkeypatch.setattr(pipeline, "refit", broken)
     options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *AT_ONCE]
     monkeypatch.setattr(sys, "argv", ["grasp", "prune", str(tiny), *options])
     with pytest.raises(RuntimeError, match="a shape does not fit"):

@@ -13,7 +13,7 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.biases import add_biases, mean_biases
 from grasp.compress.fold import fold_mask
-from grasp.gates.training import Journal
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
 
 BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, tiny_model
+from families import FAMILIES, ops_run, tiny_model
+from transformers import masking_utils
 
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
@@ -172,6 +173,29 @@ def test_the_attention_kernel_is_what_a_gpu_runs(family, counted, monkeypatch):
     assert len(calls) == len(decoder_layers(model))
     assert close(got[0], want[0]) and close(got[1], want[1])
     assert (got[1] != 0).all()
+
+
+@pytest.mark.parametrize("tracing", [False, True])
+@pytest.mark.parametrize(
+    ("implementation", "window", "kernel"),
+    [("sdpa", None, True), ("sdpa", 25, True), ("sdpa", 24, False), ("eager", None, False)],
+)
+def test_which_attention_runs(implementation, window, kernel, tracing, monkeypatch):
+    """Ours, once a layer, wherever attention is plainly causal: 24 tokens see no window of 25.
+
+    Under transformers 5.17 the mask builder skips no mask while a CUDA graph is captured.
+    """
+    model = tiny_model("mistral", sliding_window=window)
+    model.set_attn_implementation(implementation)
+    want = logits(model)
+    monkeypatch.setattr("grasp.gates.gating._kernel_is_faster", lambda query: True)
+    if tracing:
+        monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+        monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_: False)
+    with gated(model, UnitSpace.of(model)):
+        ran = ops_run(lambda: logits(model, attention_mask=unpadded(IDS)))
+        assert close(logits(model, attention_mask=unpadded(IDS)), want)
+    assert ran.get("grasp::gated_attention", 0) == kernel * len(decoder_layers(model))
 
 
 def test_a_mask_of_ones_says_so_without_being_read():

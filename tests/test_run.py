@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from importlib import metadata
 from itertools import combinations
 from pathlib import Path
 
@@ -53,6 +54,16 @@ processes.set_forkserver_preload(
 def learned(tiny, text, tmp_path_factory):
     """A run that nothing interrupted."""
     return grasp.prune(tiny, tmp_path_factory.mktemp("run") / "out", calibration=text, **SMALL)
+
+
+def test_a_checkout_that_is_not_installed_prunes(tiny, text, tmp_path, monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    grasp.prune(tiny, tmp_path / "out", calibration=text, **AT_ONCE)
+    made = json.loads((tmp_path / "out/grasp.json").read_text())
+    assert made["grasp_version"] == grasp.__version__
 
 
 def command(model, out, **options):

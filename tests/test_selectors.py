@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from typing import get_args
 
 import pytest
 import torch
@@ -14,19 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grasp
+from grasp import criteria
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.fold import fold_mask
-from grasp.config import Method
-from grasp.gates.training import Journal, next_token_loss
+from grasp.gates.moments import Moments, channel_moments
+from grasp.gates.training import next_token_loss
+from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.units import UnitSpace, decoder_layers
-from grasp.select import CRITERIA, REWRITING
-from grasp.select.activations import Moments, channel_moments, uniform_ratio
 from grasp.select.greedy_output_approximation import prune_greedily
 from grasp.select.head_similarity import distance_to_nearest_later, divergences, returning_maps
+from grasp.select.ratio import uniform_ratio
 
 BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
+CRITERIA = [c.name for c in criteria.OURS if not (c.learns or c.per_budget or c.name == "random")]
 families = pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: biased q, k and v
 ON_ACTIVATIONS = ("wanda-sp", "flap", "output-approximation")
 
@@ -50,7 +51,8 @@ class Memory(Journal):
 
 
 def scores(method, model, blocks=BLOCKS, journal=None):
-    found = CRITERIA[method].scores(model, UnitSpace.of(model), blocks, journal or Journal())
+    units, journal = UnitSpace.of(model), journal or Journal()
+    found = criteria.get(method)(model=model, units=units, blocks=blocks, journal=journal)
     assert found.dtype == torch.float32 and found.shape == (UnitSpace.of(model).size,)
     return found
 
@@ -373,7 +375,7 @@ def biased(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("biased") / "model", "qwen2")
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", [criterion.name for criterion in criteria.OURS])
 def test_every_method_prunes(method, tiny, biased, text, tmp_path):
     model = biased if method in ON_ACTIVATIONS else tiny
     options = dict(samples=4, seq_len=32, epochs=1, scale_epochs=0, eval_windows=2, device="cpu")
@@ -393,11 +395,7 @@ def test_every_method_prunes(method, tiny, biased, text, tmp_path):
     assert grasp.load(result.folder)[0] is not None
     stage = [r for r in records if r.get("stage") == method]
     if method not in ("learned", "free", "magnitude", "random"):
-        by_layer = method in ("wanda++", *REWRITING)
+        by_layer = method == "wanda++" or criteria.get(method).updates_weights
         steps = 3 if by_layer else 4  # samples
         assert [r["step"] for r in stage] == list(range(1, steps + 1))
         assert all(r["loss"] > 0 and r["tokens_per_second"] > 0 for r in stage)
-
-
-def test_every_method_is_listed():
-    assert {*CRITERIA, *REWRITING, "learned", "free", "random"} == set(get_args(Method))

@@ -21,7 +21,7 @@ from grasp.budget.pattern import Pattern
 from grasp.checkpoint import verify
 from grasp.config import SparsifyConfig
 from grasp.errors import GraspError
-from grasp.gates.training import Journal
+from grasp.journal import Journal
 from grasp.sparsity import methods
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import by_magnitude, by_sparsegpt, by_wanda, by_wanda_plus_plus

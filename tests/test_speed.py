@@ -268,7 +268,7 @@ def test_gguf_files_are_not_compiled(refused, files):
 def test_no_llama_cpp(refused, files, monkeypatch):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     message = refused("bench", files[0], "--device=cpu")
-    assert message.endswith("which is not installed: pip install 'grasp[llama-cpp]'")
+    assert message.endswith("which is not installed: pip install 'graspprune[llama-cpp]'")
 
 
 def test_no_gpu_in_llama_cpp(files, monkeypatch):

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
-from families import tiny_model
+from families import ops_run, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grasp.budget.budget import Budget
@@ -19,14 +19,15 @@ from grasp.compress.calibrate import learn_scales
 from grasp.errors import GraspError
 from grasp.gates.gating import gated
 from grasp.gates.training import (
+    GRAPH_TOKENS,
     CapturedStep,
-    Journal,
     Step,
     TrainSettings,
     _epoch_order,
     next_token_loss,
     train_gates,
 )
+from grasp.journal import Journal
 from grasp.model.units import LayerUnits, UnitSpace, decoder_layers
 from grasp.select.fisher import fisher_scores
 from grasp.select.learned import TAU, LearnSettings, annealed, learn_scores
@@ -39,7 +40,7 @@ class Memory(Journal):
     """Keeps everything; `stop_at` raises after that many steps, as a kill would."""
 
     def __init__(self, stop_at: int = 10**9):
-        self.stop_at, self.state, self.records = stop_at, None, []
+        self.stop_at, self.state, self.records, self.notes = stop_at, None, [], []
 
     def load(self):
         return self.state
@@ -48,6 +49,9 @@ class Memory(Journal):
         self.state = {name: t.clone() for name, t in state().items()}
         if int(self.state["step"]) == self.stop_at:
             raise KeyboardInterrupt
+
+    def note(self, text):
+        self.notes.append(text)
 
     def progress(self, step, total, loss, tokens, **info):
         self.records.append({"step": step, "loss": loss, "tokens": tokens, **info})
@@ -186,13 +190,13 @@ def plain_training(model, projection, start, blocks, lr):
     ):
         m.mlp.down_proj.register_forward_pre_hook(gate(ffn, 1))
         m.attention.o_proj.register_forward_pre_hook(gate(kv, layer.group_size * layer.head_dim))
-    for step, ids in enumerate(blocks):
+    for step, ids in enumerate(blocks if blocks.dim() == 3 else blocks[:, None]):
         whole = projection.budget.cost(projection.space)
         progress = at(step / len(blocks)).to(scores.device)
         mask = projection(scores, annealed(projection.limit, whole, progress, 0.5))
         p = torch.sigmoid(scores / TAU)
         z = mask + p - p.detach()
-        loss = model(input_ids=ids[None], labels=ids[None]).loss
+        loss = model(input_ids=ids, labels=ids).loss
         (scores.grad,) = torch.autograd.grad(loss, scores)
         adam.step()
         losses.append(loss.item())
@@ -223,6 +227,68 @@ def test_the_fast_path_learns_what_plain_pytorch_does(family, device):
         assert (a != b).sum() <= 0.01 * space.size
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "length", "batch"),
+    [
+        ("cpu", torch.float32, 24, 2),
+        pytest.param("cuda", torch.bfloat16, 512, 1, marks=on_gpu),  # captured, Triton's attention
+        pytest.param("cuda", torch.bfloat16, 2048, 1, marks=on_gpu),  # captured, PyTorch's
+        pytest.param("cuda", torch.bfloat16, 2048, 2, marks=on_gpu),  # counted
+    ],
+)
+def test_the_driver_runs_our_ops_at_real_sizes(device, dtype, length, batch, monkeypatch):
+    """Once a layer and step each, at head size 128, and the losses of plain PyTorch come out."""
+    if device == "cpu":
+        monkeypatch.setattr("grasp.gates.gating._kernel_is_faster", lambda query: True)
+    sizes = {"hidden": 512, "heads": 8, "kv_heads": 4, "head_dim": 128, "ffn": 1408}
+    model = tiny_model("llama", **sizes, max_position_embeddings=2048, dtype=dtype).to(device)
+    space = UnitSpace.of(model)
+    layers, steps = len(space.layers), 14
+    projection = Projection(space, Budget("keep", 0.5, 1), device=device)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(space.size, generator=generator).to(device)
+    blocks = torch.randint(3, 250, (steps * batch, length), generator=generator)
+    settings, journal = LearnSettings(TrainSettings(1, batch, lr=0.05)), Memory()
+    next_token_loss(model, blocks[:1].to(device))  # tries the head out
+    ran = ops_run(lambda: learn_scores(model, projection, start, blocks, settings, journal))
+    assert journal.notes == []
+
+    if device == "cuda" and batch * length <= GRAPH_TOKENS:
+        steps = CapturedStep.WARM_UP + 1  # a graph runs no Python
+    assert ran["grasp::gated_attention"] == ran["grasp::gated_swiglu_ffn"] == steps * layers
+    assert ran["grasp::gated_attention_backward"] == steps * (layers - 1)
+    assert ran["grasp::gated_attention_gate_backward"] == ran["grasp::budget_topk"] == steps
+    assert ran["grasp::linear_cross_entropy"] == steps  # never all logits
+
+    order = _epoch_order(len(blocks), 0, 0)
+    plain = plain_training(
+        model, projection, start, blocks[order].to(device).view(-1, batch, length), 0.05
+    )
+    losses = [r["loss"] for r in journal.records]
+    if device == "cuda":  # read ten at a time
+        plain = [sum(plain[:10]) / 10, sum(plain[10:]) / 4]
+    assert losses == pytest.approx(plain, abs=1e-4 if device == "cpu" else 2e-2)
+
+
+@on_gpu
+def test_a_captured_step_runs_our_kernels():
+    """Of the replay itself, which is all that most steps are."""
+    with one_step("cuda") as step:
+        replayed = CapturedStep(step, lambda note: pytest.fail(note))
+        ids, progress = BLOCKS[:2].cuda(), at(0.5).cuda()
+        for _ in range(CapturedStep.WARM_UP + 1):
+            replayed(ids, progress)
+        with torch.profiler.profile() as seen:
+            replayed(ids, progress)
+            torch.cuda.synchronize()
+    ran = {e.key: e.count for e in seen.key_averages()}
+    assert ran["_delta"] == 3 and ran["_backward_kv"] == ran["_backward_q"] == 2
+    assert not any("softmax" in name or "fmha" in name for name in ran)  # PyTorch's attention
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [("Gemma2", {"final_logit_softcapping": 5.0}), ("Granite", {"logits_scaling": 3.0})],
@@ -238,6 +304,20 @@ def test_loss_of_heads_that_do_more_than_multiply(family, change):
         assert calls.count == (not chunked)
         want = m(input_ids=BLOCKS[:2], labels=BLOCKS[:2]).loss
         torch.testing.assert_close(loss, want)
+
+
+def test_a_plain_head_is_known_where_two_passes_differ_by_a_bit():
+    """As on a GPU: all logits would be made."""
+    model, passes = tiny_model("llama"), []
+
+    def another_bit(*args):
+        passes.append(1)
+        return args[-1] * (1 + len(passes) * 2**-20)
+
+    model.model.norm.register_forward_hook(another_bit)
+    with Calls(model.get_output_embeddings()) as calls:
+        next_token_loss(model, BLOCKS[:2])
+    assert calls.count == 1  # the one that tries the head out
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 13, 23])
@@ -433,7 +513,7 @@ def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
     ]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@on_gpu
 def test_a_captured_step_is_the_step():
     notes = []
     with one_step("cuda") as plain, one_step("cuda") as captured:

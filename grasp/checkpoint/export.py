@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grasp.errors import GraspError
+from grasp.machine import disk_errors
 from grasp.model.load import load_model
-from grasp.run.folder import disk_errors
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.gguf_vocabulary import add_vocabulary
 from grasp.errors import GraspError
+from grasp.machine import check_room
 from grasp.model.header import FAMILIES, STATIC_ROPE
 from grasp.model.units import UnitSpace, decoder_layers
-from grasp.run.folder import check_room
 
 TYPES = {"f32": Ggml.F32, "f16": Ggml.F16, "bf16": Ggml.BF16, "q8_0": Ggml.Q8_0}
 FILE_TYPES = gguf.LlamaFileType.__members__  # MOSTLY_Q4_K_M and the like

@@ -18,9 +18,9 @@ from grasp.checkpoint.probe import Probe
 from grasp.checkpoint.save import as_saved, environment, write_pretrained
 from grasp.checkpoint.verify import check_exported
 from grasp.errors import GraspError
+from grasp.machine import check_room
 from grasp.model.load import load_model, move
 from grasp.model.units import Rows, UnitSpace, decoder_layers
-from grasp.run.folder import check_room
 
 
 def write_uniform(

@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from grasp import criteria
 from grasp.budget.budget import Layout
 from grasp.config import (
     Compensation,
     Dtype,
     GateSite,
     MemoryMode,
-    Method,
     PlannedDtype,
     PlannedMemory,
     PruneConfig,
@@ -131,7 +131,14 @@ KvCache = Annotated[float | None, typer.Option(help="Part of the KV cache to kee
 FfnMultiple = Annotated[int, typer.Option(help="FFN widths are multiples of this.")]
 KvMultiple = Annotated[int, typer.Option(help="KV head counts are multiples of this.")]
 LayoutOption = Annotated[Layout, typer.Option(help="Widths of each layer, or the same in all.")]
-MethodOption = Annotated[Method, typer.Option(help="How units are chosen.")]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"How units are scored: {', '.join(criteria.names())}.",
+        autocompletion=criteria.names,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Samples = Annotated[int, typer.Option(help="Blocks of calibration text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per block.")]
@@ -433,7 +440,7 @@ def eval_command(
         raise typer.BadParameter("--record is for --tasks, which is not given")
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
-    from grasp.run.folder import memory_errors
+    from grasp.machine import memory_errors
 
     models = [model] if against is None else [model, against]
     fix = f"lower --batch-size (now {batch_size}) or --seq-len"

@@ -8,7 +8,6 @@ then every projection has one: the others' are zeros.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
 from grasp.errors import GraspError
-from grasp.gates.training import Journal
+from grasp.gates.moments import column_moments
+from grasp.journal import Journal
 from grasp.model.units import decoder_layers
-from grasp.select.activations import column_moments
 
 SWITCHES = ("attention_bias", "mlp_bias")  # of a config: biases in all projections
 
@@ -65,6 +64,5 @@ def add_biases(model: PreTrainedModel, biases: list[Tensor]) -> None:
             if linear.bias is None:
                 zeros = linear.weight.new_zeros(len(linear.weight))
                 linear.bias = nn.Parameter(zeros, requires_grad=False)
-        outputs: list[Any] = [modules.mlp.down_proj, modules.attention.o_proj]
-        for linear in outputs:
+        for linear in modules.outputs:
             linear.bias += next(left).to(linear.bias)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.config import ScaleKind
-from grasp.gates.scales import scale_count, scaled
-from grasp.gates.training import Journal, TrainSettings, train_gates
+from grasp.gates.scales import scale, scale_count, scaled
+from grasp.gates.training import TrainSettings, train_gates
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
 
 
@@ -31,7 +32,3 @@ def learn_scales(
             model, live, theta, lambda t, _: scale(t), blocks, settings, journal, scales=count
         )
     return scale(theta)
-
-
-def scale(theta: Tensor) -> Tensor:
-    return 1 + 0.5 * torch.tanh(theta)

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
+from grasp.config import TOKENS_PER_CHANNEL
 from grasp.errors import GraspError
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options
 from grasp.model.units import decoder_layers
-from grasp.planning.plan import TOKENS_PER_CHANNEL
 
 RIDGE = 1e-2
 
@@ -34,12 +34,12 @@ def refit(
     mask: Mask,
     blocks: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[Tensor]:
     """Refit o_proj and down_proj of `model` in place to the kept units; dropped columns become 0.
 
     blocks: int64 [samples, seq_len], of which it takes the first, up to `TOKENS_PER_CHANNEL`.
-    Returns the kept columns of each layer's (o_proj, down_proj) in fp32, before the model's dtype
-    rounds them, on the CPU. `grasp.planning.plan.refit_memory` says what is in memory at one time.
+    Returns the kept columns of down_proj and o_proj, layer by layer, in fp32, before the model's
+    dtype rounds them, on the CPU. `planning.plan.refit_memory` says what is in memory at one time.
     Raises GraspError where activations are not finite.
     """
     tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
@@ -56,17 +56,20 @@ def refit(
         def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
             return layer(x, **kwargs)
 
+        down_proj, o_proj = modules.outputs
         heads = expand(kv, units.group_size * units.head_dim)
-        for linear, kept in ((modules.attention.o_proj, heads), (modules.mlp.down_proj, ffn)):
+        own = {}
+        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # as the layer runs
             gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
             for x in inputs_of(linear, run, hidden.split(1)):
                 x = x.flatten(0, -2).float()
                 gram.addmm_(x.T, x)
-            fitted.append(solve(linear, kept.to(gram.device), gram).cpu())
+            own[linear] = solve(linear, kept.to(gram.device), gram).cpu()
+        fitted += [own[linear] for linear in modules.outputs]
         for x in hidden.split(1):
             x.copy_(run(x))
         progress(index + 1, len(layers))
-    return list(zip(fitted[::2], fitted[1::2], strict=True))
+    return fitted
 
 
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:

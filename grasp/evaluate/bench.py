@@ -15,9 +15,9 @@ from grasp.config import Dtype
 from grasp.data.text import Progress
 from grasp.errors import GraspError
 from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
+from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device, processor
 from grasp.report.results import add_measured, check_record
-from grasp.run.folder import disk_errors, memory_errors
 
 SEED = 0  # of the prompts
 QUANTILES = (0.5, 0.1, 0.9)

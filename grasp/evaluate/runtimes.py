@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from grasp.config import Dtype
-from grasp.errors import GraspError, reason
+from grasp.errors import GraspError, install, reason
 from grasp.model.header import read_header
 from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, resolve
 
@@ -185,7 +185,7 @@ class LlamaCpp:
             import xllamacpp
         except ImportError:
             raise GraspError(
-                f"{name} runs in llama.cpp, which is not installed: pip install 'grasp[llama-cpp]'"
+                f"{name} runs in llama.cpp, which is not installed: {install('llama-cpp')}"
             ) from None
         kinds = xllamacpp.ggml_backend_dev_type
         gpus = [

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from grasp.data.text import Progress, json_records
-from grasp.errors import GraspError, reason
+from grasp.errors import GraspError, install, reason
 from grasp.model.load import load_model, pick_device, resolve
 from grasp.report.results import add_measured, check_record
 
@@ -361,7 +361,7 @@ def _reported(progress: Progress | None) -> Iterator[None]:
         import lm_eval.api.task as preparing
         import lm_eval.models.huggingface as running
     except ImportError:
-        raise GraspError("--tasks needs lm-eval: pip install 'grasp[tasks]'") from None
+        raise GraspError(f"--tasks needs lm-eval: {install('tasks')}") from None
     import datasets
 
     with contextlib.ExitStack() as undo:

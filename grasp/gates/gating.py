@@ -128,7 +128,11 @@ def _attention_forward(
 def _takes_kernel(module: Any, query: Tensor, attention_mask: Tensor | None) -> bool:
     """Plain causal attention on a GPU; on a CPU, PyTorch's attention and a product are faster."""
     plain = module.config._attn_implementation == SDPA and attention_mask is None
-    return plain and query.device.type != "cpu" and has_backend(query)
+    return plain and _kernel_is_faster(query)
+
+
+def _kernel_is_faster(query: Tensor) -> bool:
+    return query.device.type != "cpu" and has_backend(query)
 
 
 def _inner(module: Any) -> Any:
@@ -149,8 +153,20 @@ def unpadded(ids: Tensor) -> Tensor:
 
 
 def _unless_unpadded(make: Any, **kwargs: Any) -> Any:
+    """The mask that `make` builds, none where an unpadded sequence is plainly causal.
+
+    That transformers would find out itself, but not while a CUDA graph is captured: then it builds
+    a mask, and the graph would hold masked attention for good.
+    """
     if hasattr(kwargs["attention_mask"], "grasp_unpadded"):
         kwargs["attention_mask"] = None
+        window = kwargs.get("local_size")
+        if (
+            make is sdpa_mask
+            and kwargs.get("allow_is_causal_skip", True)
+            and (window is None or kwargs["kv_length"] < window)
+        ):
+            return None
     return make(**kwargs)
 
 

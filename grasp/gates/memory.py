@@ -11,11 +11,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grasp.config import MemoryMode, PruneConfig
+from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig
+from grasp.machine import memory_errors
 from grasp.model.header import from_config
 from grasp.model.units import UnitSpace
-from grasp.planning.plan import RECOMPUTE_EVERY, learning_memory
-from grasp.run.folder import memory_errors
+from grasp.planning.plan import learning_memory
 
 SLACK = 0.9  # of free memory: the allocator's fragments and the estimate's error take the rest
 

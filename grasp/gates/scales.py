@@ -99,6 +99,11 @@ def ends(model: PreTrainedModel, kind: ScaleKind) -> list[End]:
     return found
 
 
+def scale(theta: Tensor) -> Tensor:
+    """Scales in (0.5, 1.5) of unbounded `theta`; 1 where it is 0."""
+    return 1 + 0.5 * torch.tanh(theta)
+
+
 @torch.no_grad()
 def fold_scales(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> None:
     """Multiply fp32 [`scale_count`] into the weights of this model, as `Scales.set` orders them."""

@@ -19,6 +19,7 @@ from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
 from grasp.gates.gating import unpadded
+from grasp.journal import Journal
 from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
@@ -54,23 +55,6 @@ class Multipliers(Protocol):
     def set(self, values: Tensor, open_counts: list[int] | None = None) -> None: ...
 
     def count(self, values: Tensor) -> list[int]: ...
-
-
-class Journal:
-    """Where a stage reports and keeps its resumable state. This one keeps nothing."""
-
-    def load(self) -> dict[str, Tensor] | None:
-        """The last saved state of this stage, if any."""
-        return None
-
-    def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
-        """Called after every read of the loss; keeps the state when it is time to, or `final`."""
-
-    def note(self, text: str) -> None:
-        """Something that a reader of the log should know."""
-
-    def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
-        """`step` of `total` done, with the mean loss and the tokens seen since the last call."""
 
 
 def train_gates(
@@ -240,11 +224,17 @@ _PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether a model's logits are its decoder's output times the head's weight: tried, once."""
+    """Whether a model's logits are its decoder's output times the head's weight: tried, once.
+
+    To the last bit, and of one pass: two may differ by a bit on a GPU, a soft cap by little more.
+    """
     if model not in _PLAIN:
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        _PLAIN[model] = torch.equal(logits, F.linear(hidden, model.get_output_embeddings().weight))
+        passed: list[Any] = []
+        hook = model.get_decoder().register_forward_hook(lambda *args: passed.append(args[-1]))
+        with hook:
+            logits = model(input_ids=ids, use_cache=False).logits
+        (out,), head = passed, model.get_output_embeddings()
+        _PLAIN[model] = torch.equal(logits, F.linear(out.last_hidden_state, head.weight))
     return _PLAIN[model]
 
 

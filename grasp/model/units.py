@@ -146,7 +146,12 @@ class LayerModules:
     @property
     def linears(self) -> list[Any]:
         """All linear layers, each once."""
-        return [*self.gate_up, *self.qkv, self.mlp.down_proj, self.attention.o_proj]
+        return [*self.gate_up, *self.qkv, *self.outputs]
+
+    @property
+    def outputs(self) -> tuple[Any, Any]:
+        """down_proj and o_proj: the linear layers whose columns are units, as UnitSpace runs."""
+        return self.mlp.down_proj, self.attention.o_proj
 
     @property
     def gate_up(self) -> tuple[Any, ...]:

@@ -8,16 +8,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from grasp import criteria
 from grasp.budget.budget import Budget, Layout
-from grasp.config import MemoryMode, PlannedDtype, PlannedMemory, PruneConfig, ScaleKind
+from grasp.config import (
+    RECOMPUTE_EVERY,
+    TOKENS_PER_CHANNEL,
+    MemoryMode,
+    PlannedDtype,
+    PlannedMemory,
+    PruneConfig,
+    ScaleKind,
+)
 from grasp.errors import GraspError
 from grasp.model.header import FAMILIES, STATIC_ROPE, Header, read_header
 from grasp.model.units import FFN_COST, UnitSpace
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
 LOGITS_AT_ONCE = 2**25  # as grasp_kernels.linear_cross_entropy makes them
-TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
 
 
 class Range(NamedTuple):
@@ -174,7 +181,7 @@ def plan(
     space, width = header.space, DTYPE_BYTES[dtype]
     cost, kv_values = obtained(space, budget)
     after = params_left(space, budget, cost)
-    epochs = config.epochs if config.method in ("learned", "free") else 0
+    epochs = config.epochs if criteria.get(config.method).learns else 0
     tokens = config.samples * config.seq_len * (epochs + config.scale_epochs)
     at_once = config.seq_len * config.batch_size
     return Plan(

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from grasp.checkpoint.save import write_json
 from grasp.errors import GraspError
+from grasp.journal import read_log
+from grasp.machine import disk_errors
 from grasp.report.page import report_page
 from grasp.report.summary import Summary, layer_figure, model_card, read_summary
-from grasp.run.folder import disk_errors, read_log
 
 
 class Measured(Protocol):

@@ -17,20 +17,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp import criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Projection
-from grasp.config import REWRITING, Method, PruneConfig
+from grasp.config import PruneConfig
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
+from grasp.machine import disk_errors, peak_memory, reset_peak_memory
 from grasp.model.load import cast, move
 from grasp.report.comparison import figure, page
-from grasp.run.folder import Run, Show, disk_errors, peak_memory, reset_peak_memory
+from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
     begin,
@@ -44,14 +46,15 @@ from grasp.run.prune import (
     shrink,
     working_dtype,
 )
-from grasp.select import Choice, select
+from grasp.select import select
+from grasp.select.choice import Choice
 
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
 KEEP = (0.8, 0.5, 0.4)
 SEEDS = (0, 1, 2)
-METHODS = (*get_args(Method), "learned+refit", "fisher+refit")
+METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
 TASK_BATCH = 16  # requests at a time: they are short, and answers hardly depend on it
 
 
@@ -70,13 +73,13 @@ class Cell:
     def choice(self) -> str:
         """What its scores depend on."""
         method, seed = self.config.method, self.config.seed
-        if method == "learned" or self.rewrites:
+        if criteria.get(method).per_budget:
             return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
         return f"choice of {method}, seed {seed}"
 
     @property
     def rewrites(self) -> bool:
-        return self.config.method in REWRITING
+        return criteria.get(self.config.method).updates_weights
 
 
 @dataclass(frozen=True)
@@ -177,15 +180,16 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
     """`config` with what `name` is in --methods, as fisher or fisher+refit. Raises GraspError."""
     more = next((option for option in ("refit", "bias") if name.endswith(f"+{option}")), "")
     method = name.removesuffix(f"+{more}") if more else name
-    if method not in get_args(Method):
+    if method not in criteria.names():
         raise GraspError(
-            f"--methods {name!r}: choose from {', '.join(get_args(Method))}, each as it is, with "
+            f"--methods {name!r}: choose from {', '.join(criteria.names())}, each as it is, with "
             "+refit or with +bias"
         )
-    if more and method in REWRITING:
+    updates = criteria.get(method).updates_weights
+    if more and updates:
         raise GraspError(f"--methods {name!r}: {method} has fitted weights already: name it alone")
     choice: Any = {"method": method, "compensate": more or "none"}
-    if method in REWRITING:
+    if updates:
         choice["dtype"] = "fp32"  # a narrower one would round what is fitted
     return replace(config, seed=seed, **choice)
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,27 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.save import check_layout, environment, save_checkpoint
 from grasp.checkpoint.verify import check_saved
-from grasp.compress.biases import add_biases, mean_biases, with_biases
+from grasp.compress.biases import mean_biases, with_biases
 from grasp.compress.calibrate import learn_scales
-from grasp.compress.fold import fold_mask
+from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.refit import refit
-from grasp.config import REWRITING, PruneConfig, SparsifyConfig
+from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data.text import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.memory import memory_mode
-from grasp.gates.scales import fold_scales
 from grasp.gates.training import TrainSettings
+from grasp.machine import memory_errors
 from grasp.model.load import TORCH_NAMES, best_dtype, cast, load_model, longest, move, pick_device
-from grasp.model.units import UnitSpace, decoder_layers
+from grasp.model.units import UnitSpace
 from grasp.report.results import add_reports, add_results
 from grasp.report.summary import read_summary
-from grasp.run.folder import Run, Show, memory_errors, open_run
+from grasp.run.folder import Run, Show, open_run
 from grasp.select import select
 
 
@@ -115,7 +115,7 @@ def prune_each(
     config = configure(model, budget, options)
     if as_published:
         config = config.as_published()
-    if config.method in REWRITING:
+    if criteria.get(config.method).updates_weights:
         raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
     with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
         return _prune(
@@ -223,7 +223,8 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
     saved_as = with_biases(model.config) if config.compensate == "bias" else model.config
     check_layout(saved_as, space, config.budget)
     working = working_dtype(config)
-    if config.method in REWRITING and torch.promote_types(working, model.dtype) != working:
+    updates = criteria.get(config.method).updates_weights
+    if updates and torch.promote_types(working, model.dtype) != working:
         raise GraspError(
             f"--method {config.method} rewrites weights, which {config.dtype} would round: use "
             "--dtype fp32"
@@ -276,30 +277,39 @@ def shrink(
     stored_dtype: torch.dtype,
     run: Run,
 ) -> PreTrainedModel:
-    """Scale, compensate or refit, cut, calibrate: the pruned model in `stored_dtype`.
+    """Scale, compensate, cut, calibrate: the pruned model in `stored_dtype`.
 
     `learned_along` are the scales of a `Choice`. `model` itself is used up.
     """
+    edits: list[Edit] = []
+
+    def edit(found: Edit) -> None:
+        found.apply(model)
+        edits.append(found)
+
     if learned_along is not None:
-        fold_scales(model, config.scales, learned_along)
-    biases = fitted = None
+        edit(Scale(config.scales, learned_along))
+    compensation: list[Edit] = []
     if config.compensate == "bias":
-        biases = mean_biases(model, mask, blocks, run.stage("bias"))
+        compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
     elif config.compensate == "refit":
-        fitted = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
-    fold_mask(model, mask)
-    if biases:
-        add_biases(model, biases)
-    scales = None
+        columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
+        compensation = [Refit(columns)]
+    for found in (Cut(mask), *compensation):
+        edit(found)
+    last: list[Edit] = []
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
         with memory_mode(model, config):
             scales = learn_scales(model, config.scales, blocks, settings, run.stage("calibrate"))
+        last = [Scale(config.scales, scales)]
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
+        # the working dtype has rounded the weights: all edits once more, on those that are stored
         _release(model)
-        model = _as_stored(config, mask, learned_along, fitted, biases)
-    if scales is not None:
-        fold_scales(model, config.scales, scales)
+        model = load_dense(config)[0]
+        last = [*edits, *last]
+    for found in last:
+        found.apply(model)
     return cast(model, stored_dtype)
 
 
@@ -334,33 +344,6 @@ def _release(model: PreTrainedModel) -> None:
     move(model, "meta")
 
 
-def _as_stored(
-    config: PruneConfig,
-    mask: Mask,
-    learned_along: Tensor | None,
-    fitted: list[tuple[Tensor, Tensor]] | None,
-    biases: list[Tensor] | None,
-) -> PreTrainedModel:
-    """The pruned model from the weights on disk: a narrower dtype has rounded those in memory."""
-    model, _ = load_model(
-        config.model,
-        dtype=None,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if learned_along is not None:
-        fold_scales(model, config.scales, learned_along)
-    fold_mask(model, mask)
-    if fitted:
-        with torch.no_grad():
-            for modules, (o_proj, down_proj) in zip(decoder_layers(model), fitted, strict=True):
-                modules.attention.o_proj.weight.copy_(o_proj)
-                modules.mlp.down_proj.weight.copy_(down_proj)
-    if biases:
-        add_biases(model, biases)
-    return model
-
-
 def pruned_summary(
     config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel
 ) -> dict[str, Any]:
@@ -383,7 +366,7 @@ def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -
     before, after = mask.space, mask.pruned_space()
     return {
         "format": 1,
-        "grasp_version": version("grasp"),
+        "grasp_version": __version__,
         "model": config.model,
         "recipe": config.to_json(),
         "seed": config.seed,
@@ -485,7 +468,7 @@ def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict
         "calibration text": corpus.sha256,
         "evaluation text": ruler and ruler.text.sha256,
         "weights": weights.hexdigest(),
-        "grasp": version("grasp"),
+        "grasp": __version__,
         **software,
     }
 

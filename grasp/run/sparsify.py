@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from grasp.budget.pattern import Pattern
 from grasp.budget.projection import Mask
 from grasp.config import SparsifyConfig
+from grasp.machine import memory_errors
 from grasp.model.load import pick_device
 from grasp.report.results import add_results
 from grasp.report.summary import read_summary
-from grasp.run.folder import Run, Show, memory_errors, open_run
+from grasp.run.folder import Run, Show, open_run
 from grasp.run.prune import (
     finish,
     load_dense,

@@ -11,20 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.gates.gating import gated
-from grasp.gates.training import Journal, finite_mean, next_token_loss
+from grasp.gates.training import finite_mean, next_token_loss
+from grasp.journal import Journal
 from grasp.model.units import FFN_COST, UnitSpace
 
 
 def fisher_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device; blocks: int64 [samples, seq_len], one backward each."""
     done = journal.load()
     if done is not None:
         return done["fisher"].to(model.device)
-    z = torch.ones(space.size, device=model.device, requires_grad=True)
+    z = torch.ones(units.size, device=model.device, requires_grad=True)
     fisher = torch.zeros_like(z, requires_grad=False)
-    with gated(model, space) as gates:
+    with gated(model, units) as gates:
         for step, block in enumerate(blocks):
             gates.set(z)
             loss = next_token_loss(model, block[None].to(z.device))
@@ -32,7 +33,7 @@ def fisher_scores(
             (grad,) = torch.autograd.grad(loss, z)
             fisher += grad**2
             journal.progress(step + 1, len(blocks), value, block.numel())
-    for index, _, kv in space.segments():
-        fisher[kv] *= FFN_COST / space.layers[index].kv_cost
+    for index, _, kv in units.segments():
+        fisher[kv] *= FFN_COST / units.layers[index].kv_cost
     journal.save(lambda: {"fisher": fisher}, final=True)
     return fisher

@@ -2,9 +2,9 @@
 
 Source: FLAP (arXiv 2312.11983), the metric WIFV and the search over all layers and modules (AL-AM):
 the columns of each down_proj and o_proj are standardised to mean 0 and deviation 1, a head scores
-the mean of its columns, and one threshold holds for all. Heads become KV groups. The biases that
-make up for dropped means are in `grasp.compress.biases`, for any method. Left out: the square that only
-its code, not the paper, takes of o_proj's columns first.
+the mean of its columns, and one threshold holds for all. Heads become KV groups. Its biases,
+which go with any method, are in compress/biases.py. Left out: the square of o_proj's columns, which
+its code takes first and the paper does not.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal
+from grasp.gates.moments import column_moments
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
-from grasp.select.activations import column_moments
 
 
 @torch.no_grad()
 def flap_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
     scores = []
-    for weight, x, units in column_moments(model, space, blocks, journal):
+    for weight, x, count in column_moments(model, units, blocks, journal):
         columns = x.var * weight.float().square().sum(0)
         spread = columns.std().clamp(min=torch.finfo(columns.dtype).tiny)
-        scores.append(((columns - columns.mean()) / spread).view(units, -1).mean(1))
+        scores.append(((columns - columns.mean()) / spread).view(count, -1).mean(1))
     return torch.cat(scores)

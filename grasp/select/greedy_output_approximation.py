@@ -23,11 +23,27 @@ from transformers import PreTrainedModel
 from grasp.budget.projection import Projection
 from grasp.compress.fold import expand
 from grasp.compress.refit import ridge_solve
-from grasp.gates.training import Journal, finite_mean
+from grasp.gates.training import finite_mean
+from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options
 from grasp.model.units import Rows, decoder_layers
-from grasp.select.activations import uniform_ratio
+from grasp.select.choice import Choice
 from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
+from grasp.select.ratio import uniform_ratio
+
+
+def greedy_output_approximation(
+    model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
+) -> Choice:
+    """KV groups scored by their second moment, as channels are."""
+    return Choice(prune_greedily(model, projection, blocks, journal))
+
+
+def greedy_head_similarity(
+    model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
+) -> Choice:
+    """KV groups scored by their similarity."""
+    return Choice(prune_greedily(model, projection, blocks, journal, similar_heads=True))
 
 
 @torch.no_grad()

@@ -11,27 +11,24 @@ scales of channels learn along with the gates, so that what is kept adapts meanw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp import criteria
 from grasp.budget.projection import Projection
-from grasp.compress.calibrate import scale
-from grasp.config import GateSite, ScaleKind
-from grasp.gates.scales import scale_count, scaled
-from grasp.gates.training import Journal, TrainSettings, train_gates
+from grasp.config import GateSite, PruneConfig, ScaleKind
+from grasp.gates.scales import scale, scale_count, scaled
+from grasp.gates.training import TrainSettings, train_gates
+from grasp.journal import Journal
+from grasp.select.choice import Choice
+from grasp.select.fisher import fisher_scores
 
 TAU = 1.5
-
-
-class Choice(NamedTuple):
-    """Scores of all units, fp32 [units], and what `fold_scales` takes if scales learned along."""
-
-    scores: Tensor
-    scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,42 @@ class LearnSettings:
     anneal: float = 0.5
     gate_site: GateSite = "output"
     scales: ScaleKind = "unit"
+
+
+def learned(
+    model: PreTrainedModel,
+    projection: Projection,
+    blocks: Tensor,
+    config: PruneConfig,
+    stage: Callable[[str], Journal],
+) -> Choice:
+    """Gates that learn under the budget of `projection`, from the start that `config` names."""
+    fisher = criteria.get("fisher").samples
+    start = torch.zeros(projection.space.size, device=model.device)
+    if config.start == "fisher":
+        scores = fisher_scores(model, projection.space, blocks[:fisher], stage("fisher"))
+        start = projection.ranked(scores)
+    settings = LearnSettings(
+        replace(TrainSettings.of(config, config.epochs), schedule="constant"),
+        config.anneal,
+        config.gate_site,
+        config.scales,
+    )
+    return learn_scores(model, projection, start, blocks, settings, stage("learn"))
+
+
+def free(
+    model: PreTrainedModel,
+    projection: Projection,
+    blocks: Tensor,
+    config: PruneConfig,
+    stage: Callable[[str], Journal],
+) -> Choice:
+    """The same with every unit open while gates learn: the same gradients, one projection."""
+    everything = replace(config.budget, kind="keep", asked=1.0)
+    device = str(model.device)
+    projection = Projection(projection.space, everything, seed=config.seed, device=device)
+    return learned(model, projection, blocks, config, stage)
 
 
 def learn_scores(

@@ -9,6 +9,6 @@ from grasp.model.units import UnitSpace
 from grasp.select.weights import unit_means
 
 
-def magnitude_scores(model: PreTrainedModel, space: UnitSpace) -> Tensor:
+def magnitude_scores(model: PreTrainedModel, units: UnitSpace) -> Tensor:
     """fp32 [units] on the model's device."""
-    return unit_means(model, space, lambda weight: weight.float().square())
+    return unit_means(model, units, lambda weight: weight.float().square())

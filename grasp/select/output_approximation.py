@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal
+from grasp.gates.moments import Tap, channel_moments
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
-from grasp.select.activations import Tap, channel_moments, uniform_ratio
+from grasp.select.ratio import uniform_ratio
 
 
 @torch.no_grad()
 def output_approximation_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
     taps: list[Tap] = []
@@ -30,7 +31,7 @@ def output_approximation_scores(
         taps += [(modules.attention.o_proj, "input")]
     moments = iter(channel_moments(model, taps, blocks, journal))
     scores = []
-    for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
+    for modules, layer in zip(decoder_layers(model), units.layers, strict=True):
         down, out = (
             linear.weight.float().square().sum(0)
             for linear in (modules.mlp.down_proj, modules.attention.o_proj)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal, finite_mean, next_token_loss
+from grasp.gates.training import finite_mean, next_token_loss
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
 from grasp.select.weights import prunable_weights, unit_means
 
 
 def taylor_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device; blocks: int64 [samples, seq_len], one backward each.
 
@@ -46,6 +47,6 @@ def taylor_scores(
             value = finite_mean([loss.detach()], step + 1)
             (loss / len(blocks)).backward(inputs=weights)
             journal.progress(step + 1, len(blocks), value, block.numel())
-    scores = unit_means(model, space, lambda w: (w * gradients[w]).abs())
+    scores = unit_means(model, units, lambda w: (w * gradients[w]).abs())
     journal.save(lambda: {"taylor": scores}, final=True)
     return scores

@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal, finite_mean
+from grasp.gates.training import finite_mean
+from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.load import cast
 from grasp.model.units import UnitSpace, decoder_layers
-from grasp.select.activations import uniform_ratio
+from grasp.select.ratio import uniform_ratio
 from grasp.sparsity.blocks import Block, fp32
 from grasp.sparsity.methods import regional_factors
 
 
 @torch.no_grad()
 def wanda_plus_plus_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len].
 
@@ -50,8 +51,8 @@ def wanda_plus_plus_scores(
         cast(layer, torch.float32)
         linears = {"down_proj": modules.mlp.down_proj, "o_proj": modules.attention.o_proj}
         factors = regional_factors(Block(linears, run, hidden, dense))
-        units = (space.layers[index].ffn, space.layers[index].kv_groups)
-        for linear, factor, n in zip(linears.values(), factors, units, strict=True):
+        counts = (units.layers[index].ffn, units.layers[index].kv_groups)
+        for linear, factor, n in zip(linears.values(), factors, counts, strict=True):
             raw.append((factor * linear.weight.abs()).mean(0).view(n, -1).sum(1))
         cast(layer, dtype)
         hidden, dense = dense, hidden

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal
+from grasp.gates.moments import column_moments
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace
-from grasp.select.activations import column_moments, uniform_ratio
+from grasp.select.ratio import uniform_ratio
 
 
 @torch.no_grad()
 def wanda_sp_scores(
-    model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
     """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
     return uniform_ratio(
         [
-            (weight.float().abs().mean(0) * x.second.sqrt()).view(units, -1).sum(1)
-            for weight, x, units in column_moments(model, space, blocks, journal)
+            (weight.float().abs().mean(0) * x.second.sqrt()).view(count, -1).sum(1)
+            for weight, x, count in column_moments(model, units, blocks, journal)
         ]
     )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
-from grasp.gates.training import Journal
+from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.load import cast
 

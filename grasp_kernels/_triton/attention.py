@@ -85,7 +85,7 @@ def delta(grad: Tensor, raw: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     partial = grad.new_empty(batch, heads, blocks, dtype=torch.float32)
     launch(
         _delta,
-        (blocks, batch * heads),
+        (blocks * batch * heads,),  # a second axis ends at 65,535
         tile,
         *(grad, raw, row_sums, partial, heads, length, *grad.stride()[:3], *raw.stride()[:3]),
         D=size,
@@ -106,7 +106,9 @@ def _tile(
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x [B, H, S, D] with unit stride along D, within 2^31 values a sequence: a copy where not."""
+    span = sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x if x.stride(-1) == 1 and span < 2**31 else x.contiguous()
 
 
 def _heads_last(x: Tensor) -> Tensor:
@@ -223,14 +225,16 @@ def _delta(
     grad, raw, row_sums, partial, heads, length, gb, gh, gs, rb, rh, rs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    blocks = tl.cdiv(length, BLOCK_M)
+    sequence = tl.program_id(0) // blocks  # a head of one
+    batch = (sequence // heads).to(tl.int64)
+    head = sequence % heads
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     g = _load_tile(grad + batch * gb + head * gh, row, gs, length, D, BLOCK_D).to(tl.float32)
     o = _load_tile(raw + batch * rb + head * rh, row, rs, length, D, BLOCK_D).to(tl.float32)
     sums = tl.sum(g * o, 1)
-    tl.store(row_sums + tl.program_id(1).to(tl.int64) * length + row, sums, row < length)
-    tl.store(partial + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(sums, 0))
+    tl.store(row_sums + sequence.to(tl.int64) * length + row, sums, row < length)
+    tl.store(partial + tl.program_id(0), tl.sum(sums, 0))
 
 
 @triton.jit

@@ -136,7 +136,7 @@ def _backward(
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     first = tl.program_id(1).to(tl.int64) * ROWS
     gate = tl.load(z + column, column < width, other=0.0).to(tl.float32)
-    dz = tl.zeros([BLOCK_F], tl.float32)
+    dz = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
     for start in range(0, ROWS, BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
         inside = (row[:, None] < tokens - first) & (column < width)[None, :]
@@ -150,8 +150,9 @@ def _backward(
         at = first * d_stride + row[:, None] * d_stride + column[None, :]
         tl.store(d_gate + at, da, inside)
         tl.store(d_up + at, du, inside)
-        dz += tl.sum(dz_rows, 0)
-    tl.store(partial + tl.program_id(1).to(tl.int64) * width + column, dz, column < width)
+        dz += dz_rows
+    dz_at = partial + tl.program_id(1).to(tl.int64) * width + column
+    tl.store(dz_at, tl.sum(dz, 0), column < width)
 
 
 @triton.jit
@@ -212,7 +213,7 @@ def _pack_backward(
     source = tl.load(order + tl.where(is_kept, column, kept + column), valid, other=0)
     source = source.to(tl.int32)
     first = tl.program_id(1).to(tl.int64) * ROWS
-    dz = tl.zeros([BLOCK_F], tl.float32)
+    dz = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
     if is_kept:
         gate = tl.load(z + source, valid, other=0.0).to(tl.float32)
         for start in range(0, ROWS, BLOCK_T):
@@ -227,7 +228,7 @@ def _pack_backward(
             d_at = d_packed + first * 2 * kept + row[:, None] * 2 * kept + column[None, :]
             tl.store(d_at, da, inside)
             tl.store(d_at + kept, du, inside)
-            dz += tl.sum(dz_rows, 0)
+            dz += dz_rows
     else:
         for start in range(0, ROWS, BLOCK_T):
             row = start + tl.arange(0, BLOCK_T)
@@ -236,5 +237,5 @@ def _pack_backward(
             at = first * count + row[:, None] * count + column[None, :]
             g = tl.load(g_at, inside, other=0.0).to(tl.float32)
             h = tl.load(dropped + at, inside, other=0.0).to(tl.float32)
-            dz += tl.sum(g * h, 0)
-    tl.store(partial + tl.program_id(1).to(tl.int64) * width + source, dz, valid)
+            dz += g * h
+    tl.store(partial + tl.program_id(1).to(tl.int64) * width + source, tl.sum(dz, 0), valid)

@@ -4,6 +4,7 @@ from oracle import DTYPES, INTERPRETED, MASKS, assert_accurate, gradients, mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_kernels import gated_attention, reference
+from grasp_kernels._triton import attention as kernels
 
 NAMES = ["dq", "dk", "dv", "dz"]
 
@@ -87,3 +88,20 @@ def test_strides(device):
 def test_sdpa_composition(max_kept, device):
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     check(8, 4, 66, 64, dtype, device, "one", backend="sdpa", max_kept=max_kept)
+
+
+def test_a_gradient_that_many_heads_share_is_launched_on_one_axis(monkeypatch):
+    """Sizes are what matters, so tensors without memory will do."""
+    grids = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    grad = raw = torch.empty(2**16, 1, 70, 64, device="meta", dtype=torch.float16)
+    row_sums, dz = kernels.delta(grad, raw, torch.empty(1, device="meta"))
+    assert row_sums.shape == (2**16, 1, 70) and dz.shape == (1,)
+    assert all(size < 2**16 for grid in grids for size in grid[1:])
+
+
+def test_a_sequence_that_spans_too_much_is_copied():
+    apart = torch.empty_strided((1, 2, 8, 64), (2**32, 2**31, 64, 1), device="meta")
+    assert kernels._unit(apart).is_contiguous()
+    near = torch.empty(1, 8, 2, 64, device="meta").transpose(1, 2)
+    assert kernels._unit(near) is near

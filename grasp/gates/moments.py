@@ -1,4 +1,4 @@
-"""What criteria on activations share: moments of what passes a linear, and equal ratios."""
+"""Means and variances of what enters or leaves linear layers on calibration text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.gates.training import Journal, finite_mean, next_token_loss
+from grasp.gates.training import finite_mean, next_token_loss
+from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
 
 Tap = tuple[nn.Linear, Literal["input", "output"]]
@@ -80,21 +81,7 @@ def column_moments(
 
     A unit's columns lie side by side: `columns.view(units, -1)` has a row for each.
     """
-    linears = [x for m in decoder_layers(model) for x in (m.mlp.down_proj, m.attention.o_proj)]
+    linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
     units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
     moments = channel_moments(model, [(linear, "input") for linear in linears], blocks, journal)
     return [(x.weight, m, n) for x, m, n in zip(linears, moments, units, strict=True)]
-
-
-def uniform_ratio(modules: Sequence[Tensor]) -> Tensor:
-    """Scores [units] whose one global threshold is the same ratio in every module.
-
-    modules: a criterion's raw scores, one tensor for each FFN and each attention, as UnitSpace
-    runs. A unit's score is the part of its module that ranks below it, in (0, 1); equals share one.
-    """
-    parts = []
-    for raw in modules:
-        ordered = raw.sort().values
-        below, up_to = (torch.searchsorted(ordered, raw, right=right) for right in (False, True))
-        parts.append((below + up_to) / (2 * len(raw)))
-    return torch.cat(parts)

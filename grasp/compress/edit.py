@@ -1,0 +1,70 @@
+"""Edits: what pruning does to a model's weights, as values.
+
+Each is applied to the model at hand once it is known, and all of them once more to the weights as
+they are stored, where a narrower dtype has rounded those at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.budget.projection import Mask
+from grasp.compress.biases import add_biases
+from grasp.compress.fold import fold_mask
+from grasp.config import ScaleKind
+from grasp.gates.scales import fold_scales
+from grasp.model.units import decoder_layers
+
+
+class Edit(Protocol):
+    def apply(self, model: PreTrainedModel) -> None:
+        """Change the weights of `model` in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Multiply scales into the weights: fp32, in the order of `Scales.set`."""
+
+    kind: ScaleKind
+    values: Tensor
+
+    def apply(self, model: PreTrainedModel) -> None:
+        fold_scales(model, self.kind, self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Remove the units that a mask drops."""
+
+    mask: Mask
+
+    def apply(self, model: PreTrainedModel) -> None:
+        fold_mask(model, self.mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """Replace what is left of down_proj and o_proj by what `refit` found."""
+
+    columns: list[Tensor]
+
+    @torch.no_grad()
+    def apply(self, model: PreTrainedModel) -> None:
+        linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
+        for linear, columns in zip(linears, self.columns, strict=True):
+            linear.weight.copy_(columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """Add biases to down_proj and o_proj, as `mean_biases` gives them."""
+
+    values: list[Tensor]
+
+    def apply(self, model: PreTrainedModel) -> None:
+        add_biases(model, self.values)

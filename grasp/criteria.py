@@ -1,0 +1,176 @@
+"""Criteria by name: how units are scored, where that comes from, and what it needs.
+
+Ours are listed below, each with the function that it names. Anybody else's comes in by one of two
+doors, and then works in `--method`, `compare` and reports like ours:
+
+    @grasp.criterion("mine", help="my scores")          # in a program
+    def my_scores(model, units): ...
+
+    [project.entry-points."grasp.criteria"]             # in an installed package
+    mine = "my_package:my_scores"
+
+A function receives what its parameters name: `model`, `units` (UnitSpace), `blocks` (int64
+[samples, seq_len]), `journal` (progress, and state to resume from), `projection`, `config`
+(PruneConfig) and `stage` (a journal by name). It returns fp32 [units.size], higher is kept; those
+are ranked, so their scale does not matter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from grasp.errors import GraspError, reason
+
+GROUP = "grasp.criteria"
+OFFERED = ("model", "units", "blocks", "journal", "projection", "config", "stage")
+Scores = TypeVar("Scores", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named way to score units, without the code behind it, which loads when it is needed."""
+
+    name: str
+    home: str | Callable[..., Any]  # "module:function"
+    help: str
+    reference: str = ""  # the paper
+    samples: int | None = None  # blocks that it reads; None: all
+    learns: bool = False  # takes --epochs passes over the blocks
+    per_budget: bool = False  # its scores hold for one budget only
+    updates_weights: bool = False  # fits weights as it chooses: nothing is left to compensate
+
+    def __call__(self, **offered: Any) -> Any:
+        """Call the function with those of `offered` that its parameters name."""
+        function = self.home
+        if isinstance(function, str):
+            module, _, name = function.partition(":")
+            function = getattr(importlib.import_module(module), name)
+        return function(**{name: offered[name] for name in inspect.signature(function).parameters})
+
+
+GREEDY = "arXiv 2407.19126"
+OURS = (
+    Criterion(
+        "learned",
+        "grasp.select.learned:learned",
+        "gates learned under the budget",
+        "GRASPrune, arXiv 2604.19398",
+        learns=True,
+        per_budget=True,
+    ),
+    Criterion(
+        "free",
+        "grasp.select.learned:free",
+        "gates learned with every unit open, projected once",
+        learns=True,
+    ),
+    Criterion(
+        "fisher",
+        "grasp.select.fisher:fisher_scores",
+        "squared gradient of the loss with respect to each gate, one backward pass per sample",
+        samples=32,
+    ),
+    Criterion(
+        "taylor",
+        "grasp.select.taylor:taylor_scores",
+        "|gradient x weight|, summed over the weights of a unit",
+        "LLM-Pruner, arXiv 2305.11627",
+        samples=10,  # as published: the mean of more gradients nears 0
+    ),
+    Criterion(
+        "output-approximation",
+        "grasp.select.output_approximation:output_approximation_scores",
+        "second moment of what a unit adds to the output",
+        GREEDY,
+    ),
+    Criterion(
+        "greedy-output-approximation",
+        "grasp.select.greedy_output_approximation:greedy_output_approximation",
+        "the same, with each module refitted before it is scored",
+        GREEDY,
+        per_budget=True,
+        updates_weights=True,
+    ),
+    Criterion(
+        "greedy-head-similarity",
+        "grasp.select.greedy_output_approximation:greedy_head_similarity",
+        "the same, with heads scored by how much they resemble others",
+        GREEDY,
+        per_budget=True,
+        updates_weights=True,
+    ),
+    Criterion(
+        "flap",
+        "grasp.select.flap:flap_scores",
+        "variance of a channel times its weights",
+        "arXiv 2312.11983",
+    ),
+    Criterion(
+        "wanda-sp",
+        "grasp.select.wanda_sp:wanda_sp_scores",
+        "|weight| times the norm of its input, the same ratio in every module",
+        "arXiv 2306.11695",
+    ),
+    Criterion(
+        "wanda++",
+        "grasp.select.wanda_plus_plus:wanda_plus_plus_scores",
+        "Wanda with the gradient of each decoder block",
+        "arXiv 2503.04992",
+    ),
+    Criterion(
+        "magnitude", "grasp.select.magnitude:magnitude_scores", "mean square of a unit's weights"
+    ),
+    Criterion("random", "grasp.select.random:random_scores", "chance, drawn by --seed"),
+)
+_known = {criterion.name: criterion for criterion in OURS}
+
+
+def criterion(name: str, *, help: str = "", **traits: Any) -> Callable[[Scores], Scores]:
+    """Register the decorated function as a criterion; `traits` are further fields of `Criterion`.
+
+    Raises GraspError where the name is taken or a parameter is none of those offered.
+    """
+
+    def register(function: Scores) -> Scores:
+        taken = _known.get(name)
+        if taken is not None and taken.home is not function:
+            raise GraspError(f"criterion {name!r} exists already: choose another name")
+        unknown = sorted({*inspect.signature(function).parameters} - {*OFFERED})
+        if unknown:
+            raise GraspError(
+                f"criterion {name!r} asks for {', '.join(unknown)}: its parameters may be "
+                f"{', '.join(OFFERED)}"
+            )
+        _known[name] = Criterion(name, function, help or name, **traits)
+        return function
+
+    return register
+
+
+def names() -> tuple[str, ...]:
+    """All criteria that `--method` accepts; nothing is imported for it."""
+    return tuple(dict.fromkeys([*_known, *_installed()]))
+
+
+def get(name: str) -> Criterion:
+    """The criterion of that name. Raises GraspError, also where its package does not import."""
+    if name not in _known:
+        entry = _installed().get(name)
+        if entry is None:
+            raise GraspError(f"method {name!r}: choose {', '.join(names())}")
+        try:
+            function = entry.load()
+        except Exception as error:
+            raise GraspError(f"method {name!r}: {entry.value}: {reason(error)}") from error
+        if name not in _known:  # a plain function; a decorated one has registered itself
+            criterion(name)(function)
+    return _known[name]
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -289,7 +289,7 @@ def test_a_foreign_folder_is_never_touched(tiny, tmp_path):
     notes.parent.mkdir()
     notes.touch()
     with pytest.raises(GraspError, match=r"out\.run holds files that are not grasp's"):
-        grasp.prune(tiny, tmp_path / "out")
+        grasp.prune(tiny, tmp_path / "out", seq_len=32)
     assert list(tmp_path.rglob("*")) == [notes.parent, notes]
 
 
@@ -308,7 +308,7 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path):
     out = tmp_path / "out"
     holding = open_run(out, {})
     with holding, pytest.raises(GraspError, match=r"out\.run is in use by another grasp process"):
-        grasp.prune(tiny, out)
+        grasp.prune(tiny, out, seq_len=32)
     assert run_folder(out).is_dir()
 
 
@@ -317,7 +317,7 @@ def test_an_existing_result_is_never_touched(tiny, tmp_path, make):
     out = tmp_path / "out"
     make(out)
     with pytest.raises(GraspError, match="out exists already: choose another --out or remove it"):
-        grasp.prune(tiny, out)
+        grasp.prune(tiny, out, seq_len=32)
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -20,10 +20,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from families import save_tiny
+from families import save_tiny, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grasp
 from grasp.budget.budget import Budget
@@ -80,12 +80,28 @@ def start(arguments, stderr=os.devnull, **limits):
 
 
 def _main(
-    arguments, stderr, *, killed=None, waits_at=None, file_bytes=None, more_memory=None, dies=None
+    arguments,
+    stderr,
+    *,
+    killed=None,
+    waits_at=None,
+    file_bytes=None,
+    state_bytes=None,
+    more_memory=None,
+    dies=None,
 ):
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if state_bytes is not None:
+        select = pipeline.select
+
+        def select_on_a_full_disk(*args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (state_bytes, state_bytes))
+            return select(*args)
+
+        pipeline.select = select_on_a_full_disk
     if more_memory is not None:
         select = pipeline.select
 
@@ -497,6 +513,44 @@ def test_what_verify_would_fail_is_not_published(tiny, text, tmp_path, verb, mon
     assert grasp.load(made, device="cpu")[0] is not None and not run_folder(out).exists()
 
 
+@pytest.mark.parametrize("verb", [grasp.prune, grasp.sparsify])
+def test_what_cannot_be_saved_is_refused_before_the_work(tiny, text, tmp_path, verb, monkeypatch):
+    def no_such_file(*_args, **_options):
+        raise ValueError("the vocabulary was never written")
+
+    def write_another(tokenizer, folder, **options):
+        tokenizer.add_tokens(["def", "café"])
+        return write(tokenizer, folder, **options)
+
+    def refusal(model=tiny):
+        options = dict(calibration=text, samples=8, seq_len=32, device="cpu")
+        with pytest.raises(GraspError) as refused:
+            verb(model, tmp_path / "out", show=shown.append, **options)
+        assert not any("stage" in record for record in shown)
+        assert "out.run" not in os.listdir(tmp_path)
+        return str(refused.value)
+
+    shown, tokenizers = [], "transformers.PreTrainedTokenizerFast.save_pretrained"
+    write = PreTrainedTokenizerFast.save_pretrained
+    monkeypatch.setattr(tokenizers, no_such_file)
+    said = refusal()
+    assert said.startswith(f"cannot write {tmp_path / 'out.run' / 'checkpoint'} as a result will")
+    assert said.endswith("(nothing is computed yet): the vocabulary was never written")
+    monkeypatch.setattr(tokenizers, write_another)
+    assert refusal().startswith("the tokenizer gives other tokens once it is saved and read again")
+    monkeypatch.setattr(tokenizers, write)
+    large = tiny_model("llama", dtype=torch.float16)
+    for layer in large.model.layers:
+        layer.mlp.up_proj.weight.mul_(300)
+        layer.mlp.gate_proj.weight.mul_(300)
+    large.save_pretrained(tmp_path / "large")
+    tiny_tokenizer().save_pretrained(tmp_path / "large")
+    assert refusal(tmp_path / "large") == (
+        "the model's logits are not finite in torch.float16, in which it is stored: store it in "
+        "bf16 or fp32 first"
+    )
+
+
 def test_a_result_that_overflows_is_not_published(text, tmp_path, monkeypatch):
     """Its perplexity is measured in fp32, where it does not."""
 
@@ -577,19 +631,25 @@ def test_text_to_evaluate_on(tiny, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file_bytes", "stage"), [(300, "the first file"), (2_000, "a state"), (100_000, "weights")]
+    ("limit", "full_at"),
+    [
+        ({"file_bytes": 300}, "the first file"),
+        ({"file_bytes": 2_000}, "the trial"),
+        ({"state_bytes": 2_000}, "a state"),
+        ({"file_bytes": 100_000}, "weights"),
+    ],
 )
-def test_a_full_disk(tiny, text, tmp_path, learned, file_bytes, stage):
+def test_a_full_disk(tiny, text, tmp_path, learned, limit, full_at):
     out, stderr = tmp_path / "out", tmp_path / "stderr"
     stderr.touch()
-    attempt = start(command(tiny, out, calibration=text, **SMALL), stderr, file_bytes=file_bytes)
+    attempt = start(command(tiny, out, calibration=text, **SMALL), stderr, **limit)
     attempt.join()
     said = stderr.read_text()
-    print(stage, said)
+    print(full_at, said)
     assert attempt.exitcode == 1 and "Traceback" not in said
     assert f"error: cannot write {run_folder(out)}" in said.splitlines()[-1]
     assert not out.exists()
-    assert run_folder(out).exists() == (stage != "the first file")
+    assert run_folder(out).exists() == (full_at in ("a state", "weights"))
 
     again = grasp.prune(tiny, out, calibration=text, **SMALL)
     assert contents(again.folder) == contents(learned.folder)

@@ -41,7 +41,7 @@ def write_uniform(
     target, note = as_saved(model, after)
     needed = sum(p.numel() * p.element_size() for p in target.parameters())
     check_room(folder, "weights need", needed)
-    write_pretrained(target, tokenizer, folder, "5GB")
+    write_pretrained(target, tokenizer, folder, max_shard_size="5GB")
     architecture = type(target).__name__
     del target
     move(model, "meta")  # the memory is for the one that is read back

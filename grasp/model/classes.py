@@ -76,18 +76,27 @@ def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedCo
     )
 
 
-def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will load it, sharing the weights; and why, if not its own.
+def without_weights(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
+    """`model` in the widths of `space` as the class that will load it; and why, if not its own.
 
-    `space` is that of `model`, whose weights may be cut already. The result is ready to run.
+    Parameters are on the meta device, buffers are real.
     """
     config, note = config_of(model.config.to_dict(), space)
     implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
         target = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    target.generation_config = model.generation_config
+    return target, note
+
+
+def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
+    """The model as the class that will load it, ready to run; and why, if not its own.
+
+    It shares the weights of `model`, which have the widths of `space` already.
+    """
+    target, note = without_weights(model, space)
     target.load_state_dict(model.state_dict(), assign=True)
     target.tie_weights()
-    target.generation_config = model.generation_config
     return move(target, str(model.device)).train(model.training), note
 
 

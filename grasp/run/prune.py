@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
-from grasp.checkpoint.save import environment, save_checkpoint
+from grasp.checkpoint.save import environment, save_checkpoint, try_saving
 from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
@@ -222,7 +222,17 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """The model as it is stored, the texts; what can be refused before the long work is refused."""
     model, tokenizer = load_dense(config)
     check_budget(config, model)
+    space = UnitSpace.of(model)
+    try_saving(model, tokenizer, run.checkpoint, _a_result(space, config.budget))
     return model, read_texts(config, model, tokenizer, run)
+
+
+def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
+    """Widths that `budget` allows: the least in all layers, or else in the first alone."""
+    least = (budget.ffn_multiple, budget.kv_multiple)
+    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
+    uniform = budget.layout == "uniform"
+    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
 
 
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:

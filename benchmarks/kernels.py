@@ -292,37 +292,48 @@ def times(call: Callable[[], Any], device: str) -> list[float]:
 def measure(setup: Setup, roof: dict[str, float], rounds: int = 3) -> Iterator[dict[str, Any]]:
     """A row for each pass of each contender, or for what kept it from running."""
     device = setup.inputs[0].device.type
+    where = {"op": setup.op, **setup.label}
     calls = {}
     for contender in setup.contenders:
-        where = {"op": setup.op, **setup.label, "contender": contender}
         try:
             calls[contender] = passes(setup, contender)
         except failures() as error:
-            yield where | {"error": f"{type(error).__name__}: {reason(error)}"}
-            if "CUDA error" in str(error):
-                raise  # nothing more runs in this process
+            yield where | _failed(contender, error)
     for name in dict.fromkeys(chain.from_iterable(calls.values())):
         turns = {contender: c[name] for contender, c in calls.items() if name in c}
         samples: dict[str, list[float]] = {contender: [] for contender in turns}
         for _ in range(rounds):
-            for contender, call in turns.items():
-                samples[contender] += times(call, device)
+            for contender, call in list(turns.items()):
+                try:
+                    samples[contender] += times(call, device)
+                except failures() as error:
+                    yield where | _failed(contender, error)
+                    del turns[contender]
         for contender, call in turns.items():
-            median, low, high = _quantiles(samples[contender])
-            row = {"op": setup.op, **setup.label, "contender": contender, "pass": name}
-            row |= {
-                "median_ms": median,
-                "q20_ms": low,
-                "q80_ms": high,
-                "runs": len(samples[contender]),
-            }
-            if setup.work:
-                work = setup.work[name.removesuffix(", graph")]
-                achieved = work / (median * 1e-3) / _SCALE[setup.unit]
-                row |= {setup.unit: achieved, "fraction": achieved / roof[setup.unit]}
+            row = {**where, "contender": contender, "pass": name}
+            row |= _figures(samples[contender], setup, name, roof)
             if device == "cuda" and not name.endswith("graph"):
                 row["peak_mib"] = _peak(call)
             yield row
+
+
+def _figures(
+    samples: list[float], setup: Setup, name: str, roof: dict[str, float]
+) -> dict[str, float]:
+    median, low, high = _quantiles(samples)
+    row = {"median_ms": median, "q20_ms": low, "q80_ms": high, "runs": len(samples)}
+    if setup.work:
+        work = setup.work[name.removesuffix(", graph")]
+        achieved = work / (median * 1e-3) / _SCALE[setup.unit]
+        row |= {setup.unit: achieved, "fraction": achieved / roof[setup.unit]}
+    return row
+
+
+def _failed(contender: str, error: Exception) -> dict[str, str]:
+    """A row for what a contender ended with; raises what ends this process's use of the GPU."""
+    if "CUDA error" in str(error):
+        raise error
+    return {"contender": contender, "error": f"{type(error).__name__}: {reason(error)}"}
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -448,7 +459,8 @@ def run(options: argparse.Namespace, op: str | None) -> bool:
         print(f"{name}: copy {roof['GB/s']:.0f} GB/s, matmul {roof['TFLOP/s']:.2f} TFLOP/s")
         return True
     if options.tested:
-        green = passed(options.tested, f"kernels.on_device.test_{TESTS[op]}")
+        module = "test_reference" if options.small else f"on_device.test_{TESTS[op]}"
+        green = passed(options.tested, module)
     else:
         green = correct(op, options.small)
     for setup in setups(op, options.small, options.models, options.keep):

@@ -1,6 +1,7 @@
 """Find the fastest launch configuration of every kernel on this GPU, and write them as data.
 
     python -m benchmarks.tune [--out FILE] [--only NAME,...] [--seconds N]
+    python -m benchmarks.tune --install FILE            use what such a sweep found on this GPU
     python -m benchmarks.tune --small --out FILE        the whole way on a CPU, in the interpreter
 
 All candidates are compiled first, side by side, without touching the GPU; what does not compile or
@@ -8,7 +9,7 @@ fit the chip is out. The others run on a small shape, where their result is comp
 are timed on that and on a large one, as CUDA graphs, in turns. The fastest right one is kept: FILE,
 by default the device's own among the kernels' configurations, is written again after every kernel.
 A row of JSON for each candidate goes to FILE.rows: times with quantiles, registers, bytes of stack.
-A kernel runs in a process of its own, since a fault leaves a process without its GPU.
+A fault costs its own kernel only: it leaves a process without its GPU, and another goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from grasp_kernels._triton import launch
 from grasp_kernels._triton.launch import Config, Key
 
 Tensors = tuple[Tensor, ...]
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # of the norm; a wrong tile is far off
 ROUNDS = 3
 FORWARD = ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 4), (128, 128, 8, 3), (64, 64, 4, 3))
 BACKWARD_KV = (
@@ -249,7 +250,7 @@ def compile_candidate(chip: int, small: bool, number: int, which: int) -> dict[s
     return found
 
 
-# ---- measuring: one kernel, in a process of its own -----------------------------------------
+# ---- measuring: in a process that a fault may end -------------------------------------------
 
 
 def measure(chip: int, small: bool, number: int, which: list[int]) -> list[dict[str, Any]]:
@@ -303,7 +304,7 @@ def timed(call: Callable[[], Any], device: str) -> list[float]:
         return [1e3 * (time.perf_counter() - start)]
     from triton.testing import do_bench_cudagraph
 
-    return do_bench_cudagraph(call, rep=10, return_mode="all")
+    return do_bench_cudagraph(call, rep=5, return_mode="all")
 
 
 # ---- the run --------------------------------------------------------------------------------
@@ -396,7 +397,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="no kernel is begun after them")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--small", action="store_true", help="tiny shapes in Triton's interpreter")
+    parser.add_argument("--install", type=Path, help="take what such a file holds for this GPU")
     options = parser.parse_args()
+    if options.install:
+        own = launch.CONFIGS / f"{launch.slug(torch.cuda.get_device_name())}.json"
+        launch.write(launch.read(options.install), own)
+        return 0
     if options.small and options.out is None:
         parser.error("--small measures nothing worth keeping: say where with --out")
     if not options.small and not torch.cuda.is_available():

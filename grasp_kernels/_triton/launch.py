@@ -23,6 +23,7 @@ _SHARED: dict[Key, Config] = {
     "swiglu_pack_backward": Config({"BLOCK_T": 8, "BLOCK_F": 128, "ROWS": 128}, num_warps=4),
     "attention_delta": Config({"BLOCK_M": 64}, num_warps=4),
     "sdpa": Config({"BLOCK_M": 32}, num_warps=4),
+    "cross_entropy": Config({"BLOCK_V": 4096}, num_warps=8),
     "projection": Config({"BLOCK": 2048}, num_warps=8),
     "projection_write": Config({"BLOCKS": 256}, num_warps=8),
 }

@@ -213,25 +213,23 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(_wide(F.linear(x, weight)), targets)
 
 
-def chunked_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, rows: int, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient [T, d] (empty unless asked for), `rows` rows at a time."""
-    total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-    dx = torch.empty_like(x) if gradient else x.new_empty(0)
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
-        target = targets[part, None]
-        logits = _wide(x[part] @ weight.T)
-        top = logits.amax(1, keepdim=True)
-        shifted = logits.gather(1, target) - top
-        p = logits.sub_(top).exp_()
-        norm = p.sum(1, keepdim=True)
-        total += (norm.log() - shifted).sum()
-        if gradient:
-            p.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1.0))
-            dx[part] = (p.to(x.dtype) @ weight) / len(x)
-    return total / len(x), dx
+def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, fp32 [T], of each row of logits [T, V], and the gradient of their sum.
+
+    The gradient has the shape and dtype of the logits and may stand in their memory. Unless it is
+    asked for, what comes in its place means nothing.
+    """
+    target = targets[:, None]
+    p = _wide(logits)
+    top = p.amax(1, keepdim=True)
+    at_target = p.gather(1, target)
+    p = p.sub_(top).exp_()
+    norm = p.sum(1, keepdim=True)
+    losses = norm.log() + (top - at_target)
+    if not gradient:
+        return losses.squeeze(1), logits
+    p.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1.0))
+    return losses.squeeze(1), p.to(logits.dtype)
 
 
 # ---- budget projection ----------------------------------------------------------------------

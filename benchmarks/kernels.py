@@ -138,6 +138,7 @@ def attention(models, lengths, keeps, device, dtype) -> Iterator[Setup]:
             contenders = {
                 "grasp triton": functools.partial(ours, backend="triton"),
                 "grasp sdpa": functools.partial(ours, backend="sdpa"),
+                "grasp cudnn": functools.partial(ours, backend="cudnn"),
                 "flash x gate": functools.partial(with_backend, SDPBackend.FLASH_ATTENTION),
                 "cudnn x gate": functools.partial(with_backend, SDPBackend.CUDNN_ATTENTION),
                 "flex x gate": _flex(length),

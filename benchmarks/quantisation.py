@@ -23,7 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from transformers import PreTrainedModel
 
-from grasp.data.text import read_corpus
+from grasp.data.corpus import read_corpus
 from grasp.evaluate.perplexity import perplexity
 from grasp.model.load import load_model, pick_device
 from grasp.report.summary import how_measured, markdown_table

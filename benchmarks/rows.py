@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.gate_training import machine
 from grasp.config import PruneConfig, SparsifyConfig
-from grasp.data.text import Corpus, read_corpus
+from grasp.data.corpus import Corpus, read_corpus
 from grasp.evaluate.perplexity import perplexity
 from grasp.model.load import load_model, pick_device
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.gate_training import machine
 from benchmarks.rows import RESULTS, write
-from grasp.data.text import read_corpus, token_blocks
+from grasp.data.blocks import token_blocks
+from grasp.data.corpus import read_corpus
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.training import finite_mean, next_token_loss
 from grasp.model.load import load_model, pick_device

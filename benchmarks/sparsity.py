@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from benchmarks.rows import Bench, measured_in, row_parser
 from grasp.budget.pattern import Pattern
 from grasp.config import SparseMethod, SparsifyConfig
-from grasp.data.text import token_blocks
+from grasp.data.blocks import token_blocks
 from grasp.journal import Journal
 from grasp.report.comparison import span
 from grasp.report.summary import markdown_table

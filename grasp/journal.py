@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+Progress = Callable[[int, int], None]  # (done, of how many)
+
 
 class Journal:
     """Where a stage reports and keeps its resumable state. This one keeps nothing."""

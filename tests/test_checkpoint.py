@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask
-from grasp.checkpoint.save import check_layout, save_checkpoint
+from grasp.checkpoint.save import save_checkpoint
 from grasp.checkpoint.verify import verify
 from grasp.compress.fold import fold_mask
 from grasp.errors import GraspError
+from grasp.model.classes import config_of
+from grasp.model.header import of_model
 from grasp.model.load import load_model
 from grasp.model.units import UnitSpace
+from grasp.planning.layouts import check_layout
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 UNEVEN = [(7, 1), (50, 4), (96, 3)]  # (FFN channels, KV groups) of each layer
@@ -204,7 +207,7 @@ def test_uniform_llama_with_awkward_heads_becomes_mistral(tmp_path):
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_awkward_heads_with_biases_have_no_stock_class(bias, tmp_path):
     model, kept = pruned("llama", AWKWARD, **{bias: True})
-    with pytest.raises(GraspError, match="no other stock class has its biases: use --layout per"):
+    with pytest.raises(GraspError, match="no other stock class has its biases"):
         save(model, kept, tmp_path / "out")
 
 
@@ -213,10 +216,10 @@ def test_awkward_heads_with_biases_have_no_stock_class(bias, tmp_path):
     [
         ("llama", {}, 1, None),
         ("llama", {"mlp_bias": True}, 1, "6 query heads do not divide the hidden size 64"),
-        ("gemma2", {}, 1, r"gemma2 takes no layers of 6 query heads \(.*not a multiple.*--layout"),
+        ("gemma2", {}, 1, "refuses layers of 6 .*not a multiple.*-layer or --kv-multiple 2"),
         ("gemma2", {}, 2, None),
         ("phi3", {}, 1, None),
-        ("phi3", {"rope_parameters": LONGROPE, "hidden": 128}, 1, "takes no layers of 2 .*factor"),
+        ("phi3", {"rope_parameters": LONGROPE, "hidden": 128}, 1, "refuses layers of 2 .*factor"),
     ],
 )
 def test_widths_without_a_stock_class_are_refused_at_once(family, options, kv_multiple, said):
@@ -224,18 +227,18 @@ def test_widths_without_a_stock_class_are_refused_at_once(family, options, kv_mu
     budget = Budget("keep", 0.5, layout="uniform", kv_multiple=kv_multiple)
     refusal = pytest.raises(GraspError, match=said) if said else nullcontext()
     with refusal:
-        check_layout(model.config, UnitSpace.of(model), budget)
+        check_layout(of_model(model), budget)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("StableLm", "StableLmForCausalLM does not take"), ("Helium", "no grouped heads")],
+    [("StableLm", "its class does not take"), ("Helium", "no grouped heads")],
 )
 def test_a_class_that_sizes_heads_by_itself_is_refused_at_once(name, said, monkeypatch):
     monkeypatch.setitem(FAMILIES, "another", (name, {}))
     model = tiny_model("another", hidden=128)
     with pytest.raises(GraspError, match=said):
-        check_layout(model.config, UnitSpace.of(model), Budget("keep", 0.5, layout="uniform"))
+        check_layout(of_model(model), Budget("keep", 0.5, layout="uniform"))
 
 
 @pytest.mark.parametrize("name", ["Glm4", "Granite", "Cohere2"])
@@ -243,7 +246,7 @@ def test_another_family_is_known_by_its_structure(name, tmp_path, monkeypatch):
     """GLM-4, for one, has a fused gate_up_proj beside separate q, k and v."""
     monkeypatch.setitem(FAMILIES, "another", (name, {"pad_token_id": 2}))
     model = tiny_model("another")
-    check_layout(model.config, UnitSpace.of(model), Budget("keep", 0.5, layout="uniform"))
+    check_layout(of_model(model), Budget("keep", 0.5, layout="uniform"))
     model, kept = pruned("another", EVEN)
     assert save(model, kept, tmp_path / "out").architecture == f"{name}ForCausalLM"
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
@@ -257,11 +260,13 @@ def test_llama_biases_survive_per_layer(tmp_path):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_family_without_per_layer_class(tmp_path):
-    model, kept = pruned("llama", UNEVEN)
-    model.config.model_type = "smollm3"
-    with pytest.raises(GraspError, match=r"smollm3 has no class .*use --layout uniform"):
-        save(model, kept, tmp_path / "out")
+def test_family_without_per_layer_class():
+    model, _ = pruned("llama", UNEVEN)
+    config = {**model.config.to_dict(), "model_type": "smollm3"}
+    with pytest.raises(GraspError, match="smollm3 has no class with per-layer widths"):
+        config_of(config, UnitSpace.of(model))
+    whole = UnitSpace.of(tiny_model("llama"))
+    assert config_of(config, whole)[0].model_type == "smollm3"
 
 
 def test_shards(tmp_path):
@@ -309,20 +314,16 @@ def failures(report):
 def one_way(monkeypatch):
     """Load only with grasp, and in this process: tampering is seen the same way in every other."""
     import grasp.checkpoint.verify as module
+    from grasp.checkpoint import probe
 
     def here(folder, way):
-        if way != "grasp":
-            return None
-        result = folder.parent / "result.json"
-        monkeypatch.setattr(sys, "argv", ["-c", str(folder), way, str(result)])
         threads = torch.get_num_threads()
         try:
-            module._load_and_probe()
-        except (Exception, SystemExit) as error:
+            return probe.load_and_compare(str(folder), way)
+        except Exception as error:
             return {"error": str(error)}
         finally:
             torch.set_num_threads(threads)
-        return json.loads(result.read_text())
 
     check = module._check_loaded
     monkeypatch.setattr(module, "_in_fresh_process", here)
@@ -338,7 +339,7 @@ def test_verify_both_ways_in_fresh_processes(checkpoint):
         *(
             f"{check} {way}"
             for way in ("with import grasp", "without grasp")
-            for check in ("loads", "widths", "parameters", "logits", "generate")
+            for check in ("loads", "widths", "parameters", "logits", "tokenizer", "generate")
         ),
     ]
     details = {check.name: check.detail for check in report.checks}
@@ -390,6 +391,45 @@ def test_verify_names_tensors_that_are_not_finite(checkpoint, tmp_path, one_way)
     failed = failures(verify(tampered(checkpoint, tmp_path, change)))
     assert failed["tensors"] == "model.norm.weight in model.safetensors is not finite"
     assert "logits with import grasp" in failed
+
+
+def test_verify_names_logits_that_are_not_finite(tmp_path, one_way):
+    """Of weights that are."""
+    model, kept = pruned("llama", UNEVEN, dtype=torch.float16)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.mul_(300)
+        layer.mlp.gate_proj.weight.mul_(300)
+    save(model, kept, tmp_path / "out")
+    assert failures(verify(tmp_path / "out")) == {
+        "logits with import grasp": "not finite in torch.float16: store the model in bf16 or fp32 "
+        "first"
+    }
+
+
+def test_verify_names_a_missing_or_another_tokenizer(checkpoint, tmp_path, one_way):
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    tokens = read_json(folder, "tokenizer.json")
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    name = "tokenizer with import grasp"
+    assert failures(verify(folder)) == {name: "a text's tokens are not as written"}
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    said = failures(verify(folder))["loads with import grasp"]
+    assert "Couldn't instantiate the backend tokenizer" in said and said.endswith("a fast one.")
+
+
+def test_verify_passes_a_probe_of_an_older_release(checkpoint, tmp_path, one_way):
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    file = folder / "verify" / "probe.safetensors"
+    probe = load_file(file)
+    del probe["text_ids"]
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    del metadata["text"]
+    save_file(probe, file, metadata=metadata)
+    assert verify(folder).passed
 
 
 def test_verify_names_missing_and_truncated_weights(checkpoint, tmp_path, one_way):

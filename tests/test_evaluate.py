@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import peak_bytes
 
-from grasp.data.text import Corpus
+from grasp.data.corpus import Corpus
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity as evaluate
 from grasp.evaluate.perplexity import perplexity
@@ -56,7 +56,7 @@ def test_with_bos_a_window_has_one_token_of_text_less():
     assert (result.windows, result.tokens, result.bos) == (2, 62, True)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     tokens=st.integers(2, 200),
     seq_len=st.integers(2, 64),
@@ -144,6 +144,7 @@ def test_the_result_states_every_setting():
         "data": "notes",
         "split": "test",
         "sha256": "ab" * 32,
+        "notes": [],
     }
 
 

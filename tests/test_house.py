@@ -64,8 +64,10 @@ assert any(c.__name__ == "GraspLlamaConfig" for c in AutoModelForCausalLM._model
         "import grasp, sys; assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}",
         LOADS.format(first="grasp", then="transformers"),
         LOADS.format(first="transformers.models.auto.modeling_auto", then="grasp"),
+        LOADS.format(first="grasp", then="transformers.quantizers.auto"),
+        LOADS.format(first="grasp", then="transformers.modeling_utils"),
     ],
-    ids=["without torch", "grasp first", "transformers first"],
+    ids=["without torch", "grasp first", "transformers first", "from within", "base class first"],
 )
 def test_importing_grasp_is_cheap_and_registers_the_classes(code):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -295,9 +295,7 @@ def test_weights_that_are_no_numbers(data, tmp_path):
 
 def test_without_lm_eval(tiny, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
-    with pytest.raises(
-        GraspError, match=r"needs lm-eval: pip install 'graspprune\[tasks\]'"
-    ):
+    with pytest.raises(GraspError, match=r"needs lm-eval: pip install 'graspprune\[tasks\]'"):
         evaluate_tasks(str(tiny), "piqa", data=data, device="cpu")
 
 

@@ -94,7 +94,11 @@ class Budget:
 
     def limit(self, space: UnitSpace) -> int:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
-        self._check_widths(space)
+        self.check_multiples(space)
+        if self.layout == "uniform" and len(set(space.layers)) > 1:
+            raise GraspError(
+                "--layout uniform needs layers of equal widths, and this model's differ"
+            )
         total, floor = self.cost(space), self.floor(space)
         if not math.isfinite(self.asked):
             option = "--" + self.kind.replace("_", "-")
@@ -122,12 +126,8 @@ class Budget:
             )
         return limit
 
-    def _check_widths(self, space: UnitSpace) -> None:
-        if self.layout == "uniform" and len(set(space.layers)) > 1:
-            raise GraspError(
-                "--layout uniform needs layers of equal widths, and this model's differ: "
-                "use --layout per-layer"
-            )
+    def check_multiples(self, space: UnitSpace) -> None:
+        """Raises GraspError where a multiple does not divide a width."""
         for option, multiple, widths in (
             ("--ffn-multiple", self.ffn_multiple, {layer.ffn for layer in space.layers}),
             ("--kv-multiple", self.kv_multiple, {layer.kv_groups for layer in space.layers}),

@@ -9,23 +9,65 @@ In the uniform layout the b-th blocks of all layers form one block. What is rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
 from hashlib import sha256
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp.budget.budget import Budget
-from grasp.model.units import UnitSpace
+from grasp.errors import GraspError, reason
+from grasp.model.units import LayerUnits, UnitSpace
 from grasp_kernels import budget_topk
 
+MASK_FORMAT = "1"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     """Which units stay: `keep` is bool [units] on the CPU, in the order of UnitSpace."""
 
     space: UnitSpace
     keep: Tensor
+
+    def __repr__(self) -> str:
+        after = self.pruned_space()
+        part = after.prunable_params / self.space.prunable_params
+        return f"Mask(keeps {int(self.keep.sum()):,} of {self.space.size:,} units, {part:.2%})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self.space == other.space and torch.equal(self.keep, other.keep)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """One safetensors file: `keep`, and the space in its metadata. Raises GraspError."""
+        about = {"format": MASK_FORMAT, "space": json.dumps(asdict(self.space))}
+        try:
+            save_file({"keep": self.keep}, file, metadata=about)
+        except (OSError, SafetensorError) as error:
+            raise GraspError(f"cannot write {os.fspath(file)}: {reason(error)}") from None
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Mask:
+        """What `save` has written. Raises GraspError."""
+        try:
+            with safe_open(file, framework="pt") as content:
+                about = content.metadata()
+                if about["format"] != MASK_FORMAT:
+                    raise ValueError(f"format {about['format']}")
+                values = json.loads(about["space"])
+                layers = tuple(LayerUnits(**layer) for layer in values.pop("layers"))
+                return cls(UnitSpace(layers=layers, **values), content.get_tensor("keep"))
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise GraspError(f"{os.fspath(file)} is not a mask: {reason(error)}") from None
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Kept indices of each layer: (FFN channels, KV groups), ascending int64."""
@@ -63,8 +105,11 @@ class Projection:
         together = len(space.layers) if budget.layout == "uniform" else 1
         lengths = torch.tensor([s.units.stop - s.units.start for s in segments])
         segment = torch.repeat_interleave(torch.arange(len(segments)), lengths)
-        self._by_tie = tie_rank.argsort().to(device)
-        self._segment = segment.to(device)
+        by_tie = tie_rank.argsort()
+        by_segment = by_tie[segment[by_tie].argsort(stable=True)]
+        self._by_tie = by_tie.to(device)
+        self._by_segment = by_segment.to(device)  # then by tie
+        self._segment = (segment[by_segment] << 32).to(device)
 
         # blocks of the sorted units: [blocks, layers that share the block]
         middle: list[list[int]] = []
@@ -95,8 +140,10 @@ class Projection:
     def __call__(self, scores: Tensor, limit: int | Tensor | None = None) -> Tensor:
         """Hard mask, bool [units]. `limit` (int or 0-dim int64) stands in for the budget's own."""
         scores = scores.detach().float().nan_to_num(nan=-torch.inf) + 0.0  # -0 becomes 0
-        by_score = self._by_tie[scores[self._by_tie].argsort(descending=True, stable=True)]
-        order = by_score[self._segment[by_score].argsort(stable=True)]
+        # one sort by (segment, score): integers that order like the floats, in steps of 2^32
+        bits = scores[self._by_segment].view(torch.int32)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = self._by_segment[(self._segment - key).argsort(stable=True)]
         blocks = budget_topk(
             scores[order][self._middle].mean(1),
             self._costs,
@@ -117,3 +164,28 @@ class Projection:
 
     def mask(self, scores: Tensor) -> Mask:
         return Mask(self.space, self(scores).cpu())
+
+
+def project(
+    scores: Tensor,
+    units: UnitSpace,
+    *,
+    keep: float | None = None,
+    params: float | None = None,
+    kv_cache: float | None = None,
+    seed: int = 0,
+    **widths: Any,
+) -> Mask:
+    """The mask of the highest `scores`, fp32 [units.size], that an exact budget buys.
+
+    `keep` (0.5 where nothing is given), `params` or `kv_cache` is the budget, and `widths` are its
+    `ffn_multiple`, `kv_multiple` and `layout`; see `Budget`. Ties are broken by `seed`. Raises
+    GraspError: an impossible budget, or scores that are not one finite number per unit.
+    """
+    if scores.shape != (units.size,) or not scores.isfinite().all():
+        raise GraspError(
+            f"scores have shape {list(scores.shape)}, expected [{units.size}]: one finite number "
+            "per unit"
+        )
+    budget = Budget.of(keep=keep, params=params, kv_cache=kv_cache, **widths)
+    return Projection(units, budget, seed=seed, device=scores.device).mask(scores)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,38 +16,20 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    MistralConfig,
-    PreTrainedConfig,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from grasp.budget.budget import Budget
-from grasp.errors import GraspError
+from grasp.checkpoint.probe import TEXT, Probe
+from grasp.errors import GraspError, reason
+from grasp.model.classes import as_saved, without_weights
 from grasp.model.load import processor, quiet
-from grasp.model.modeling_grasp import FAMILIES
-from grasp.model.units import LayerUnits, UnitSpace
-
-# In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
-PROBE = Path("verify", "probe.safetensors")
-PROBE_TOKENS = 32
-
-# Config keys that a class or save_pretrained sets anew.
-_WRITTEN_ANEW = (
-    "architectures",
-    "auto_map",
-    "dtype",
-    "model_type",
-    "per_layer_config",
-    "serialize_explicit_per_layer_config",
-    "transformers_version",
-)
+from grasp.model.units import UnitSpace
 
 
 @dataclass(frozen=True)
@@ -85,10 +68,9 @@ def save_checkpoint(
     weights = dict(target.named_parameters())  # tied tensors once
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
-        write_pretrained(target, tokenizer, folder, max_shard_size)
-        probe = _probe(model, seed=int(grasp_json.get("seed", 0)))
-        (folder / PROBE).parent.mkdir()
-        save_file(probe, folder / PROBE, metadata=environment(model.device))
+        write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
+        seed = int(grasp_json.get("seed", 0))
+        Probe.of(model, tokenizer, environment(model.device), seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -100,127 +82,57 @@ def save_checkpoint(
     return Saved(type(target).__name__, weight_bytes, note)
 
 
-def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will load it, sharing the weights; and why, if not its own."""
-    config, note = _config(model.config, space)
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(config)
-    target.load_state_dict(model.state_dict(), assign=True)
-    target.tie_weights()
-    target.generation_config = model.generation_config
-    if target.generation_config is not None:
-        # older models set a temperature without sampling, which transformers refuses to save
-        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-        values = [getattr(target.generation_config, name, None) for name in sampling]
-        if not target.generation_config.do_sample and any(v is not None for v in values):
-            target.generation_config.do_sample = True
-    return target, note
+def try_saving(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, space: UnitSpace
+) -> None:
+    """Find out before the long work whether a result can be saved, and read again.
 
-
-def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> None:
-    """Raises GraspError if some widths that `budget` allows have no class to be saved as."""
-    if budget.layout == "per-layer":
-        _own_classes(_family(config))
-        return
-    for groups in range(budget.kv_multiple, space.layers[0].kv_groups + 1, budget.kv_multiple):
-        _config(config, space.resized([(layer.ffn, groups) for layer in space.layers]))
-    least = space.resized([(budget.ffn_multiple, budget.kv_multiple)] * len(space.layers))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(config, least)[0])
-    made = UnitSpace.of(model).layers
-    if any(
-        (_widths(a), a.head_dim) != (_widths(b), b.head_dim)
-        for a, b in zip(made, least.layers, strict=True)
-    ):
-        raise GraspError(f"{type(model).__name__} does not take the widths that its config names")
-
-
-def _family(config: PreTrainedConfig) -> str:
-    return config.model_type.removeprefix("grasp_")  # a pruned model may be pruned again
-
-
-def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfig, str | None]:
-    """A config of the class that can express the widths of `space`, and why, if not its own."""
-    family = _family(config)
-    values = {k: v for k, v in config.to_dict().items() if k not in _WRITTEN_ANEW}
-    values["head_dim"] = space.layers[0].head_dim
-    widths = [_widths(layer) for layer in space.layers]
-    if all(layer == widths[0] for layer in widths):
-        values |= widths[0]
-        if family == "llama" and values["hidden_size"] % values["num_attention_heads"]:
-            return _mistral_config(values)
-        try:
-            return CONFIG_MAPPING[family](**values), None
-        except StrictDataclassError as error:  # a rule on head counts
-            reason = str(error.__cause__ or error)
-            raise GraspError(
-                f"{family} takes no layers of {values['num_attention_heads']} query heads "
-                f"({reason}): use --layout per-layer, or a --kv-multiple that avoids them"
-            ) from None
-
-    classes = _own_classes(family)
-    config_class: Any = classes[0]
-    auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    auto_map = {a: f"modeling_grasp.{c.__name__}" for a, c in zip(auto_names, classes, strict=True)}
-    return (
-        config_class(
-            **values,
-            per_layer_config=dict(enumerate(widths)),
-            serialize_explicit_per_layer_config=True,  # all three widths of every layer
-            auto_map=auto_map,
-        ),
-        None,
-    )
-
-
-def _own_classes(family: str) -> tuple[Any, Any, Any]:
-    if family not in FAMILIES:
+    Writes `model` in the widths of `space`, without weights, into the new `folder`, which it
+    removes. Raises GraspError: what cannot be written or read, a tokenizer that comes back as
+    another, logits of `model` in its own dtype that are not finite.
+    """
+    target, _ = without_weights(model, space)
+    try:
+        tokens = tokenizer(TEXT).input_ids
+        write_pretrained(target, tokenizer, folder, state_dict={})
+        AutoConfig.from_pretrained(folder)
+        same = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == tokens
+    except Exception as error:  # configs and tokenizers fail in as many ways
         raise GraspError(
-            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
-            "use --layout uniform"
-        )
-    return FAMILIES[family]
-
-
-def _widths(layer: LayerUnits) -> dict[str, int]:
-    return {
-        "intermediate_size": layer.ffn,
-        "num_attention_heads": layer.kv_groups * layer.group_size,
-        "num_key_value_heads": layer.kv_groups,
-    }
-
-
-def _mistral_config(values: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
-    """Llama's config class wants heads that divide the hidden size; Mistral's is the same decoder
-    without that rule, and without biases."""
-    heads = values["num_attention_heads"]
-    rule = f"{heads} query heads do not divide the hidden size {values['hidden_size']}"
-    if values.pop("attention_bias") or values.pop("mlp_bias"):
+            f"cannot write {folder} as a result will be (nothing is computed yet): {reason(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not same:
         raise GraspError(
-            f"{rule}, which LlamaConfig demands, and no other stock class has its biases: "
-            "use --layout per-layer"
+            "the tokenizer gives other tokens once it is saved and read again by transformers "
+            f"{transformers.__version__}: repair its files first"
         )
-    values.pop("pretraining_tp", None)
-    config = MistralConfig(**values, sliding_window=None)
-    return config, f"{rule}, which LlamaConfig demands: saved as the equivalent Mistral class"
+    logits = Probe.of(model, tokenizer, environment(model.device)).logits
+    if not logits.isfinite().all():
+        raise GraspError(
+            f"the model's logits are not finite in {logits.dtype}, in which it is stored: store it "
+            "in bf16 or fp32 first"
+        )
 
 
 def write_pretrained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
 ) -> None:
-    with quiet():
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
+    """The files of transformers: weights, config, generation config, tokenizer, our classes.
 
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """Token ids [1, 32] (int64) and the logits [1, 32, vocabulary] in the model's dtype, on CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, PROBE_TOKENS)
-    input_ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    logits = model(input_ids.to(model.device), use_cache=False).logits
-    return {"input_ids": input_ids, "logits": logits.cpu().contiguous()}
+    `options` are those of `save_pretrained`. The generation config is written as it was read: that
+    method refuses some that can be read, a temperature without sampling or beam flags without
+    beams, say.
+    """
+    as_read, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with quiet():
+            model.save_pretrained(folder, **options)
+            tokenizer.save_pretrained(folder)
+    finally:
+        model.generation_config = as_read
+    as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import signal
@@ -144,10 +145,10 @@ Samples = Annotated[int, typer.Option(help="Blocks of calibration text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per block.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the blocks while gates learn.")]
 BatchSize = Annotated[int, typer.Option(help="Blocks per forward pass.")]
-TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
+TextField = Annotated[str, typer.Option(help="Field or column that holds texts or conversations.")]
 Calibration = Annotated[
     str,
-    typer.Option(help="Text, JSON-lines or Parquet file, hub data set, self, or builtin."),
+    typer.Option(help="Text, JSON-lines, CSV or Parquet file, hub data set, self, or builtin."),
 ]
 Rate = Annotated[float, typer.Option(help="Learning rate of gates and scales.")]
 Scales = Annotated[
@@ -241,10 +242,11 @@ def prune_command(
     """Select, refit, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
     options = dict(locals())
     del options["as_json"]
+    ratios = parse_ratios(keep) if keep else [None]
+    _check(PruneConfig, options, [{"keep": ratio} for ratio in ratios])
     from grasp.report.summary import measured_on, size_rows
     from grasp.run.prune import prune, prune_each
 
-    ratios = parse_ratios(keep) if keep else [None]
     with _progress() as show:
         if len(ratios) == 1:
             results = [prune(**options | {"keep": ratios[0]}, show=show)]
@@ -306,10 +308,11 @@ def compare_command(
     options = dict(locals())
     del options["as_json"], options["methods"]
     _check_tasks(tasks, tasks_data, limit)
+    options |= {"keep": parse_ratios(keep), "seeds": parse_counts(seeds)}
+    _check(PruneConfig, options, [{"keep": ratio} for ratio in options["keep"]])
     from grasp.report.comparison import explained, perplexity_table
     from grasp.run.compare import compare
 
-    options |= {"keep": parse_ratios(keep), "seeds": parse_counts(seeds)}
     if methods:
         options["methods"] = methods.split(",")
     with _progress() as show:
@@ -354,6 +357,7 @@ def sparsify_command(
     """Zeros in a pattern such as 2:4, stored dense: the same model, sparse, in --out."""
     options = dict(locals())
     del options["as_json"]
+    _check(SparsifyConfig, options)
     from grasp.report.summary import measured_on, size_rows
     from grasp.run.sparsify import sparsify
 
@@ -412,7 +416,7 @@ def plan_command(
 def eval_command(
     model: Model,
     text: Annotated[
-        str | None, typer.Option(help="Text, JSON-lines or Parquet file, or hub data set.")
+        str | None, typer.Option(help="Text, JSON-lines, CSV or Parquet file, or hub data set.")
     ] = None,
     tasks: Tasks = None,
     against: Annotated[
@@ -438,11 +442,15 @@ def eval_command(
     _check_tasks(tasks, tasks_data, limit)
     if record and not tasks:
         raise typer.BadParameter("--record is for --tasks, which is not given")
+    from grasp.planning.check import check_reading
+
+    models = [model] if against is None else [model, against]
+    for name in models:
+        check_reading(name, text=text, seq_len=seq_len, device=device)
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
     from grasp.machine import memory_errors
 
-    models = [model] if against is None else [model, against]
     fix = f"lower --batch-size (now {batch_size}) or --seq-len"
     with _progress() as show, memory_errors(f"device {device}", fix):
         common: dict[str, Any] = dict(
@@ -464,6 +472,8 @@ def eval_command(
         return
     for name, result in zip(models, texts, strict=False):
         _line(f"{name}: {result}" if against else str(result))
+        for note in result.notes:
+            _line(note)
     if scores:
         table = Table(*map(escape, scores.head()))
         for row in scores.rows():
@@ -499,6 +509,10 @@ def bench_command(
     as_json: Json = False,
 ) -> None:
     """Speed and size: prefill, decode, KV cache, weights. A .gguf file runs in llama.cpp."""
+    from grasp.planning.check import check_reading
+
+    for name in [model] if against is None else [model, against]:
+        check_reading(name, device=device)
     from grasp.evaluate.bench import bench
 
     shapes = {"batch_sizes": parse_counts(batch_sizes), "prompt_lens": parse_counts(prompt_lens)}
@@ -601,6 +615,16 @@ def export_command(
         print(json.dumps(asdict(result), indent=2, default=str))
     else:
         _line(str(result))
+
+
+def _check(kind: Any, options: dict[str, Any], each: list[dict[str, Any]] | None = None) -> None:
+    """What the Python twin will check first, before it is imported and torch with it: seconds."""
+    from grasp.run.ready import check_run
+
+    names = inspect.signature(kind.of).parameters.keys() | kind.__dataclass_fields__.keys()
+    asked = {name: value for name, value in options.items() if name in names}
+    for more in each or [{}]:
+        check_run(kind.of(**asked | more), options["out"])
 
 
 def _check_tasks(tasks: str | None, data: str | None, limit: int | None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from grasp.config import Dtype
-from grasp.data.text import Progress
 from grasp.errors import GraspError
 from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
+from grasp.journal import Progress
 from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device, processor
 from grasp.report.results import add_measured, check_record

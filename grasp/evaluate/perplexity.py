@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp.data.text import Corpus, Progress, read_corpus
+from grasp.data.corpus import Corpus, read_corpus
+from grasp.data.reading import find_source
 from grasp.errors import GraspError
+from grasp.journal import Progress
 from grasp.model.load import load_model, longest, pick_device
 
 DEFAULT_SEQ_LEN = 2048
@@ -36,6 +38,7 @@ class Perplexity:
     data: str
     split: str | None
     sha256: str  # of the text
+    notes: tuple[str, ...] = ()  # on the text, for the user
 
     def __str__(self) -> str:
         data = f"{self.data}, split {self.split}" if self.split else self.data
@@ -110,6 +113,7 @@ def perplexity(
         data=corpus.name,
         split=corpus.split,
         sha256=corpus.sha256,
+        notes=corpus.notes,
     )
 
 
@@ -127,6 +131,7 @@ def evaluate_text(
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a model or checkpoint on a text, both named as on the command line."""
+    find_source(text, "test")  # a mistyped one fails before the model is read
     loaded, tokenizer = load_model(
         model,
         dtype=None,

@@ -24,7 +24,8 @@ from transformers import StaticCache
 from grasp.config import Dtype
 from grasp.errors import GraspError, install, reason
 from grasp.model.header import read_header
-from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, resolve
+from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest
+from grasp.model.source import resolve
 
 WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph in its second
 

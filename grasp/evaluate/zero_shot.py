@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 
-from grasp.data.text import Progress, json_records
-from grasp.errors import GraspError, install, reason
-from grasp.model.load import load_model, pick_device, resolve
+from grasp.data.reading import json_records
+from grasp.errors import DISTRIBUTION, GraspError, install, reason
+from grasp.journal import Progress
+from grasp.model.load import load_model, pick_device
+from grasp.model.source import resolve
 from grasp.report.results import add_measured, check_record
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # lm-eval's own, for drawing few-shot examples
-VERSIONS = ("grasp", "lm_eval", "torch", "transformers", "datasets")
+VERSIONS = (DISTRIBUTION, "lm_eval", "torch", "transformers", "datasets")
 
 
 @dataclass(frozen=True)

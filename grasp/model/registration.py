@@ -1,17 +1,17 @@
 """`import grasp` lets transformers' Auto classes load pruned checkpoints, and costs no time.
 
-The classes are registered at once where transformers has its Auto classes loaded, and otherwise at
-the moment they load: an import hook waits for that.
+The classes are registered at once where transformers has loaded its Auto classes, and otherwise
+when it has: at the end of the outermost import that brings them, since our classes import much of
+transformers themselves. An import hook waits for that moment and then removes itself.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -23,27 +23,34 @@ def register() -> None:
     if AUTO in sys.modules:
         importlib.import_module(CLASSES)
     else:
-        sys.meta_path.insert(0, _WhenAutoLoads())
+        sys.meta_path.insert(0, _UntilAutoIsLoaded())
 
 
-class _WhenAutoLoads(MetaPathFinder):
-    """Finds nothing by itself; the Auto classes' own loader gets one more thing to do."""
+class _UntilAutoIsLoaded(MetaPathFinder):
+    """Finds modules of transformers as they are always found, and notes when they have loaded."""
+
+    loading = 0  # imports under way, one inside the other
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != AUTO:
+        if not name.startswith("transformers."):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         loader: Any = spec and spec.loader
         if loader is None:
             return None
         load = loader.exec_module
 
-        def load_and_register(module: ModuleType) -> None:
-            load(module)
-            importlib.import_module(CLASSES)
+        def noted(module: ModuleType) -> None:
+            self.loading += 1
+            try:
+                load(module)
+            finally:
+                self.loading -= 1
+            if not self.loading and AUTO in sys.modules and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                importlib.import_module(CLASSES)
 
-        loader.exec_module = load_and_register
+        loader.exec_module = noted
         return spec

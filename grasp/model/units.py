@@ -49,13 +49,21 @@ class LayerUnits:
         return FFN_COST * self.ffn + self.kv_cost * self.kv_groups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnitSpace:
     """Every removable unit of a model. `fixed_params` counts what no mask can remove."""
 
     hidden_size: int
     layers: tuple[LayerUnits, ...]
     fixed_params: int
+
+    def __repr__(self) -> str:
+        channels = sum(layer.ffn for layer in self.layers)
+        groups = sum(layer.kv_groups for layer in self.layers)
+        return (
+            f"UnitSpace({len(self.layers)} layers: {channels:,} FFN channels, {groups:,} KV "
+            f"groups; {self.prunable_params:,} of {self.total_params:,} parameters prunable)"
+        )
 
     @classmethod
     def of(cls, model: Any) -> UnitSpace:
@@ -106,6 +114,11 @@ class UnitSpace:
             for layer, (ffn, groups) in zip(self.layers, widths, strict=True)
         )
         return replace(self, layers=layers)
+
+
+def units(model: Any) -> UnitSpace:
+    """What can be removed from a live model, and what each removal saves. Raises GraspError."""
+    return UnitSpace.of(model)
 
 
 @dataclass(frozen=True)

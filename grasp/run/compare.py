@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp import criteria
-from grasp.budget.budget import Budget, Layout
+from grasp.budget.budget import Layout
 from grasp.budget.projection import Projection
 from grasp.config import PruneConfig
 from grasp.errors import GraspError
@@ -31,21 +31,23 @@ from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
 from grasp.model.load import cast, move
+from grasp.planning.check import check_fit
 from grasp.report.comparison import figure, page
 from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
     begin,
     check_budget,
-    configure,
     finish,
     load_dense,
     measure_dense,
+    on_device,
     open_job,
     pruned_summary,
     shrink,
     working_dtype,
 )
+from grasp.run.ready import check_run
 from grasp.select import select
 from grasp.select.choice import Choice
 
@@ -118,7 +120,16 @@ def compare(
     for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
         if not values:
             raise GraspError(f"{name}=[] leaves nothing to compare: give one at least")
-    base = configure(model, Budget("keep", keep[0], ffn_multiple, kv_multiple, layout), options)
+    base = PruneConfig.of(
+        model,
+        keep=keep[0],
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+        **options,
+    )
+    header = check_run(base, out)
+    base = on_device(base)
     cells = [
         Cell(
             method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
@@ -127,6 +138,8 @@ def compare(
         for method in dict.fromkeys(methods)
         for part in dict.fromkeys(keep)
     ]
+    for cell in cells:
+        check_fit(cell.config, header)
     asked = {
         "config": _shared(base),
         "tasks": tasks and {"names": tasks, "data": tasks_data and str(tasks_data), "limit": limit},

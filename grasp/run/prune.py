@@ -21,23 +21,29 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
-from grasp.checkpoint.save import check_layout, environment, save_checkpoint
-from grasp.compress.biases import mean_biases, with_biases
+from grasp.checkpoint.save import environment, save_checkpoint, try_saving
+from grasp.checkpoint.verify import check_saved
+from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, SparsifyConfig
-from grasp.data.text import Corpus, held_out_text, read_corpus, sample_corpus, token_blocks
+from grasp.data.blocks import held_out_text, token_blocks
+from grasp.data.corpus import Corpus, read_corpus
+from grasp.data.sampling import sample_corpus
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.memory import memory_mode
 from grasp.gates.training import TrainSettings
 from grasp.machine import memory_errors
+from grasp.model.header import of_model
 from grasp.model.load import TORCH_NAMES, best_dtype, cast, load_model, longest, move, pick_device
 from grasp.model.units import UnitSpace
+from grasp.planning.check import check_fit
 from grasp.report.results import add_reports, add_results
 from grasp.report.summary import read_summary
 from grasp.run.folder import Run, Show, open_run
+from grasp.run.ready import check_run
 from grasp.select import select
 
 
@@ -71,17 +77,19 @@ def prune(
     moment, the same call resumes and ends in the same mask. `show` receives each log record.
     Raises GraspError.
     """
-    budget = Budget.of(
+    config = PruneConfig.of(
+        model,
         keep=keep,
         params=params,
         kv_cache=kv_cache,
         ffn_multiple=ffn_multiple,
         kv_multiple=kv_multiple,
         layout=layout,
+        as_published=as_published,
+        **options,
     )
-    config = configure(model, budget, options)
-    if as_published:
-        config = config.as_published()
+    check_run(config, out)
+    config = on_device(config)
     with open_job(config, out, config.to_json(), show) as run:
         return _prune(config, {"": config.budget}, run)[0]
 
@@ -108,26 +116,28 @@ def prune_each(
     asked = list(dict.fromkeys(keep))
     if not asked:
         raise GraspError("keep=[] names no budget: give one ratio at least")
-    budget = Budget.of(
-        keep=min(asked), ffn_multiple=ffn_multiple, kv_multiple=kv_multiple, layout=layout
+    config = PruneConfig.of(
+        model,
+        keep=min(asked),
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+        as_published=as_published,
+        **options,
     )
-    config = configure(model, budget, options)
-    if as_published:
-        config = config.as_published()
+    budgets = {f"keep-{part}": replace(config.budget, asked=part) for part in asked}
+    header = check_run(config, out)
+    for budget in budgets.values():
+        check_fit(replace(config, budget=budget), header)
+    config = on_device(config)
     if criteria.get(config.method).updates_weights:
         raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
     with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
-        return _prune(
-            config, {f"keep-{part}": replace(config.budget, asked=part) for part in asked}, run
-        )
+        return _prune(config, budgets, run)
 
 
-def configure(
-    model: str | os.PathLike[str], budget: Budget, options: dict[str, Any]
-) -> PruneConfig:
-    """The config with device and dtype named, and paths as text. Raises GraspError."""
-    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    config = PruneConfig(os.fspath(model), budget, **plain)
+def on_device(config: PruneConfig) -> PruneConfig:
+    """The config with device and dtype named. Raises GraspError."""
     device = pick_device(config.device)
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
@@ -212,15 +222,22 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """The model as it is stored, the texts; what can be refused before the long work is refused."""
     model, tokenizer = load_dense(config)
     check_budget(config, model)
+    space = UnitSpace.of(model)
+    try_saving(model, tokenizer, run.checkpoint, _a_result(space, config.budget))
     return model, read_texts(config, model, tokenizer, run)
 
 
+def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
+    """Widths that `budget` allows: the least in all layers, or else in the first alone."""
+    least = (budget.ffn_multiple, budget.kv_multiple)
+    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
+    uniform = budget.layout == "uniform"
+    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
+
+
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
-    """Refuse a budget that the model cannot meet, and a result that no class could carry."""
-    space = UnitSpace.of(model)
-    config.budget.limit(space)
-    saved_as = with_biases(model.config) if config.compensate == "bias" else model.config
-    check_layout(saved_as, space, config.budget)
+    """Refuse what the loaded model cannot meet, as `check` does by its files; and its dtype."""
+    check_fit(config, of_model(model))  # of GGUF and of remote code, the live model says more
     working = working_dtype(config)
     updates = criteria.get(config.method).updates_weights
     if updates and torch.promote_types(working, model.dtype) != working:
@@ -249,6 +266,8 @@ def read_texts(
     """Read or sample the calibration text, and read what to evaluate on."""
     eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
+    for note in dict.fromkeys((*corpus.notes, *(eval_text.notes if eval_text else ()))):
+        run.log(event="note", text=note)
     ruler = _ruler(config, eval_text, corpus, longest(model))
     start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, ruler)
     start.blocks(config)
@@ -320,9 +339,10 @@ def finish(
     run: Run,
     folder: Path,
 ) -> dict[str, Any]:
-    """Save the pruned model in the new `folder` and measure what reads from there.
+    """Save the pruned model in the new `folder`, and check and measure what reads from there.
 
-    Returns the summary with those results. `model` itself is used up.
+    Returns the summary with those results. `model` itself is used up. Raises GraspError where
+    `grasp verify` would fail.
     """
     device = str(model.device)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
@@ -331,10 +351,9 @@ def finish(
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
-    pruned = None
-    if start.ruler:
-        reread, _ = load_model(folder, dtype=None, device=device)
-        pruned = _measure(start.ruler, reread, "pruned", run)
+    reread, tokenizer = load_model(folder, dtype=None, device=device)
+    check_saved(folder, reread, tokenizer)
+    pruned = _measure(start.ruler, reread, "pruned", run)
     return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
 
 
@@ -401,10 +420,6 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
             raise GraspError(
                 f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
             )
-    if config.seq_len > longest(model):
-        raise GraspError(
-            f"--seq-len {config.seq_len} is more than this model takes: at most {longest(model)}"
-        )
     family = model.config.model_type.removeprefix("grasp_")
     if family not in CONFIG_MAPPING:
         raise GraspError(f"{family} is not in this transformers: its result could not be saved")

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from grasp.budget.pattern import Pattern
 from grasp.budget.projection import Mask
-from grasp.checkpoint.verify import check_sparsity
+from grasp.checkpoint.save import try_saving
 from grasp.config import SparsifyConfig
-from grasp.errors import GraspError
 from grasp.machine import memory_errors
 from grasp.model.load import pick_device
+from grasp.model.units import UnitSpace
 from grasp.report.results import add_results
 from grasp.report.summary import read_summary
 from grasp.run.folder import Run, Show, open_run
@@ -27,6 +27,7 @@ from grasp.run.prune import (
     read_texts,
     summary_of,
 )
+from grasp.run.ready import check_run
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import method_of
 
@@ -53,8 +54,8 @@ def sparsify(
     any moment, the same call goes on behind the last finished block and ends in the same weights.
     `show` receives each log record. Raises GraspError.
     """
-    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    config = SparsifyConfig(os.fspath(model), **plain)
+    config = SparsifyConfig.of(model, **options)
+    check_run(config, out)
     config = replace(config, device=pick_device(config.device))
     fix = (
         f"lower --samples (now {config.samples}) or --seq-len (now {config.seq_len}), and start "
@@ -74,6 +75,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
         "weights": sum(linear.weight.numel() for linear in linears.values()),
         "zeros_before": _zeros(model),
     }
+    try_saving(model, tokenizer, run.checkpoint, UnitSpace.of(model))
     start = read_texts(config, model, tokenizer, run)
     if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
@@ -91,9 +93,6 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
     summary = {**summary_of(config, start, everything), "sparsity": sparsity}
     summary = finish(model, everything, summary, start, run, run.checkpoint)
-    written = check_sparsity(run.checkpoint, sparsity)
-    if not written.passed:
-        raise GraspError(f"{run.checkpoint} is not as written ({written.detail}): check the disk")
     summary["results"] |= {"dense": dense, "seconds": run.seconds()}
     add_results(run.checkpoint, summary)
     run.log(event="finished", folder=str(run.out), **summary["results"])

@@ -5,16 +5,16 @@ without a copy. All arithmetic is fp32. Token sums go to one fp32 partial per bl
 then added in a fixed order: no atomics, the same bits on every run.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from grasp_kernels._triton.launch import config, launch
+from grasp_kernels._triton.rows import partials, rows
 
 
 def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
-    a, u, z = _rows(gate_pre), _rows(up), z.contiguous()
+    a, u, z = rows(gate_pre), rows(up), z.contiguous()
     tokens, width = a.shape
     out = a.new_empty(tokens, width)
     tile = config("swiglu", a.device)
@@ -37,7 +37,7 @@ def swiglu_pack(
     tokens, width = gate_pre.shape
     if kept == width:
         return gated_swiglu(gate_pre, up, z), gate_pre, up, gate_pre.new_empty(tokens, 0)
-    a, u, z = _rows(gate_pre), _rows(up), z.contiguous()
+    a, u, z = rows(gate_pre), rows(up), z.contiguous()
     hidden, a_kept, u_kept = (a.new_empty(tokens, kept) for _ in range(3))
     dropped = a.new_empty(tokens, width - kept)
     tile = config("swiglu_pack", a.device)
@@ -55,7 +55,7 @@ def swiglu_pack(
 def swiglu_pack_backward(
     grad: Tensor, gate_pre: Tensor, up: Tensor, dropped: Tensor, z: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad = _rows(grad)
+    grad = rows(grad)
     (tokens, width), kept = grad.shape, gate_pre.shape[1]
     d_packed = grad.new_empty(tokens, 2 * kept)
     if kept == width:
@@ -63,7 +63,7 @@ def swiglu_pack_backward(
         return d_packed, _backward_into(grad, gate_pre, up, z, d_gate, d_up)
     tile = config("swiglu_pack_backward", grad.device)
     columns = _packed_blocks(kept, width, tile.blocks["BLOCK_F"])
-    partial = _partials(tokens, width, tile.blocks["ROWS"], z)
+    partial = partials(triton.cdiv(tokens, tile.blocks["ROWS"]), width, z)
     launch(
         _pack_backward,
         (columns, len(partial)),
@@ -78,10 +78,10 @@ def _backward_into(
     grad: Tensor, gate_pre: Tensor, up: Tensor, z: Tensor, d_gate: Tensor, d_up: Tensor
 ) -> Tensor:
     """Fill d_gate and d_up, which may be halves of one buffer; return dz."""
-    grad, a, u = _rows(grad), _rows(gate_pre), _rows(up)
+    grad, a, u = rows(grad), rows(gate_pre), rows(up)
     tokens, width = a.shape
     tile = config("swiglu_backward", a.device)
-    partial = _partials(tokens, width, tile.blocks["ROWS"], z)
+    partial = partials(triton.cdiv(tokens, tile.blocks["ROWS"]), width, z)
     launch(
         _backward,
         (triton.cdiv(width, tile.blocks["BLOCK_F"]), len(partial)),
@@ -90,14 +90,6 @@ def _backward_into(
         *(grad.stride(0), a.stride(0), u.stride(0), d_gate.stride(0)),
     )
     return partial.sum(0).to(z.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _partials(tokens: int, width: int, rows: int, z: Tensor) -> Tensor:
-    return z.new_empty(triton.cdiv(tokens, rows), width, dtype=torch.float32)
 
 
 def _packed_blocks(kept: int, width: int, block: int) -> int:

@@ -17,11 +17,6 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
 def poison():
     """Memory of torch.empty holds NaN (integers: their maximum), so unwritten outputs fail."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -5,10 +5,12 @@ import torch
 
 from grasp_kernels import (
     budget_topk,
+    channel_scale,
     gated_attention,
     gated_swiglu,
     gated_swiglu_ffn,
     linear_cross_entropy,
+    rms_norm_scale,
 )
 
 A, Z = torch.zeros(3, 8), torch.ones(8)
@@ -30,21 +32,38 @@ def trained(w):
         (lambda: gated_swiglu(A, A.half(), Z), TypeError, "up is torch.float16 .* cast"),
         (lambda: gated_swiglu(A, A, Z.bool()), TypeError, r"z is torch.bool.* use z.float\(\)"),
         (lambda: gated_swiglu(A, A.to("meta"), Z), ValueError, "up is on meta .* move it"),
+        (
+            lambda: channel_scale(A, Z[:5]),
+            ValueError,
+            "scale has shape .5., expected .8.: one scale",
+        ),
+        (lambda: channel_scale(A[0, 0], Z), ValueError, r"x must be \[..., C\], got \[\]"),
+        (lambda: channel_scale(A.int(), Z), TypeError, r"x is torch.int32.* use x.float\(\)"),
+        (lambda: channel_scale(A, Z.to("meta")), ValueError, "scale is on meta .* move it"),
+        (lambda: rms_norm_scale(A, Z[:5], Z, 1e-5), ValueError, "weight has shape .5., expected"),
+        (lambda: rms_norm_scale(A, Z, Z[:5], 1e-5), ValueError, "scale has shape .5., expected"),
+        (lambda: rms_norm_scale(A, trained(Z), Z, 1e-5), ValueError, "freeze it"),
         (lambda: gated_swiglu_ffn(X, UP, UP[:5], DOWN, Z), ValueError, "w_up has shape"),
         (lambda: gated_swiglu_ffn(X, UP, UP, UP, Z), ValueError, r"w_down .* \[d, F\] = \[4, 8\]"),
         (lambda: gated_swiglu_ffn(X, trained(UP), UP, DOWN, Z), ValueError, "freeze it"),
         (lambda: gated_swiglu_ffn(X, UP, UP, DOWN, Z, max_kept=9), ValueError, "max_kept is 9"),
-        (lambda: gated_swiglu_ffn(X, UP, UP, DOWN, Z, max_kept=3), ValueError, "8 non-zero"),
+        (lambda: gated_swiglu_ffn(X, UP, UP, DOWN, Z, max_kept=3), ValueError, "more than 3"),
         (lambda: gated_attention(Q[0], K, K, GATE), ValueError, r"expected \[B, H, S, D\]"),
         (lambda: gated_attention(Q, K[:, :, :3], K, GATE), ValueError, "k has shape"),
         (lambda: gated_attention(Q[:, :5], K, K, GATE), ValueError, "5 heads .* 2: .*multiple"),
         (lambda: gated_attention(Q, K, K, Z), ValueError, "one gate per KV group"),
         (lambda: gated_attention(Q, K, K, GATE, backend="flash"), ValueError, '"flash", expected'),
+        (lambda: gated_attention(Q, K, K, GATE, backend="cudnn"), ValueError, 'use "auto"'),
         (lambda: gated_attention(Q, K, K, GATE, key_mask=Q[0, 0]), ValueError, "key_mask has"),
         (
             lambda: gated_attention(Q, K, K, GATE, key_mask=torch.zeros(1, 5)),
             TypeError,
             "key_mask is torch.float32",
+        ),
+        (
+            lambda: gated_attention(trained(Q), K, K, GATE, max_kept=1).sum().backward(),
+            ValueError,
+            "more than 1",
         ),
         (lambda: linear_cross_entropy(X, trained(UP), TARGETS), ValueError, "freeze it"),
         (lambda: linear_cross_entropy(X, DOWN, TARGETS), ValueError, "must be .T, d. and .V, d."),

@@ -6,9 +6,9 @@ from grasp_kernels import budget_topk
 from grasp_kernels._triton import launch
 
 
-def check(scores, costs, budget, floor, rank, device):
+def check(scores, costs, budget, floor, rank, device, select=budget_topk):
     arguments = [x.to(device) for x in (scores, costs)]
-    chosen = budget_topk(*arguments, budget, floor=floor.to(device), tie_rank=rank.to(device))
+    chosen = select(*arguments, budget, floor=floor.to(device), tie_rank=rank.to(device))
     expected = greedy(scores, costs, int(budget), floor, rank)
     assert torch.equal(chosen.mask.cpu(), expected)
     assert torch.equal(chosen.indices.cpu(), torch.argsort(~expected, stable=True))
@@ -17,20 +17,19 @@ def check(scores, costs, budget, floor, rank, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("seed", range(8))
-def test_random_problems(seed, dtype, device):
+@pytest.mark.parametrize("number", range(8))
+def test_random_problems(number, dtype, device):
     """Few and many distinct costs, ties, NaN, both zeros, floors, and budgets from none to all."""
-    torch.manual_seed(seed)
-    size = [1, 2, 3, 17, 40, 61, 100, 128][seed]
-    scores = torch.randn(size).mul(2).round() / 2 * (-1) ** seed
+    size = [1, 2, 3, 17, 40, 61, 100, 128][number]
+    scores = torch.randn(size).mul(2).round() / 2 * (-1) ** number
     scores[torch.rand(size) < 0.1] = float("nan")
     scores[torch.rand(size) < 0.1] = -0.0
-    costs = torch.randint(0, [4, 20, 600][seed % 3], (size,), dtype=dtype)
-    if seed % 4 == 3:
+    costs = torch.randint(0, [4, 20, 600][number % 3], (size,), dtype=dtype)
+    if number % 4 == 3:
         costs = torch.where(torch.rand(size) < 0.2, 512, 3).to(dtype)
     floor = torch.rand(size) < 0.1
     least, most = int(costs[floor].sum()), int(costs.sum())
-    budget = torch.tensor(least + (most - least) * seed // 7, device=device)
+    budget = torch.tensor(least + (most - least) * number // 7, device=device)
     check(scores, costs, budget, floor, torch.randperm(size), device)
 
 
@@ -53,13 +52,29 @@ def test_a_7b_model(scores, device, monkeypatch):
     check(value, costs, int(costs.sum()) // 2 + 77, floor, torch.randperm(units), device)
 
 
-def test_many_blocks(device, monkeypatch):
+@pytest.fixture
+def blocks(monkeypatch, device):
+    """A problem of several blocks: scores, costs, budget, floor and rank."""
     small = launch.Config({"BLOCK": 64}, num_warps=4)
     monkeypatch.setitem(launch.table(torch.empty(0, device=device).device), "projection", small)
     size = 300
     costs = torch.randint(1, 9, (size,))
     floor = torch.rand(size) < 0.05
-    check(torch.randn(size), costs, 500, floor, torch.randperm(size), device)
+    return torch.randn(size), costs, 500, floor, torch.randperm(size)
+
+
+def test_many_blocks(blocks, device):
+    check(*blocks, device)
+
+
+def test_a_skipped_block_is_found(blocks, device):
+    def skip(scores, *others, **options):
+        scores = scores.clone()
+        scores[64:128] = float("nan")
+        return budget_topk(scores, *others, **options)
+
+    with pytest.raises(AssertionError):
+        check(*blocks, device, select=skip)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")

@@ -1,0 +1,28 @@
+"""English that is on every machine: the language reference and the docstrings of Python itself."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from pathlib import Path
+
+from grasp.errors import GraspError
+
+
+def builtin_rows() -> list[str]:
+    """`pydoc_data.topics` and the docstrings of the standard library's top-level modules.
+
+    1.4 MB under the PSF licence. They differ between versions of Python; a recipe records the
+    sha256. Raises GraspError where this Python comes without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise GraspError("this Python has no pydoc_data: give --calibration") from None
+
+    docstrings = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstrings.append(ast.get_docstring(node) or "")
+    return [*topics.values(), *filter(None, docstrings)]

@@ -1,8 +1,7 @@
 """Gated ops for structured pruning: a gate per FFN channel and per KV group, scales of channels,
 the projection of scores onto an exact budget, and the loss that all of them learn from.
 
-Every op runs on CPU tensors through plain PyTorch and on CUDA tensors through Triton kernels;
-`linear_cross_entropy`, whose work is matrix products, through PyTorch on both.
+Every op runs on CPU tensors through plain PyTorch and on CUDA tensors through Triton kernels.
 """
 
 from grasp_kernels import reference

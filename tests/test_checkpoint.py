@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -314,20 +314,16 @@ def failures(report):
 def one_way(monkeypatch):
     """Load only with grasp, and in this process: tampering is seen the same way in every other."""
     import grasp.checkpoint.verify as module
+    from grasp.checkpoint import probe
 
     def here(folder, way):
-        if way != "grasp":
-            return None
-        result = folder.parent / "result.json"
-        monkeypatch.setattr(sys, "argv", ["-c", str(folder), way, str(result)])
         threads = torch.get_num_threads()
         try:
-            module._load_and_probe()
-        except (Exception, SystemExit) as error:
+            return probe.load_and_compare(str(folder), way)
+        except Exception as error:
             return {"error": str(error)}
         finally:
             torch.set_num_threads(threads)
-        return json.loads(result.read_text())
 
     check = module._check_loaded
     monkeypatch.setattr(module, "_in_fresh_process", here)
@@ -343,7 +339,7 @@ def test_verify_both_ways_in_fresh_processes(checkpoint):
         *(
             f"{check} {way}"
             for way in ("with import grasp", "without grasp")
-            for check in ("loads", "widths", "parameters", "logits", "generate")
+            for check in ("loads", "widths", "parameters", "logits", "tokenizer", "generate")
         ),
     ]
     details = {check.name: check.detail for check in report.checks}
@@ -395,6 +391,45 @@ def test_verify_names_tensors_that_are_not_finite(checkpoint, tmp_path, one_way)
     failed = failures(verify(tampered(checkpoint, tmp_path, change)))
     assert failed["tensors"] == "model.norm.weight in model.safetensors is not finite"
     assert "logits with import grasp" in failed
+
+
+def test_verify_names_logits_that_are_not_finite(tmp_path, one_way):
+    """Of weights that are."""
+    model, kept = pruned("llama", UNEVEN, dtype=torch.float16)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.mul_(300)
+        layer.mlp.gate_proj.weight.mul_(300)
+    save(model, kept, tmp_path / "out")
+    assert failures(verify(tmp_path / "out")) == {
+        "logits with import grasp": "not finite in torch.float16: store the model in bf16 or fp32 "
+        "first"
+    }
+
+
+def test_verify_names_a_missing_or_another_tokenizer(checkpoint, tmp_path, one_way):
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    tokens = read_json(folder, "tokenizer.json")
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    name = "tokenizer with import grasp"
+    assert failures(verify(folder)) == {name: "a text's tokens are not as written"}
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    said = failures(verify(folder))["loads with import grasp"]
+    assert "Couldn't instantiate the backend tokenizer" in said and said.endswith("a fast one.")
+
+
+def test_verify_passes_a_probe_of_an_older_release(checkpoint, tmp_path, one_way):
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    file = folder / "verify" / "probe.safetensors"
+    probe = load_file(file)
+    del probe["text_ids"]
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    del metadata["text"]
+    save_file(probe, file, metadata=metadata)
+    assert verify(folder).passed
 
 
 def test_verify_names_missing_and_truncated_weights(checkpoint, tmp_path, one_way):

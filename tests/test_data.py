@@ -83,7 +83,7 @@ def test_plain_text_is_one_row_as_it_is(tmp_path):
 # Formats
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.lists(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1
@@ -496,7 +496,6 @@ def test_a_corpus_says_where_it_comes_from(tmp_path, caplog):
     assert str(corpus) == f"a.txt, 11 tokens, sha256 {corpus.sha256[:12]}"
 
 
-@settings(deadline=None)
 @given(tokens=st.integers(0, 300), seq_len=st.integers(2, 20), data=st.data())
 def test_blocks_are_distinct_and_aligned(tokens, seq_len, data):
     available = tokens // seq_len

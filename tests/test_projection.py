@@ -85,7 +85,7 @@ def greedy(
     return keep
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.integers(0, 2**31))
 def test_equals_greedy(problem, seed):
     space, budget, scores = problem
@@ -95,7 +95,7 @@ def test_equals_greedy(problem, seed):
     assert mask.tolist() == greedy(space, budget, scores.tolist(), rank.tolist(), limit)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems() | problems(uniform=True), st.integers(0, 5))
 def test_budget_floors_and_widths(problem, seed):
     space, budget, scores = problem
@@ -114,7 +114,7 @@ def test_budget_floors_and_widths(problem, seed):
         assert pruned.total_params <= budget.asked
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(uniform=True), st.integers(0, 2**31))
 def test_uniform_equals_greedy(problem, seed):
     space, budget, _ = problem

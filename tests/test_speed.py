@@ -176,7 +176,6 @@ def test_a_step_is_one_graph(family, tmp_path):
     """With widths of each layer's own, from a static cache, for every token alike."""
     folder = save(tmp_path / "small", UNEVEN, tiny_tokenizer(), family=family)
     model, _ = load_model(folder, dtype=torch.float32)
-    torch.compiler.reset()
     step = torch.compile(model, fullgraph=True, backend="eager")
     ids = torch.arange(3, 23).view(2, 10)
     cache = StaticCache(model.config, max_cache_len=14)

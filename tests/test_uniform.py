@@ -11,6 +11,7 @@ from families import FAMILIES
 from test_checkpoint import EVEN, IDS, UNEVEN, pruned, save
 from transformers import AutoModelForCausalLM
 
+from grasp.checkpoint import uniform
 from grasp.checkpoint.export import export
 from grasp.errors import GraspError
 
@@ -90,4 +91,16 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(GraspError, match=r"cannot write .*stock: the disk is full"):
         export(tmp_path / "model", tmp_path / "stock", to="hf-uniform")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_computes_something_else_is_not_published(tmp_path, monkeypatch):
+    def write_damaged(target, *args):
+        target.model.norm.weight.data = target.model.norm.weight.roll(1)
+        write(target, *args)
+
+    write = uniform.write_pretrained
+    monkeypatch.setattr(uniform, "write_pretrained", write_damaged)
+    with pytest.raises(GraspError, match=r"is not published, .*\(logits: differ by .*limit 1e-04"):
+        padded(tmp_path, "llama", UNEVEN)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +17,19 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from grasp.errors import GraspError
-from grasp.model.classes import config_of
+from grasp.checkpoint.probe import TEXT, Probe
+from grasp.errors import GraspError, reason
+from grasp.model.classes import as_saved, without_weights
 from grasp.model.load import processor, quiet
 from grasp.model.units import UnitSpace
-
-# In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
-PROBE = Path("verify", "probe.safetensors")
-PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,9 @@ def save_checkpoint(
     weights = dict(target.named_parameters())  # tied tensors once
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
-        write_pretrained(target, tokenizer, folder, max_shard_size)
-        probe = _probe(model, seed=int(grasp_json.get("seed", 0)))
-        (folder / PROBE).parent.mkdir()
-        save_file(probe, folder / PROBE, metadata=environment(model.device))
+        write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
+        seed = int(grasp_json.get("seed", 0))
+        Probe.of(model, tokenizer, environment(model.device), seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -85,43 +82,57 @@ def save_checkpoint(
     return Saved(type(target).__name__, weight_bytes, note)
 
 
-def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will load it, sharing the weights; and why, if not its own."""
-    config, note = config_of(model.config.to_dict(), space)
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(config)
-    target.load_state_dict(model.state_dict(), assign=True)
-    target.tie_weights()
-    target.generation_config = model.generation_config
-    return target, note
+def try_saving(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, space: UnitSpace
+) -> None:
+    """Find out before the long work whether a result can be saved, and read again.
+
+    Writes `model` in the widths of `space`, without weights, into the new `folder`, which it
+    removes. Raises GraspError: what cannot be written or read, a tokenizer that comes back as
+    another, logits of `model` in its own dtype that are not finite.
+    """
+    target, _ = without_weights(model, space)
+    try:
+        tokens = tokenizer(TEXT).input_ids
+        write_pretrained(target, tokenizer, folder, state_dict={})
+        AutoConfig.from_pretrained(folder)
+        same = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == tokens
+    except Exception as error:  # configs and tokenizers fail in as many ways
+        raise GraspError(
+            f"cannot write {folder} as a result will be (nothing is computed yet): {reason(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not same:
+        raise GraspError(
+            "the tokenizer gives other tokens once it is saved and read again by transformers "
+            f"{transformers.__version__}: repair its files first"
+        )
+    logits = Probe.of(model, tokenizer, environment(model.device)).logits
+    if not logits.isfinite().all():
+        raise GraspError(
+            f"the model's logits are not finite in {logits.dtype}, in which it is stored: store it "
+            "in bf16 or fp32 first"
+        )
 
 
 def write_pretrained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
 ) -> None:
     """The files of transformers: weights, config, generation config, tokenizer, our classes.
 
-    The generation config is written as it was read: `save_pretrained` refuses some that it reads,
-    a temperature without sampling or beam flags without beams, say.
+    `options` are those of `save_pretrained`. The generation config is written as it was read: that
+    method refuses some that can be read, a temperature without sampling or beam flags without
+    beams, say.
     """
     as_read, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with quiet():
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            model.save_pretrained(folder, **options)
             tokenizer.save_pretrained(folder)
     finally:
         model.generation_config = as_read
     as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """Token ids [1, 32] (int64) and the logits [1, 32, vocabulary] in the model's dtype, on CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, PROBE_TOKENS)
-    input_ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    logits = model(input_ids.to(model.device), use_cache=False).logits
-    return {"input_ids": input_ids, "logits": logits.cpu().contiguous()}
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -8,10 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MistralConfig, PreTrainedConfig
+from accelerate import init_empty_weights
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from grasp.errors import GraspError, reason
 from grasp.model.header import from_config
+from grasp.model.load import move
 from grasp.model.modeling_grasp import FAMILIES
 from grasp.model.units import LayerUnits, UnitSpace
 
@@ -66,6 +74,30 @@ def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedCo
         ),
         None,
     )
+
+
+def without_weights(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
+    """`model` in the widths of `space` as the class that will load it; and why, if not its own.
+
+    Parameters are on the meta device, buffers are real.
+    """
+    config, note = config_of(model.config.to_dict(), space)
+    implementation = model.config._attn_implementation
+    with init_empty_weights(include_buffers=False):
+        target = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    target.generation_config = model.generation_config
+    return target, note
+
+
+def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
+    """The model as the class that will load it, ready to run; and why, if not its own.
+
+    It shares the weights of `model`, which have the widths of `space` already.
+    """
+    target, note = without_weights(model, space)
+    target.load_state_dict(model.state_dict(), assign=True)
+    target.tie_weights()
+    return move(target, str(model.device)).train(model.training), note
 
 
 def _widths(layer: LayerUnits) -> dict[str, int]:

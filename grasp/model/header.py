@@ -107,7 +107,7 @@ def from_config(config: Mapping[str, Any]) -> Header:
     """The header of a config.json, that of a checkpoint with per-layer widths included."""
     model_type = str(config.get("model_type"))
     name = model_type.removeprefix("grasp_")
-    known = {
+    known: dict[str, Any] = {
         "stored_bytes": 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
         "longest": config.get("max_position_embeddings"),
         "quantised": quantisation(config),

@@ -55,9 +55,11 @@ class Memory:
     attention output in the model's dtype, the input of each norm in fp32; of a layer that is
     computed again its input alone, until its turn comes. Attention is flash-style, but for a
     softcap on its scores, which are then saved for all pairs of tokens. Scales of channels save
-    what they multiply, at both ends of all linear layers. `workspace` is what the loss or an FFN's
-    backward pass needs for a moment, whichever comes at the dearer time; `gates` are the scores
-    and the scales that learn along, with all that AdamW and the projection hold.
+    what they multiply, at both ends of all linear layers; those in front of queries and of the FFN
+    are part of the norm there, which then keeps its input in the model's dtype. `workspace` is what
+    the loss or an FFN's backward pass needs for a moment, whichever comes at the dearer time;
+    `gates` are the scores and the scales that learn along, with all that AdamW and the projection
+    hold.
     """
 
     weights: int
@@ -254,9 +256,11 @@ def learning_memory(
     for layer in space.layers:
         keys = layer.kv_groups * layer.head_dim
         queries = layer.group_size * keys
-        ends = 2 * (queries + keys) + 4 * space.hidden_size if scales == "channel" else 0
+        ends, norms = 0, facts.norms
+        if scales == "channel":
+            ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
         learned += ends
-        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * facts.norms * space.hidden_size
+        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
             own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
         else:  # values are a part of the fused output, which stays whole

@@ -21,7 +21,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
-from grasp.checkpoint.save import environment, save_checkpoint
+from grasp.checkpoint.save import environment, save_checkpoint, try_saving
+from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
@@ -221,7 +222,17 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """The model as it is stored, the texts; what can be refused before the long work is refused."""
     model, tokenizer = load_dense(config)
     check_budget(config, model)
+    space = UnitSpace.of(model)
+    try_saving(model, tokenizer, run.checkpoint, _a_result(space, config.budget))
     return model, read_texts(config, model, tokenizer, run)
+
+
+def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
+    """Widths that `budget` allows: the least in all layers, or else in the first alone."""
+    least = (budget.ffn_multiple, budget.kv_multiple)
+    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
+    uniform = budget.layout == "uniform"
+    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
 
 
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
@@ -328,9 +339,10 @@ def finish(
     run: Run,
     folder: Path,
 ) -> dict[str, Any]:
-    """Save the pruned model in the new `folder` and measure what reads from there.
+    """Save the pruned model in the new `folder`, and check and measure what reads from there.
 
-    Returns the summary with those results. `model` itself is used up.
+    Returns the summary with those results. `model` itself is used up. Raises GraspError where
+    `grasp verify` would fail.
     """
     device = str(model.device)
     kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
@@ -339,10 +351,9 @@ def finish(
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
-    pruned = None
-    if start.ruler:
-        reread, _ = load_model(folder, dtype=None, device=device)
-        pruned = _measure(start.ruler, reread, "pruned", run)
+    reread, tokenizer = load_model(folder, dtype=None, device=device)
+    check_saved(folder, reread, tokenizer)
+    pruned = _measure(start.ruler, reread, "pruned", run)
     return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
 
 

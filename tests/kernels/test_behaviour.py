@@ -1,6 +1,7 @@
 """How the ops behave inside PyTorch: the same on the CPU path, in the interpreter and on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -121,6 +122,23 @@ def test_non_contiguous(name, device):
     op.check(lambda *inputs: spread(op.run(*map(spread, inputs))))
 
 
+def test_down_projection_by_channel(device):
+    """The same FFN from a w_down that lies in memory as [F, d]; kept channels are rows of it."""
+    x, z = torch.randn(5, 8, device=device), (torch.arange(96, device=device) % 3 == 0).float()
+    up, down = torch.randn(96, 8, device=device), torch.randn(8, 96, device=device)
+
+    def run(x, z, down=down):
+        return gated_swiglu_ffn(x, up, up, down, z)
+
+    by_channel = down.t().contiguous().t()
+    grad = torch.randn_like(x)
+    expected = gradients(run, [x, z], grad)
+    for a, b in zip(gradients(partial(run, down=by_channel), [x, z], grad), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    kept = swiglu._columns(by_channel, torch.tensor([2, 5], device=device))
+    assert torch.equal(kept, down[:, [2, 5]]) and kept.T.is_contiguous()
+
+
 @pytest.mark.parametrize("name", [*GATED, *SCALED])
 def test_empty_batch(name, device):
     op = make(name, device, batch=0)
@@ -132,7 +150,6 @@ def test_empty_batch(name, device):
 
 @OPS
 def test_compiles_to_one_graph(name, device):
-    torch._dynamo.reset()
     op = make(name, device)
     backend = "inductor" if device == "cuda" else "aot_eager"
     op.check(torch.compile(op.run, fullgraph=True, backend=backend))
@@ -191,9 +208,9 @@ def test_opcheck(device):
     check(scale._scale, (leaf(5, 24), z))
     check(scale._norm, (leaf(5, 24), weight, z, 1e-5))
     q, k, v, gate = leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16), leaf(2)
-    triton = INTERPRETED or device == "cuda"
+    backend = "triton" if INTERPRETED or device == "cuda" else "sdpa"
     for key_mask in (None, torch.rand(2, 9, device=device) < 0.7):
-        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, triton))
+        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, backend))
     with torch.no_grad():
         grad = torch.randn(5, 24, device=device)
         check(swiglu._swiglu_backward, (grad, leaf(5, 24), leaf(5, 24), z))
@@ -203,9 +220,9 @@ def test_opcheck(device):
         x, grad = leaf(5, 8), torch.randn(5, 8, device=device)
         _, *saved = swiglu._ffn(x, *weights, channels, 40)
         check(swiglu._ffn_backward, (grad, *saved, *weights, channels))
-        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, triton)
+        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, backend)
         tensors = (torch.randn_like(q), q, k, v, gate, *saved, None)
-        check(attention._attention_backward, (*tensors, True, 0.3, None, triton))
+        check(attention._attention_backward, (*tensors, True, 0.3, None, backend))
         check(attention._gate_backward, (torch.randn_like(q), torch.randn_like(q), gate))
     targets = torch.arange(5, device=device)
     for gradient in (True, False):
@@ -223,7 +240,6 @@ def test_opcheck(device):
 
 
 def test_projection_compiles_and_takes_an_empty_problem(device):
-    torch._dynamo.reset()
     scores, costs = torch.randn(50, device=device), torch.randint(1, 9, (50,), device=device)
     compiled = torch.compile(budget_topk, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(scores, costs, 77), budget_topk(scores, costs, 77), strict=True):

@@ -53,6 +53,7 @@ def trained(w):
         (lambda: gated_attention(Q[:, :5], K, K, GATE), ValueError, "5 heads .* 2: .*multiple"),
         (lambda: gated_attention(Q, K, K, Z), ValueError, "one gate per KV group"),
         (lambda: gated_attention(Q, K, K, GATE, backend="flash"), ValueError, '"flash", expected'),
+        (lambda: gated_attention(Q, K, K, GATE, backend="cudnn"), ValueError, 'use "auto"'),
         (lambda: gated_attention(Q, K, K, GATE, key_mask=Q[0, 0]), ValueError, "key_mask has"),
         (
             lambda: gated_attention(Q, K, K, GATE, key_mask=torch.zeros(1, 5)),

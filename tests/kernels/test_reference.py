@@ -204,7 +204,7 @@ def problems(draw):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems())
 def test_projection_is_sequential_greedy(problem):
     scores, costs, budget, floor, rank = problem

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_kernels import attention, gated_attention, reference
 from grasp_kernels._triton import attention as kernels
+from grasp_kernels._triton import sdpa
 
 NAMES = ["dq", "dk", "dv", "dz"]
 
@@ -122,7 +123,7 @@ def test_a_gradient_of_any_span(device, tmp_path):
         gated_attention(wide, wide, wide, torch.ones(2**10, device=device), backend="triton")
 
 
-@pytest.mark.parametrize("max_kept", [None, 2])
+@pytest.mark.parametrize("max_kept", [None, 2, 4])
 def test_sdpa_composition(max_kept, device):
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     check(8, 4, 66, 64, dtype, device, "one", backend="sdpa", max_kept=max_kept)
@@ -143,3 +144,49 @@ def test_a_sequence_that_spans_too_much_is_copied():
     assert kernels._unit(apart).is_contiguous()
     near = torch.empty(1, 8, 2, 64, device="meta").transpose(1, 2)
     assert kernels._unit(near) is near
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("max_kept", [None, 2, 4])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_cudnn_composition(queries, max_kept, device):
+    """Within the errors of bf16; two runs may differ in the last bits."""
+    size, z = 128, mask("one", 4, device)
+    q = torch.randn(2, 4 * queries, 130, size, device=device)
+    k, v = (torch.randn(2, 4, 130, size, device=device) for _ in range(2))
+    grad = torch.randn_like(q)
+
+    def ours(q, k, v, z):
+        return gated_attention(q, k, v, z, backend="cudnn", max_kept=max_kept)
+
+    exact = gradients(reference.gated_attention, [x.double() for x in (q, k, v, z)], grad.double())
+    got = gradients(ours, [x.bfloat16() for x in (q, k, v)] + [z], grad.bfloat16())
+    for a, b in zip(got, exact, strict=True):
+        assert (a.double() - b).norm() <= 2e-2 * b.norm()
+    assert not got[1][:, : 2 * queries].count_nonzero()  # dq of a dropped group
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3, 5])
+@pytest.mark.parametrize(("queries", "size"), [(1, 64), (3, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_around_sdpa(dtype, queries, size, kept, device):
+    """Gating, packing, unpacking against their definition; 2 of 5 groups kept, up to 5 packed."""
+    z = torch.tensor([0, 0.7, 0, 0, -1.2], device=device) * (kept > 0)
+    heads = 5 * queries
+
+    def heads_last(count):
+        return torch.randn(2, 70, count, size, device=device, dtype=dtype).transpose(1, 2)
+
+    grad, q, raw = (heads_last(heads) for _ in range(3))
+    k, v = heads_last(5).contiguous(), torch.randn(2, 5, size, 70, device=device).to(dtype).mT
+    lse = torch.randn(2, heads, 70, device=device)
+    assert torch.equal(sdpa.gate_heads(raw, z), reference.gate_heads(raw, z))
+    *ours, dz = sdpa.pack_heads(grad, q, k, v, z, raw, lse, kept)
+    *wanted, dz_wanted = reference.pack_heads(grad, q, k, v, z, raw, lse, kept)
+    for a, b in zip(ours, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    torch.testing.assert_close(dz, dz_wanted, rtol=1e-4, atol=1e-4)
+    _, dq, dk, dv, *_ = wanted
+    ours, wanted = (m.unpack_heads(dq, dk, dv, z, heads) for m in (sdpa, reference))
+    for a, b in zip(ours, wanted, strict=True):
+        assert torch.equal(a, b) and a.transpose(1, 2).is_contiguous()

@@ -53,7 +53,7 @@ def test_a_7b_model(scores, device, monkeypatch):
 
 
 @pytest.fixture
-def blocks(monkeypatch):
+def blocks(monkeypatch, device):
     """A problem of several blocks: scores, costs, budget, floor and rank."""
     small = launch.Config({"BLOCK": 64}, num_warps=4)
     monkeypatch.setitem(launch.table(torch.empty(0, device=device).device), "projection", small)

@@ -445,7 +445,7 @@ def eval_command(
     from grasp.planning.check import check_reading
 
     models = [model] if against is None else [model, against]
-    for name in models:
+    for name in models:  # before torch is imported, which takes seconds
         check_reading(name, text=text, seq_len=seq_len, device=device)
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
@@ -511,7 +511,7 @@ def bench_command(
     """Speed and size: prefill, decode, KV cache, weights. A .gguf file runs in llama.cpp."""
     from grasp.planning.check import check_reading
 
-    for name in [model] if against is None else [model, against]:
+    for name in [model] if against is None else [model, against]:  # before torch is imported
         check_reading(name, device=device)
     from grasp.evaluate.bench import bench
 

@@ -24,7 +24,7 @@ from grasp import __version__
 from grasp.data.reading import json_records
 from grasp.errors import GraspError, install, reason
 from grasp.journal import Progress
-from grasp.model.load import load_model, pick_device
+from grasp.model.load import load_model, packed_errors, pick_device
 from grasp.model.source import resolve
 from grasp.report.results import add_measured, check_record
 
@@ -260,7 +260,8 @@ def _evaluate(
         model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32"
     )
     try:
-        result: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
+        with packed_errors(name, model):
+            result: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
     except (AssertionError, ValueError) as error:  # lm-eval's ways to refuse a task or a document
         refusal = (
             reason(error)

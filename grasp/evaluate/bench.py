@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from grasp.config import Dtype
-from grasp.errors import GraspError
+from grasp.errors import DISTRIBUTION, GraspError
 from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
 from grasp.journal import Progress
 from grasp.machine import disk_errors, memory_errors
@@ -210,7 +210,7 @@ def bench(
         },
         versions={
             package: version(package)
-            for package in ("grasp", *dict.fromkeys(p for r in runners for p in r.packages))
+            for package in (DISTRIBUTION, *dict.fromkeys(p for r in runners for p in r.packages))
         },
     )
     if plot:

@@ -237,7 +237,7 @@ def test_gguf_files_run_in_llama_cpp(files):
         bookkeeping = found.kv_bytes_per_token - found.kv_bytes_per_token_planned
         assert 0 <= bookkeeping < 64
     assert len(result.cases) == 4 and all(c.decode.speedup for c in result.cases)
-    assert set(result.versions) == {"grasp", "xllamacpp"}
+    assert set(result.versions) == {"graspprune", "xllamacpp"}
 
 
 def test_llama_cpp_beside_transformers(files):

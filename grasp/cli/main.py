@@ -261,10 +261,10 @@ def prune_command(
         return
     for result in results:
         table = Table("", "dense", "pruned", "", title=Text(str(result.folder)))
-        for row in size_rows(result.summary):
+        for row in size_rows(result.record):
             table.add_row(*row)
         out_console.print(table)
-    _line(measured_on(results[0].summary))
+    _line(measured_on(results[0].record))
 
 
 @app.command("compare")
@@ -367,10 +367,10 @@ def sparsify_command(
         print(json.dumps(result.summary, indent=2))
         return
     table = Table("", "dense", "sparse", "", title=Text(str(result.folder)))
-    for row in size_rows(result.summary):
+    for row in size_rows(result.record):
         table.add_row(*row)
     out_console.print(table)
-    _line(measured_on(result.summary))
+    _line(measured_on(result.record))
 
 
 @app.command("plan")
@@ -445,7 +445,7 @@ def eval_command(
     from grasp.planning.check import check_reading
 
     models = [model] if against is None else [model, against]
-    for name in models:
+    for name in models:  # before torch is imported, which takes seconds
         check_reading(name, text=text, seq_len=seq_len, device=device)
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
@@ -511,7 +511,7 @@ def bench_command(
     """Speed and size: prefill, decode, KV cache, weights. A .gguf file runs in llama.cpp."""
     from grasp.planning.check import check_reading
 
-    for name in [model] if against is None else [model, against]:
+    for name in [model] if against is None else [model, against]:  # before torch is imported
         check_reading(name, device=device)
     from grasp.evaluate.bench import bench
 
@@ -568,20 +568,21 @@ def show_command(
     as_json: Json = False,
 ) -> None:
     """What was kept, layer by layer."""
-    from grasp.report.summary import layer_rows, measured_on, read_summary, size_rows
+    from grasp.checkpoint.record import Record
+    from grasp.report.summary import layer_rows, measured_on, size_rows
 
-    summary = read_summary(folder)
+    record = Record.read(folder)
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(record.to_json(), indent=2))
         return
     table = Table("layer", "FFN channels", "", "KV groups", title=Text(str(folder)))
-    for index, ffn, ffn_of, kv, kv_of in layer_rows(summary):
+    for index, ffn, ffn_of, kv, kv_of in layer_rows(record):
         bar = "█" * round(20 * ffn / ffn_of)
         table.add_row(str(index), f"{ffn} / {ffn_of}", bar, "●" * kv + "○" * (kv_of - kv))
     out_console.print(table)
-    for what, dense, pruned, ratio in size_rows(summary):
+    for what, dense, pruned, ratio in size_rows(record):
         _line(f"{what}: {dense} -> {pruned} ({ratio})")
-    _line(measured_on(summary))
+    _line(measured_on(record))
 
 
 @app.command("export")

@@ -462,9 +462,7 @@ def test_verify_does_not_run_foreign_code(checkpoint, tmp_path, one_way):
 
 
 def test_verify_elsewhere_allows_for_rounding(checkpoint, tmp_path, one_way, monkeypatch):
-    import grasp.checkpoint.save as hf
-
-    monkeypatch.setattr(hf, "processor", lambda device: "another processor")
+    monkeypatch.setattr("grasp.model.load.processor", lambda device: "another processor")
     detail = {check.name: check.detail for check in verify(checkpoint).checks}
     assert "differ by 0.0e+00 (limit 5e-02)" in detail["logits with import grasp"]
 

@@ -31,7 +31,7 @@ from grasp.checkpoint.record import Record, sha256
 from grasp.checkpoint.verify import check_saved
 from grasp.errors import GraspError, reason
 from grasp.model.classes import as_saved, without_weights
-from grasp.model.load import load_model, processor, quiet
+from grasp.model.load import environment, load_model, quiet
 from grasp.model.units import LayerUnits, UnitSpace
 
 
@@ -201,14 +201,3 @@ def write_pretrained(
     finally:
         model.generation_config = as_read
     as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What has to be the same for two runs of one model to agree bit for bit."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device.type,
-        "processor": processor(device),
-        "threads": str(torch.get_num_threads()),
-    }

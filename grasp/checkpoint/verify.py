@@ -230,7 +230,7 @@ def _check_logits(name: str, found: dict[str, Any], *, exact: bool = True) -> Ch
     """Bit-equal to the probe, if `exact`, where processor and torch are those that computed it."""
     import torch
 
-    from grasp.checkpoint.save import environment
+    from grasp.model.load import environment
 
     then, now = found["environment"], environment(torch.device(found["device"]))
     dtype, difference = found["dtype"], found["difference"]

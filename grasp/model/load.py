@@ -184,6 +184,20 @@ def processor(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def environment(device: torch.device) -> dict[str, str]:
+    """What has to be the same for two runs of one model to agree bit for bit."""
+    import torch
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device.type,
+        "processor": processor(device),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
 def _load_safetensors(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

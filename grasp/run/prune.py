@@ -20,7 +20,7 @@ from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.record import Record
-from grasp.checkpoint.save import environment, record_of, save_checkpoint, try_saving
+from grasp.checkpoint.save import record_of, save_checkpoint, try_saving
 from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
@@ -36,7 +36,16 @@ from grasp.gates.memory import memory_mode
 from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors, memory_errors
 from grasp.model.header import of_model
-from grasp.model.load import TORCH_NAMES, best_dtype, cast, load_model, longest, move, pick_device
+from grasp.model.load import (
+    TORCH_NAMES,
+    best_dtype,
+    cast,
+    environment,
+    load_model,
+    longest,
+    move,
+    pick_device,
+)
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
 from grasp.report.results import add_reports

@@ -13,7 +13,7 @@ demo: .venv/demo
 	$(BIN)/grasp show $(DEMO)
 
 test: .venv/test
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n auto --dist worksteal
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.evidence import add, numbers, passed, words
 from grasp.errors import reason
-from grasp_kernels import budget_topk, gated_attention, gated_swiglu, gated_swiglu_ffn
+from grasp_kernels import (
+    budget_topk,
+    channel_scale,
+    gated_attention,
+    gated_swiglu,
+    gated_swiglu_ffn,
+    rms_norm_scale,
+)
 
 ROOT = Path(__file__).parents[1]
 QUANTILES = (0.5, 0.2, 0.8)
@@ -110,8 +117,8 @@ def ffn(models, tokens, keeps, device, dtype) -> Iterator[Setup]:
             return gated_swiglu_ffn(x, *weights, z, max_kept=max_kept)
 
         (x,) = _leaves(device, dtype, (count, model.size))
-        product = 2.0 * count * model.size * model.width
-        work = {"forward": (2 + keep) * product, "backward": (1 + 2 * keep) * product}
+        matmul = 2.0 * count * model.size * model.width
+        work = {"forward": (2 + keep) * matmul, "backward": (1 + 2 * keep) * matmul}
         work["both"] = work["forward"] + work["backward"]
         contenders = {"grasp": ours, "eager": eager, **_compiled(eager, device)}
         label = {"model": name, "tokens": count, "keep": keep}
@@ -182,8 +189,52 @@ def projection(models, _, keeps, device, dtype) -> Iterator[Setup]:
         yield Setup("projection", label, contenders, inputs, {}, "")
 
 
-SETUPS = {"swiglu": swiglu, "ffn": ffn, "attention": attention, "projection": projection}
-TESTS = {"swiglu": "swiglu", "ffn": "swiglu", "attention": "attention", "projection": "projection"}
+def scale(models, tokens, _, device, dtype) -> Iterator[Setup]:
+    def eager(x, factor):
+        return (x * factor).to(x.dtype)
+
+    contenders = {"grasp": channel_scale, "eager": eager, **_compiled(eager, device)}
+    for (name, model), count in product(models.items(), tokens):
+        inputs = [*_leaves(device, dtype, (count, model.size)), _factor(model.size, device)]
+        moved = count * model.size * dtype.itemsize
+        work = {"forward": 2.0 * moved, "backward": 3.0 * moved, "both": 5.0 * moved}
+        label = {"model": name, "tokens": count, "keep": 1.0}
+        yield Setup("scale", label, contenders, tuple(inputs), work, "GB/s")
+
+
+def norm(models, tokens, _, device, dtype) -> Iterator[Setup]:
+    """A norm and the scale behind it, as the projections that read it share them."""
+    for (name, model), count in product(models.items(), tokens):
+        weight = torch.ones(model.size, device=device, dtype=dtype)
+
+        def ours(x, factor, weight=weight):
+            return rms_norm_scale(x, weight, factor, 1e-5)
+
+        def eager(x, factor, weight=weight):
+            return (F.rms_norm(x, weight.shape, weight, 1e-5) * factor).to(x.dtype)
+
+        contenders = {"grasp": ours, "eager": eager, **_compiled(eager, device)}
+        inputs = [*_leaves(device, dtype, (count, model.size)), _factor(model.size, device)]
+        moved = count * model.size * dtype.itemsize
+        work = {"forward": 2.0 * moved, "backward": 3.0 * moved, "both": 5.0 * moved}
+        label = {"model": name, "tokens": count, "keep": 1.0}
+        yield Setup("norm", label, contenders, tuple(inputs), work, "GB/s")
+
+
+def _factor(size: int, device: str) -> Tensor:
+    return (1 + 0.3 * torch.randn(size, device=device)).requires_grad_()
+
+
+SETUPS = {
+    "swiglu": swiglu,
+    "ffn": ffn,
+    "attention": attention,
+    "projection": projection,
+    "scale": scale,
+    "norm": norm,
+}
+# where an op's correctness is tested, if not under its own name
+TESTS = {op: op for op in SETUPS} | {"ffn": "swiglu", "norm": "scale"}
 
 
 def setups(

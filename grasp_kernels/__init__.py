@@ -7,13 +7,18 @@ Every op runs on CPU tensors through plain PyTorch and on CUDA tensors through T
 from grasp_kernels import reference
 from grasp_kernels.attention import gated_attention
 from grasp_kernels.cross_entropy import linear_cross_entropy
+from grasp_kernels.modules import ChannelScale, GatedAttention, GatedSwiGLUFFN, apply
 from grasp_kernels.projection import Selection, budget_topk
 from grasp_kernels.scale import channel_scale, rms_norm_scale
 from grasp_kernels.swiglu import gated_swiglu, gated_swiglu_ffn
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChannelScale",
+    "GatedAttention",
+    "GatedSwiGLUFFN",
     "Selection",
+    "apply",
     "budget_topk",
     "channel_scale",
     "gated_attention",

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import tiny_model, tiny_tokenizer
+from families import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import grasp
@@ -71,3 +71,33 @@ def test_stages_one_by_one(text, tmp_path):
     before = grasp.perplexity(small, tokenizer, str(text), seq_len=32, windows=4).value
     grasp.calibrate(small, blocks)
     assert grasp.perplexity(small, tokenizer, str(text), seq_len=32, windows=4).value < before
+
+
+def test_as_documented(text, tmp_path, capsys):
+    """A researcher's own scores, to a checkpoint that every verb knows."""
+
+    def my_scores(model, units):
+        return torch.arange(units.size, dtype=torch.float32)
+
+    folder = save_tiny(tmp_path / "MODEL")
+    model, tokenizer = grasp.load(folder, device="cpu")
+    units = grasp.units(model)
+    scores = my_scores(model, units)
+    mask = grasp.project(scores, units, keep=0.5, ffn_multiple=32)
+    small = grasp.fold(model, mask)
+    grasp.save(small, tokenizer, tmp_path / "DIR", mask=mask)
+    print(grasp.perplexity(small, tokenizer, str(text), windows=2))
+    assert "perplexity" in capsys.readouterr().out
+    assert grasp.verify(tmp_path / "DIR").passed
+    grasp.export(tmp_path / "DIR", tmp_path / "uniform", to="hf-uniform")
+    with pytest.raises(GraspError, match="DIR exists already"):
+        grasp.save(small, tokenizer, tmp_path / "DIR")
+
+
+def test_a_model_without_its_mask_is_a_checkpoint_too(scores, tmp_path):
+    model = tiny_model("llama")
+    units = grasp.units(model)
+    small = grasp.fold(model, grasp.project(scores(units), units, keep=0.5, ffn_multiple=8))
+    record = grasp.save(small, tiny_tokenizer(), tmp_path / "DIR")
+    assert record.widths["before"] == record.widths["after"]
+    assert grasp.verify(tmp_path / "DIR").passed

@@ -158,8 +158,6 @@ def test_limit_can_be_a_tensor():
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        (Budget("keep", 0.0), "--keep 0.0 is not a ratio"),
-        (Budget("keep", 1.5), "--keep 1.5 is not a ratio"),
         (Budget("keep", 0.01), "already takes"),
         (Budget("kv_cache", 0.1), "--kv-cache 0.1 is impossible"),
         (Budget("params", 10.0), "--params 10 is impossible"),
@@ -173,9 +171,16 @@ def test_impossible_budgets_name_the_fix(budget, words):
         budget.limit(space_of())
 
 
+@pytest.mark.parametrize("kind", ["keep", "kv_cache"])
+@pytest.mark.parametrize("asked", [0.0, 1.5, -1.0])
+def test_a_ratio_is_refused_before_there_is_a_model(kind, asked):
+    with pytest.raises(GraspError, match=f"{asked} is not a ratio: choose one in"):
+        Budget(kind, asked)
+
+
 def test_uniform_needs_equal_layers():
     space = UnitSpace(64, (LayerUnits(8, 2, 1, 4), LayerUnits(16, 2, 1, 4)), 0)
-    with pytest.raises(GraspError, match="--layout per-layer"):
+    with pytest.raises(GraspError, match="this model's differ"):
         Budget("keep", 0.5, 1, layout="uniform").limit(space)
 
 

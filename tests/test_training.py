@@ -493,7 +493,7 @@ def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
     assert torch.equal(plain.theta, captured.theta)
     assert notes == [
         "steps run one kernel at a time, not as a CUDA graph: "
-        "operation not permitted when stream is capturing"
+        "operation not permitted when stream is capturing and more"
     ]
 
 

@@ -20,8 +20,8 @@ FOUR_HEADS = [(7, 1), (50, 2), (80, 1)]  # at most 4 query heads, which divide t
 
 def padded(folder, family, widths, **options):
     """The pruned model, the stock one made of it, and what export says."""
-    model, kept = pruned(family, widths, **options)
-    save(model, kept, folder / "model")
+    model, mask = pruned(family, widths, **options)
+    save(model, mask, folder / "model")
     done = export(folder / "model", folder / "stock", to="hf-uniform")
     return model, AutoModelForCausalLM.from_pretrained(done.path), done
 
@@ -80,8 +80,8 @@ def test_no_room(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    model, kept = pruned("llama", UNEVEN)
-    save(model, kept, tmp_path / "model")
+    model, mask = pruned("llama", UNEVEN)
+    save(model, mask, tmp_path / "model")
 
     def full(self, folder, **_options):
         (folder / "config.json").parent.mkdir()

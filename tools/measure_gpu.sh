@@ -78,7 +78,9 @@ fi
 op swiglu 45
 op ffn 60
 op attention 60
-op projection 25
+op projection 40
+op scale 40
+op norm 40
 steps graph-off 60 --models llama-2-7b --cases 512x1,2048x1 --steps 10 --graph-tokens 0
 steps graph-on 60 --models llama-2-7b --cases 2048x1 --steps 10
 
@@ -92,11 +94,13 @@ if [ -n "${MODEL:-}" ] && [ -n "${TEXT:-}" ]; then
 else
   skip job 'set MODEL and TEXT, and EVAL_TEXT'
 fi
+one_of_each='strides or many_blocks or halves or (test_ffn and random and None) or heads_around'
+one_of_each+=' or sdpa_composition or test_chunks or rows_of_a_program'
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer > /dev/null && [ -z "$small" ]; then
     part "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --report-api-errors no --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \
-      tests/kernels/on_device -k 'strides or many_blocks or halves or (test_ffn and random and None)'
+      tests/kernels/on_device -k "$one_of_each"
   else
     skip "$tool" 'it needs a GPU and compute-sanitizer'
   fi

@@ -6,11 +6,10 @@ beside the weights. Equal widths need nothing of ours: they are saved as a stock
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
+import platform
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from grasp import __version__
+from grasp.budget.projection import Mask
 from grasp.checkpoint.probe import TEXT, Probe
+from grasp.checkpoint.record import Record, sha256
+from grasp.checkpoint.verify import check_saved
 from grasp.errors import GraspError, reason
 from grasp.model.classes import as_saved, without_weights
-from grasp.model.load import processor, quiet
-from grasp.model.units import UnitSpace
+from grasp.model.load import environment, load_model, quiet
+from grasp.model.units import LayerUnits, UnitSpace
 
 
 @dataclass(frozen=True)
@@ -42,44 +45,109 @@ class Saved:
     note: str | None
 
 
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    *,
+    mask: Mask | None = None,
+    seed: int = 0,
+) -> Record:
+    """Write a folded model as a checkpoint that `grasp verify` passes. Complete or absent.
+
+    With `mask`, grasp.json also says what was there before, and which units are left. `seed` draws
+    the tokens of the probe. Raises GraspError: the folder exists, no room, widths that no class can
+    express, a checkpoint that `grasp verify` would fail.
+    """
+    out = Path(folder)
+    if os.path.lexists(out):
+        raise GraspError(f"{out} exists already: choose another folder or remove it first")
+    if mask is None:
+        space = UnitSpace.of(model)
+        mask = Mask(space, torch.ones(space.size, dtype=torch.bool))
+    record = record_of(mask, model, name=model.name_or_path or type(model).__name__, seed=seed)
+    beside = out.with_name(f"{out.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        _, record = save_checkpoint(model, tokenizer, beside, record)
+        reread, read_tokenizer = load_model(beside, dtype=None, device=str(model.device))
+        check_saved(beside, reread, read_tokenizer)
+        os.rename(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return record
+
+
+def record_of(mask: Mask, model: PreTrainedModel, *, name: str, seed: int, **more: Any) -> Record:
+    """What grasp.json says of the folded `model`, which was called `name`; `more` of its fields."""
+    before, after = mask.space, mask.pruned_space()
+    found = UnitSpace.of(model)
+    if [_widths(layer) for layer in found.layers] != [_widths(layer) for layer in after.layers]:
+        raise ValueError("the mask does not describe the widths of this model")
+    return Record(
+        grasp_version=__version__,
+        model=name,
+        seed=seed,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        params={
+            "prunable_before": before.prunable_params,
+            "prunable_after": after.prunable_params,
+            "total_before": before.total_params,
+            "total_after": found.total_params,  # with biases that were added
+        },
+        kv_cache_bytes_per_token={
+            "before": before.kv_cache_bytes_per_token(),
+            "after": after.kv_cache_bytes_per_token(),
+        },
+        widths={
+            "before": [_widths(layer) for layer in before.layers],
+            "after": [_widths(layer) for layer in after.layers],
+        },
+        mask_sha256=mask.digest(),
+        kept=[{"ffn": ffn.tolist(), "kv": kv.tolist()} for ffn, kv in mask.layers()],
+        **{"recipe": {}, **more},
+    )
+
+
+def _widths(layer: LayerUnits) -> list[int]:
+    return [layer.ffn, layer.kv_groups]
+
+
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    record: Record,
     *,
-    kept: Sequence[tuple[list[int], list[int]]],
-    grasp_json: dict[str, Any],
     max_shard_size: str = "5GB",
-) -> Saved:
-    """Write weights, tokenizer, configs, grasp.json and probe into `folder`.
+) -> tuple[Saved, Record]:
+    """Write weights, tokenizer, configs, probe and grasp.json into `folder`.
 
     `model` is the folded model: its own class, config and names, with smaller weights, in the dtype
-    to save. `kept` holds the (FFN channels, KV groups) of each layer by their original indices and
-    becomes `kept` in grasp.json. The folder must exist; renaming it into place is the caller's.
-    Raises GraspError: no room, or widths that no class can express.
+    to save. Returns the record with the hashes of the weights. The folder must exist; renaming it
+    into place is the caller's. Raises GraspError: no room, or widths that no class can express.
     """
-    space = UnitSpace.of(model)
-    grasp_json = {**grasp_json, "kept": [{"ffn": ffn, "kv": kv} for ffn, kv in kept]}
-    widths = [(len(ffn), len(kv)) for ffn, kv in kept]
-    if widths != [(layer.ffn, layer.kv_groups) for layer in space.layers]:
-        raise ValueError("the kept indices do not describe this model's widths")
-
-    target, note = as_saved(model, space)
+    target, note = as_saved(model, UnitSpace.of(model))
     weights = dict(target.named_parameters())  # tied tensors once
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
         write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
-        seed = int(grasp_json.get("seed", 0))
-        Probe.of(model, tokenizer, environment(model.device), seed).write(folder)
+        Probe.of(model, tokenizer, environment(model.device), record.seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-        write_json(folder / "grasp.json", {**grasp_json, "sha256": hashes})
+        record = replace(record, sha256=hashes)
+        record.write(folder)
     except (OSError, SafetensorError) as error:
         raise GraspError(
             f"cannot write {folder}: {error} (the weights need {weight_bytes:,} bytes)"
         ) from error
-    return Saved(type(target).__name__, weight_bytes, note)
+    return Saved(type(target).__name__, weight_bytes, note), record
 
 
 def try_saving(
@@ -133,28 +201,3 @@ def write_pretrained(
     finally:
         model.generation_config = as_read
     as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What has to be the same for two runs of one model to agree bit for bit."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device.type,
-        "processor": processor(device),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """One line per top-level key: the kept indices would otherwise take one line each."""
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.checkpoint.probe import Probe
-from grasp.checkpoint.save import environment, write_pretrained
+from grasp.checkpoint.save import write_pretrained
 from grasp.checkpoint.verify import check_exported
 from grasp.errors import GraspError
 from grasp.machine import check_room
 from grasp.model.classes import as_saved
-from grasp.model.load import load_model, move
+from grasp.model.load import environment, load_model, move
 from grasp.model.units import Rows, UnitSpace, decoder_layers
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp.checkpoint.record import Record, sha256
 from grasp.errors import GraspError
 
 if TYPE_CHECKING:  # slow to import, and a folder that is none of ours needs none
@@ -50,9 +51,8 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
     GraspError if the folder is no grasp checkpoint.
     """
     folder = Path(folder).resolve()
-    said = _Said.read(folder)
-    own_code = said.model_type.startswith("grasp_")
-    checks = _check_disk(folder, said)
+    record, own_code = Record.read(folder), _model_type(folder).startswith("grasp_")
+    checks = _check_disk(folder, record)
     ways = {"with import grasp": "grasp", "without grasp": "remote"}
     if not own_code:
         ways = {"as the stock class": "stock"}
@@ -67,7 +67,7 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
             )
         )
     for title, way in ways.items():
-        checks += _check_loaded(folder, title, way, said)
+        checks += _check_loaded(folder, title, way, record)
     return VerifyReport(str(folder), tuple(checks))
 
 
@@ -79,9 +79,9 @@ def check_saved(folder: Path, model: Any, tokenizer: Any) -> None:
     """
     from grasp.checkpoint.probe import Probe
 
-    said = _Said.read(folder)
+    record = Record.read(folder)
     found = Probe.read(folder).compare(model, tokenizer)
-    _refuse_failed(folder, [*_check_disk(folder, said), *_check_found("", found, said)])
+    _refuse_failed(folder, [*_check_disk(folder, record), *_check_found("", found, record)])
 
 
 def check_exported(folder: Path, model: Any, tokenizer: Any, probe: Probe) -> None:
@@ -99,43 +99,13 @@ def _refuse_failed(folder: Path, checks: list[Check]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Said:
-    """What the JSON files of a checkpoint say of it."""
-
-    widths: list[tuple[int, int]]  # (FFN channels, KV groups) of each layer
-    parameters: int
-    hashes: dict[str, str]  # of the weight files, by their names
-    sparsity: dict[str, Any] | None
-    model_type: str
-
-    @classmethod
-    def read(cls, folder: Path) -> _Said:
-        grasp_json, config = _read_json(folder, "grasp.json"), _read_json(folder, "config.json")
-        try:
-            return cls(
-                [(len(layer["ffn"]), len(layer["kv"])) for layer in grasp_json["kept"]],
-                int(grasp_json["params"]["total_after"]),
-                dict(grasp_json["sha256"]),
-                grasp_json.get("sparsity"),
-                str(config["model_type"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise GraspError(
-                f"{folder} is not a grasp checkpoint: no {error} in its json"
-            ) from None
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _model_type(folder: Path) -> str:
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
     except FileNotFoundError:
-        raise GraspError(f"{folder} is not a grasp checkpoint: it has no {name}") from None
-    except (OSError, ValueError) as error:
-        raise GraspError(f"{folder} is not a grasp checkpoint: {name}: {error}") from None
-    if not isinstance(content, dict):
-        raise GraspError(f"{folder} is not a grasp checkpoint: {name} holds no object")
-    return content
+        raise GraspError(f"{folder} is not a grasp checkpoint: it has no config.json") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise GraspError(f"{folder} is not a grasp checkpoint: config.json: {error}") from None
 
 
 def _is_own_code(path: Path) -> bool:
@@ -143,15 +113,13 @@ def _is_own_code(path: Path) -> bool:
     return path.is_file() and path.read_bytes() == own.read_bytes()
 
 
-def _check_disk(folder: Path, said: _Said) -> list[Check]:
-    checks = [_check_files(folder, said.hashes), _check_tensors(folder)]
-    return checks + ([check_sparsity(folder, said.sparsity)] if said.sparsity else [])
+def _check_disk(folder: Path, record: Record) -> list[Check]:
+    checks = [_check_files(folder, record.sha256), _check_tensors(folder)]
+    return checks + ([check_sparsity(folder, record.sparsity)] if record.sparsity else [])
 
 
 def _check_files(folder: Path, hashes: dict[str, str]) -> Check:
     """The weight files are those that were written, to the last bit."""
-    from grasp.checkpoint.save import sha256
-
     found = {path.name for path in folder.glob("*.safetensors")}
     wrong = sorted(found.symmetric_difference(hashes))
     wrong += [
@@ -219,13 +187,13 @@ def _index(folder: Path) -> Iterable[tuple[str, list[str] | None]]:
     return [(file, [name for name, f in weight_map.items() if f == file]) for file in files]
 
 
-def _check_loaded(folder: Path, title: str, way: str, said: _Said) -> list[Check]:
+def _check_loaded(folder: Path, title: str, way: str, record: Record) -> list[Check]:
     found = _in_fresh_process(folder, way)
     if "error" in found:
         return [Check(f"loads {title}", False, _one_line(found["error"]))]
     return [
         Check(f"loads {title}", True, found["class"]),
-        *_check_found(f" {title}", found, said),
+        *_check_found(f" {title}", found, record),
         Check(
             f"generate {title}",
             found["cached"] == found["uncached"],
@@ -236,13 +204,12 @@ def _check_loaded(folder: Path, title: str, way: str, said: _Said) -> list[Check
     ]
 
 
-def _check_found(title: str, found: dict[str, Any], said: _Said) -> list[Check]:
+def _check_found(title: str, found: dict[str, Any], record: Record) -> list[Check]:
     """`Probe.compare` against what grasp.json says and the probe."""
     widths = list(zip(found["ffn"], found["kv"], strict=False))
-    wrong = [
-        i for i, pair in enumerate(zip(widths, said.widths, strict=False)) if pair[0] != pair[1]
-    ]
-    same_widths = widths == said.widths
+    kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in record.kept]
+    wrong = [i for i, pair in enumerate(zip(widths, kept, strict=False)) if pair[0] != pair[1]]
+    same_widths = widths == kept
     return [
         Check(
             f"widths{title}",
@@ -251,8 +218,8 @@ def _check_found(title: str, found: dict[str, Any], said: _Said) -> list[Check]:
         ),
         Check(
             f"parameters{title}",
-            found["parameters"] == said.parameters,
-            f"{found['parameters']:,}, grasp.json says {said.parameters:,}",
+            found["parameters"] == record.params["total_after"],
+            f"{found['parameters']:,}, grasp.json says {record.params['total_after']:,}",
         ),
         _check_logits(f"logits{title}", found),
         _check_tokens(f"tokenizer{title}", found),
@@ -263,7 +230,7 @@ def _check_logits(name: str, found: dict[str, Any], *, exact: bool = True) -> Ch
     """Bit-equal to the probe, if `exact`, where processor and torch are those that computed it."""
     import torch
 
-    from grasp.checkpoint.save import environment
+    from grasp.model.load import environment
 
     then, now = found["environment"], environment(torch.device(found["device"]))
     dtype, difference = found["dtype"], found["difference"]

@@ -243,6 +243,8 @@ def prune_command(
     options = dict(locals())
     del options["as_json"]
     ratios = parse_ratios(keep) if keep else [None]
+    if len(ratios) > 1 and (params, kv_cache) != (None, None):
+        raise typer.BadParameter("several --keep go without --params and --kv-cache")
     _check(PruneConfig, options, [{"keep": ratio} for ratio in ratios])
     from grasp.report.summary import measured_on, size_rows
     from grasp.run.prune import prune, prune_each
@@ -250,21 +252,19 @@ def prune_command(
     with _progress() as show:
         if len(ratios) == 1:
             results = [prune(**options | {"keep": ratios[0]}, show=show)]
-        elif params is None and kv_cache is None:
+        else:
             del options["params"], options["kv_cache"]
             results = prune_each(**options | {"keep": ratios}, show=show)
-        else:
-            raise typer.BadParameter("several --keep go without --params and --kv-cache")
     if as_json:
         summaries = [result.summary for result in results]
         print(json.dumps(summaries if len(ratios) > 1 else summaries[0], indent=2))
         return
     for result in results:
         table = Table("", "dense", "pruned", "", title=Text(str(result.folder)))
-        for row in size_rows(result.summary):
+        for row in size_rows(result.record):
             table.add_row(*row)
         out_console.print(table)
-    _line(measured_on(results[0].summary))
+    _line(measured_on(results[0].record))
 
 
 @app.command("compare")
@@ -367,10 +367,10 @@ def sparsify_command(
         print(json.dumps(result.summary, indent=2))
         return
     table = Table("", "dense", "sparse", "", title=Text(str(result.folder)))
-    for row in size_rows(result.summary):
+    for row in size_rows(result.record):
         table.add_row(*row)
     out_console.print(table)
-    _line(measured_on(result.summary))
+    _line(measured_on(result.record))
 
 
 @app.command("plan")
@@ -445,7 +445,7 @@ def eval_command(
     from grasp.planning.check import check_reading
 
     models = [model] if against is None else [model, against]
-    for name in models:
+    for name in models:  # before torch is imported, which takes seconds
         check_reading(name, text=text, seq_len=seq_len, device=device)
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
@@ -511,7 +511,7 @@ def bench_command(
     """Speed and size: prefill, decode, KV cache, weights. A .gguf file runs in llama.cpp."""
     from grasp.planning.check import check_reading
 
-    for name in [model] if against is None else [model, against]:
+    for name in [model] if against is None else [model, against]:  # before torch is imported
         check_reading(name, device=device)
     from grasp.evaluate.bench import bench
 
@@ -568,20 +568,21 @@ def show_command(
     as_json: Json = False,
 ) -> None:
     """What was kept, layer by layer."""
-    from grasp.report.summary import layer_rows, measured_on, read_summary, size_rows
+    from grasp.checkpoint.record import Record
+    from grasp.report.summary import layer_rows, measured_on, size_rows
 
-    summary = read_summary(folder)
+    record = Record.read(folder)
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(record.to_json(), indent=2))
         return
     table = Table("layer", "FFN channels", "", "KV groups", title=Text(str(folder)))
-    for index, ffn, ffn_of, kv, kv_of in layer_rows(summary):
+    for index, ffn, ffn_of, kv, kv_of in layer_rows(record):
         bar = "█" * round(20 * ffn / ffn_of)
         table.add_row(str(index), f"{ffn} / {ffn_of}", bar, "●" * kv + "○" * (kv_of - kv))
     out_console.print(table)
-    for what, dense, pruned, ratio in size_rows(summary):
+    for what, dense, pruned, ratio in size_rows(record):
         _line(f"{what}: {dense} -> {pruned} ({ratio})")
-    _line(measured_on(summary))
+    _line(measured_on(record))
 
 
 @app.command("export")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+LOADER = "transformers.modeling_utils"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -88,6 +89,22 @@ def load_model(
         if hasattr(module, "scalar_embed_scale"):  # Gemma's, which a narrow dtype has rounded
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+@contextlib.contextmanager
+def packed_errors(name: str, model: Any) -> Iterator[None]:
+    """What the library that runs quantised weights says, as one line; nothing for other models."""
+    kind = quantisation(model.config.to_dict())
+    try:
+        yield
+    except GraspError:
+        raise
+    except Exception as error:
+        if kind is None:
+            raise
+        raise GraspError(
+            f"{name} is quantised ({kind}), and cannot be run here: {reason(error)}"
+        ) from error
 
 
 def _untie_if_it_has_a_head(model: Any) -> None:
@@ -165,6 +182,20 @@ def processor(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What has to be the same for two runs of one model to agree bit for bit."""
+    import torch
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device.type,
+        "processor": processor(device),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def _load_safetensors(
@@ -247,14 +278,16 @@ def _check_rope(file: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars from transformers."""
+    """No progress bars from transformers, nor its table of what a load lacks: we say that."""
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars, report = logging.is_progress_bar_enabled(), logging.get_logger(LOADER)
     logging.disable_progress_bar()
+    report.disabled = True
     try:
         yield
     finally:
+        report.disabled = False
         if bars:
             logging.enable_progress_bar()
 

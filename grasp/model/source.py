@@ -140,6 +140,7 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     if not found:
         return None
     method = found.get("quant_method") or found.get("quant_type") or "of an unnamed kind"
+    method = getattr(method, "value", method)  # of a live config
     bits = found.get("bits") or found.get("w_bit") or found.get("nbits")
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         bits = 4 if found.get("load_in_4bit") else 8

@@ -51,13 +51,19 @@ def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
     config.budget.limit(header.space)
 
 
-def check_plain(model: str, header: Header) -> None:
+def check_plain(model: str, header: Header, done: str = "cut") -> None:
     """Refuse weights that are packed in a way of their own. Raises GraspError."""
     if header.quantised:
         raise GraspError(
-            f"{model} is quantised ({header.quantised}), and its weights cannot be cut: name the "
-            "original checkpoint"
+            f"{model} is quantised ({header.quantised}), and its weights cannot be {done}: name "
+            "the original checkpoint"
         )
+
+
+def check_export(model: str) -> None:
+    """Refuse what cannot be loaded, or not written in another format. Raises GraspError."""
+    check_readable(resolve(model))
+    check_plain(model, read_header(model), "converted")
 
 
 def check_reading(
@@ -65,10 +71,10 @@ def check_reading(
 ) -> None:
     """Refuse what cannot be loaded and run, or not in that length. Raises GraspError."""
     check_device(device)
-    if text is not None:
-        find_source(text, "test")
     source = resolve(model)
     check_readable(source)
+    if text is not None:
+        find_source(text, "test")
     longest = None if source.kind == "gguf" else read_config(source).get("max_position_embeddings")
     if seq_len is not None and not 2 <= seq_len <= (longest or seq_len):
         takes = f"2 to {longest}" if longest else "at least 2"

@@ -270,9 +270,9 @@ def learning_memory(
     if every := RECOMPUTE_EVERY.get(mode):
         kept[::every] = [width * space.hidden_size] * len(kept[::every])
     logits = tokens * header.vocab_size * (width + 8)  # of a head that caps them: whole
-    if not facts.softcap:  # in fp32, and beside it in a narrower dtype
+    if not facts.softcap:  # a chunk of them, where their gradient is made in place
         held = min(tokens * header.vocab_size, max(LOGITS_AT_ONCE, header.vocab_size))
-        logits = held * (4 + width % 4)
+        logits = held * width
     in_loss = tokens * sum(kept), logits
     widest = 6 * max(layer.ffn for layer in space.layers) + space.hidden_size
     in_layer = (

@@ -43,7 +43,7 @@ from grasp.run.prune import (
     measure_dense,
     on_device,
     open_job,
-    pruned_summary,
+    pruned_record,
     shrink,
     working_dtype,
 )
@@ -254,23 +254,23 @@ class _Grid:
         pruned = shrink(model, mask, choice.scales, blocks, config, self._start.stored_dtype, part)
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
-        summary = pruned_summary(config, self._start, mask, pruned)
-        found = finish(pruned, mask, summary, self._start, run, folder)
+        record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
+        record = finish(pruned, record, self._start, run, folder)
         tasks = self._score(str(folder))
         shutil.rmtree(run.checkpoint)
-        perplexity = found["results"]["pruned"]
+        perplexity = record.results["pruned"]
         run.log(event="note", text=f"{cell.name}: perplexity {perplexity['value']:.2f}")
         return {
             "method": cell.method,
             "keep": config.budget.asked,
             "seed": config.seed,
-            "kept": found["budget"]["obtained"] / found["budget"]["of"],
-            "parameters": found["params"]["total_after"],
+            "kept": record.kept_part,
+            "parameters": record.params["total_after"],
             "perplexity": perplexity,
             "tasks": tasks,
             "choosing": choosing,
             "making": making,
-            "mask_sha256": found["mask_sha256"],
+            "mask_sha256": record.mask_sha256,
         }
 
 

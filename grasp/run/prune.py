@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
-from grasp.checkpoint.save import environment, save_checkpoint, try_saving
+from grasp.checkpoint.record import Record
+from grasp.checkpoint.save import record_of, save_checkpoint, try_saving
 from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
@@ -35,13 +34,21 @@ from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.memory import memory_mode
 from grasp.gates.training import TrainSettings
-from grasp.machine import memory_errors
+from grasp.machine import disk_errors, memory_errors
 from grasp.model.header import of_model
-from grasp.model.load import TORCH_NAMES, best_dtype, cast, load_model, longest, move, pick_device
+from grasp.model.load import (
+    TORCH_NAMES,
+    best_dtype,
+    cast,
+    environment,
+    load_model,
+    longest,
+    move,
+    pick_device,
+)
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
-from grasp.report.results import add_reports, add_results
-from grasp.report.summary import read_summary
+from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import check_run
 from grasp.select import select
@@ -49,11 +56,16 @@ from grasp.select import select
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune` made. `summary` is the content of the checkpoint's grasp.json."""
+    """What `prune` made."""
 
     folder: Path
     mask: Mask
-    summary: dict[str, Any]
+    record: Record
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of the checkpoint's grasp.json."""
+        return self.record.to_json()
 
 
 def prune(
@@ -184,16 +196,16 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part = run.part(name) if name else run
             pruned = move(copy.deepcopy(model), config.device) if name else model
             pruned = shrink(pruned, mask, choice.scales, blocks, own, start.stored_dtype, part)
-            summary = pruned_summary(own, start, mask, pruned)
-            summary["budget"]["chosen_for"] = config.budget.asked
-            summary = finish(pruned, mask, summary, start, part, run.checkpoint)
-            summary["results"] |= {"dense": dense, "seconds": run.seconds()}
-            add_results(run.checkpoint, summary)
-            add_reports(run.checkpoint, summary, part.records())
-            part.log(event="finished", folder=str(run.out / name), **summary["results"])
+            record = pruned_record(own, start, mask, pruned, config.budget.asked)
+            record = finish(pruned, record, start, part, run.checkpoint)
+            record = record.measured(dense=dense, seconds=run.seconds())
+            with disk_errors(run.checkpoint):
+                record.write(run.checkpoint)
+            add_reports(run.checkpoint, record, part.records())
+            part.log(event="finished", folder=str(run.out / name), **record.results)
             if name:
                 run.finish(name)
-        results.append(PruneResult(run.out / name, mask, read_summary(folder)))
+        results.append(PruneResult(run.out / name, mask, Record.read(folder)))
     run.publish()
     return results
 
@@ -331,30 +343,22 @@ def shrink(
     return cast(model, stored_dtype)
 
 
-def finish(
-    model: PreTrainedModel,
-    mask: Mask,
-    summary: dict[str, Any],
-    start: Start,
-    run: Run,
-    folder: Path,
-) -> dict[str, Any]:
+def finish(model: PreTrainedModel, record: Record, start: Start, run: Run, folder: Path) -> Record:
     """Save the pruned model in the new `folder`, and check and measure what reads from there.
 
-    Returns the summary with those results. `model` itself is used up. Raises GraspError where
+    Returns the record with those results. `model` itself is used up. Raises GraspError where
     `grasp verify` would fail.
     """
     device = str(model.device)
-    kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
     folder.mkdir(parents=True)
-    saved = save_checkpoint(model, start.tokenizer, folder, kept=kept, grasp_json=summary)
+    saved, record = save_checkpoint(model, start.tokenizer, folder, record)
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
     reread, tokenizer = load_model(folder, dtype=None, device=device)
     check_saved(folder, reread, tokenizer)
     pruned = _measure(start.ruler, reread, "pruned", run)
-    return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
+    return record.measured(pruned=pruned, **asdict(saved))
 
 
 def _release(model: PreTrainedModel) -> None:
@@ -362,10 +366,10 @@ def _release(model: PreTrainedModel) -> None:
     move(model, "meta")
 
 
-def pruned_summary(
-    config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel
-) -> dict[str, Any]:
-    """All of the pruned `model`'s grasp.json but the kept indices and the results."""
+def pruned_record(
+    config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel, chosen_for: float
+) -> Record:
+    """What grasp.json says of the pruned `model`, but for the results."""
     budget = config.budget
     obtained = {
         "kind": budget.kind,
@@ -373,44 +377,28 @@ def pruned_summary(
         "limit": budget.limit(mask.space),
         "obtained": budget.cost(mask.pruned_space()),
         "of": budget.cost(mask.space),
+        "chosen_for": chosen_for,
     }
-    summary = summary_of(config, start, mask)
-    summary["params"]["total_after"] = UnitSpace.of(model).total_params  # with biases, if any
-    return {**summary, "budget": obtained}
+    return run_record(config, start, mask, model, budget=obtained)
 
 
-def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -> dict[str, Any]:
-    """What grasp.json says of any checkpoint: how it was made, and its sizes."""
-    before, after = mask.space, mask.pruned_space()
-    return {
-        "format": 1,
-        "grasp_version": __version__,
-        "model": config.model,
-        "recipe": config.to_json(),
-        "seed": config.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "calibration": start.corpus.to_json(),
-        "params": {
-            "prunable_before": before.prunable_params,
-            "prunable_after": after.prunable_params,
-            "total_before": before.total_params,
-            "total_after": after.total_params,
-        },
-        "kv_cache_bytes_per_token": {
-            "before": before.kv_cache_bytes_per_token(),
-            "after": after.kv_cache_bytes_per_token(),
-        },
-        "widths": {
-            "before": [[layer.ffn, layer.kv_groups] for layer in before.layers],
-            "after": [[layer.ffn, layer.kv_groups] for layer in after.layers],
-        },
-        "mask_sha256": mask.digest(),
-        "results": {},
-    }
+def run_record(
+    config: PruneConfig | SparsifyConfig,
+    start: Start,
+    mask: Mask,
+    model: PreTrainedModel,
+    **more: Any,
+) -> Record:
+    """`record_of` a run."""
+    return record_of(
+        mask,
+        model,
+        name=config.model,
+        seed=config.seed,
+        recipe=config.to_json(),
+        calibration=start.corpus.to_json(),
+        **more,
+    )
 
 
 def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:

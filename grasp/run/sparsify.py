@@ -12,20 +12,19 @@ from transformers import PreTrainedModel
 
 from grasp.budget.pattern import Pattern
 from grasp.budget.projection import Mask
+from grasp.checkpoint.record import Record
 from grasp.checkpoint.save import try_saving
 from grasp.config import SparsifyConfig
-from grasp.machine import memory_errors
+from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device
 from grasp.model.units import UnitSpace
-from grasp.report.results import add_results
-from grasp.report.summary import read_summary
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.prune import (
     finish,
     load_dense,
     measure_dense,
     read_texts,
-    summary_of,
+    run_record,
 )
 from grasp.run.ready import check_run
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
@@ -34,10 +33,15 @@ from grasp.sparsity.methods import method_of
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """What `sparsify` made. `summary` is the content of the checkpoint's grasp.json."""
+    """What `sparsify` made."""
 
     folder: Path
-    summary: dict[str, Any]
+    record: Record
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of the checkpoint's grasp.json."""
+        return self.record.to_json()
 
 
 def sparsify(
@@ -91,13 +95,14 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     )
     sparsity["zeros_after"] = _zeros(model)
     everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
-    summary = {**summary_of(config, start, everything), "sparsity": sparsity}
-    summary = finish(model, everything, summary, start, run, run.checkpoint)
-    summary["results"] |= {"dense": dense, "seconds": run.seconds()}
-    add_results(run.checkpoint, summary)
-    run.log(event="finished", folder=str(run.out), **summary["results"])
+    record = run_record(config, start, everything, model, sparsity=sparsity)
+    record = finish(model, record, start, run, run.checkpoint)
+    record = record.measured(dense=dense, seconds=run.seconds())
+    with disk_errors(run.checkpoint):
+        record.write(run.checkpoint)
+    run.log(event="finished", folder=str(run.out), **record.results)
     run.publish()
-    return SparsifyResult(run.out, read_summary(run.out))
+    return SparsifyResult(run.out, Record.read(run.out))
 
 
 def _zeros(model: PreTrainedModel) -> int:

@@ -72,7 +72,7 @@ def test_attention_around_pytorchs_makes_no_copies(max_kept, cudnn, monkeypatch)
     sdpa = pytest.importorskip("grasp_kernels._triton.sdpa")
     launched = []
     monkeypatch.setattr(sdpa, "launch", lambda kernel, *_, **__: launched.append(kernel.fn))
-    monkeypatch.setattr(launch, "_chip", lambda device: 90)
+    monkeypatch.setattr(launch, "table", lambda device: launch.of_chip(90))
     monkeypatch.setattr(_sdpa, "runs_triton", lambda x: True)
     with FakeTensorMode(), Dispatched() as seen:
         q, k, v, grad = (

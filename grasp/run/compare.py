@@ -210,7 +210,7 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
 class _Grid:
     """Measures cells of one run, each once, and computes what they share once."""
 
-    def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score):
+    def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score) -> None:
         self._run, self._start, self._score = run, start, score
         self._dense = move(dense, "cpu")  # the device is for the model that is worked on
         self._chosen: dict[str, tuple[Choice, Cost]] = {}

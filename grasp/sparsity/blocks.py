@@ -146,4 +146,5 @@ def sparsify_blocks(
 
 
 def fp32(value: Any) -> Any:
+    """Floating tensors in fp32, anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -15,6 +15,7 @@ from grasp.budget.projection import Mask
 from grasp.checkpoint.verify import check_sparsity
 from grasp.config import SparsifyConfig
 from grasp.errors import GraspError
+from grasp.gates.fidelity import check_layers
 from grasp.machine import memory_errors
 from grasp.model.load import pick_device
 from grasp.report.results import add_results
@@ -75,6 +76,8 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
         "zeros_before": _zeros(model),
     }
     start = read_texts(config, model, tokenizer, run)
+    found = check_layers(model, start.blocks(config), "grasp sparsify")
+    run.log(event="fidelity", layers=found)
     if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
     dense = measure_dense(model, start, run)

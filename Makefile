@@ -23,7 +23,7 @@ lint: .venv/test
 # The wheels install in a clean environment, and prune there.
 wheel-test: WHEELS = build/wheels
 wheel-test:
-	rm -rf build
+	rm -rf build grasp_kernels/build
 	$(PYTHON) -m venv $(WHEELS)/venv
 	$(WHEELS)/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) ./grasp_kernels .
 	$(WHEELS)/venv/bin/python $(PIP) torch
@@ -42,6 +42,6 @@ wheel-test:
 	@touch $@
 
 clean:
-	rm -rf .venv build out
+	rm -rf .venv build grasp_kernels/build out
 
 .PHONY: demo test lint wheel-test clean

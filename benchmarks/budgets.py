@@ -16,8 +16,9 @@ from statistics import mean
 from typing import Any
 
 import grasp
+from grasp.checkpoint.record import Record
 from grasp.report.comparison import span
-from grasp.report.summary import how_measured, markdown_table, read_summary
+from grasp.report.summary import how_measured, markdown_table
 
 
 def measure(model: str, out: Path, keep: list[float], seed: int, **options: Any) -> None:
@@ -34,14 +35,14 @@ def measure(model: str, out: Path, keep: list[float], seed: int, **options: Any)
 def table(out: Path, keep: list[float], seeds: list[int]) -> str:
     rows, last = [], {}
     for part in keep:
-        together = [read_summary(out / f"seed-{s}" / f"keep-{part}") for s in seeds]
+        together = [Record.read(out / f"seed-{s}" / f"keep-{part}") for s in seeds]
         alone = together
         if part != min(keep):
-            alone = [read_summary(out / f"seed-{s}-alone-{part}") for s in seeds]
-        one, other = ([s["results"]["pruned"]["value"] for s in runs] for runs in (together, alone))
+            alone = [Record.read(out / f"seed-{s}-alone-{part}") for s in seeds]
+        one, other = ([s.results["pruned"]["value"] for s in runs] for runs in (together, alone))
         paired = mean(a / b for a, b in zip(one, other, strict=True))
         rows.append([f"{part}", span(one), span(other), f"{paired:.3f}"])
-        last = together[-1]["results"]["dense"]
+        last = together[-1].results["dense"]
     head = ["keep", f"learned under {min(keep)}, projected", "learned alone", "×"]
     return (
         f"{markdown_table(head, rows)}\n\n{how_measured(last)} Dense {last['value']:.2f}; mean of "

@@ -26,7 +26,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from grasp_kernels._triton import attention, launch, projection, scale, swiglu
+from grasp_kernels._triton import (
+    attention,
+    cross_entropy,
+    launch,
+    projection,
+    scale,
+    sdpa,
+    swiglu,
+)
 
 # Bytes that a block may use.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -66,7 +74,7 @@ def cases() -> Iterator[tuple[str, Any]]:
         for tokens, width in ((4096, 4096), (511, 8192)) + ((511, 577),) * (
             dtype == torch.bfloat16
         ):
-            name = f"{_TYPES[dtype]} {tokens}x{width}"
+            name = f"{_NAMES[dtype]} {tokens}x{width}"
             yield f"scale {name}", lambda d=dtype, t=tokens, c=width: _scale(d, t, c)
     for dtype in (torch.bfloat16, torch.float32):
         for size in (64, 96, 128):
@@ -80,6 +88,15 @@ def cases() -> Iterator[tuple[str, Any]]:
                     ),
                 )
     yield "attention fp16 D=128 2048 causal", lambda: _attention(torch.float16, 128, True, False)
+    for size, length in ((64, 2048), (96, 2047), (128, 2048), (256, 2048)):
+        yield f"sdpa bf16 D={size} {length}", lambda d=size, s=length: _sdpa(d, s)
+    for dtype, vocabulary in (
+        (torch.bfloat16, 32_000),
+        (torch.bfloat16, 50_257),
+        (torch.float32, 32_000),
+    ):
+        name = f"{_NAMES[dtype]} {vocabulary}"
+        yield f"cross-entropy {name}", lambda d=dtype, v=vocabulary: _cross_entropy(d, v)
     for dtype, costs in ((torch.float32, torch.int64), (torch.bfloat16, torch.int32)):
         name = f"{_NAMES[dtype]}, costs {_NAMES[costs]}"
         yield f"projection {name}", lambda d=dtype, c=costs: _projection(d, c)
@@ -185,6 +202,25 @@ def _attention(
     mask = _meta(batch, length, dtype=torch.bool) if masked else None
     _, raw, lse = attention.forward(q, k, v, z, causal, size**-0.5, mask)
     attention.backward(grad, q, k, v, z, raw, lse, causal, size**-0.5, mask)
+
+
+def _sdpa(size: int, length: int) -> None:
+    batch, heads, kv_heads = 4, 32, 8
+    q, k = (
+        _meta(batch, length, n, size, dtype=torch.bfloat16).transpose(1, 2)
+        for n in (heads, kv_heads)
+    )
+    z, lse = _meta(kv_heads), _meta(batch, heads, length)
+    sdpa.gate_heads(q, z)
+    for kept in (kv_heads // 2, kv_heads):
+        _, dq, dk, dv, *_ = sdpa.pack_heads(q, q, k, k, z, q, lse, kept)
+        sdpa.unpack_heads(dq, dk, dv, z, heads)
+
+
+def _cross_entropy(dtype: torch.dtype, vocabulary: int) -> None:
+    for gradient in (True, False):
+        logits, targets = _meta(1024, vocabulary, dtype=dtype), _meta(1024, dtype=torch.int64)
+        cross_entropy.softmax_loss(logits, targets, gradient)
 
 
 def _projection(dtype: torch.dtype, costs: torch.dtype) -> None:

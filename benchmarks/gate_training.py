@@ -9,7 +9,11 @@ Weights are random unless a model is named: times do not depend on them. Ours is
 gates, and once more with the scales of channels that `grasp prune` has learn along: while the
 budget still shrinks, a step costs something between the rows of a keep and of 1. The first steps,
 in which kernels compile, are left out. All run on one model and the same tokens, in alternating
-order, and nothing is timed unless both forms compute the same logits and gradients.
+order. Ours learns in a memory mode, whose planned peak stands beside the measured one.
+
+A row is a figure only where `figure` is true: both forms compute the same logits and gradients, and
+nothing fell back on the way ("not as a CUDA graph", "not compiled"). `--log` adds a line of JSON
+for each run as soon as it is over, `--profile` a table of the 20 longest kernels of ten steps.
 """
 
 from __future__ import annotations
@@ -21,31 +25,43 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import published
+from benchmarks.evidence import add, passed
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
-from grasp.config import ScaleKind
+from grasp.config import MemoryMode, PruneConfig, ScaleKind
+from grasp.errors import GraspError, reason
+from grasp.gates import training
 from grasp.gates.gating import GateSite, gated
+from grasp.gates.memory import memory_mode
 from grasp.gates.training import READ_EVERY, TrainSettings, next_token_loss
 from grasp.journal import Journal
+from grasp.model.header import from_config
 from grasp.model.load import cast, load_model, pick_device, processor
 from grasp.model.units import UnitSpace
+from grasp.planning.plan import learning_memory
 from grasp.select.learned import TAU, LearnSettings, learn_scores
 
 WHOLE_RUN = 512 * 512 * 4  # tokens of the published run
 SLACK = 1e-3  # of relative error, for the other order of fp32 sums
+TESTS = (
+    "test_gating",
+    "test_training",
+    *(f"on_device.test_{op}" for op in ("swiglu", "attention")),
+)
 QUANTILES = {"median": 0.5, "q10": 0.1, "q90": 0.9}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"model_type": "llama", "vocab_size": 32000, "num_key_value_heads": 32},
@@ -98,7 +114,11 @@ class Clock(Journal):
 
     def __init__(self, skip: int):
         self.seconds: list[tuple[float, float]] = []
+        self.notes: list[str] = []  # what fell back
         self._skip, self._last = skip, (0, 0.0, 0.0)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
         before, now = self._last, (step, time.perf_counter(), time.process_time())
@@ -108,52 +128,133 @@ class Clock(Journal):
         self._last = now
 
 
-def measure(model: PreTrainedModel, case: Case, steps: int, repetitions: int) -> dict[str, Any]:
-    """What a step of each form takes at one case, and what ours does in it."""
-    device = model.device
-    projection = Projection(
-        UnitSpace.of(model), Budget("keep", case.keep, ffn_multiple=1), device=device
-    )
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(projection.space.size, generator=generator).to(device)
-    skip = 1 if device.type == "cpu" else READ_EVERY  # steps, until the first read at least
-    shape = (case.batch * (steps + skip), case.seq_len)
-    blocks = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+class Profiled(Journal):
+    """The kernels of the steps after the first `skip`, by PyTorch's profiler."""
 
-    def ours(scales: ScaleKind = "unit") -> list[tuple[float, float]]:
-        clock = Clock(skip)
-        train = TrainSettings(epochs=1, batch_size=case.batch)
+    def __init__(self, skip: int):
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        self.profile = profile(activities=activities[: 1 + torch.cuda.is_available()])
+        self.steps = 0  # between two reads of the loss
+        self._skip, self._from = skip, 0
+
+    def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
+        if not self._from and step >= self._skip:
+            self.profile.start()
+            self._from = step
+        elif self._from and not self.steps:
+            self.profile.stop()
+            self.steps = step - self._from
+
+    def table(self) -> str:
+        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        rows = self.profile.key_averages()
+        return f"{self.steps} steps\n" + rows.table(sort_by=order, row_limit=20)
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of gate learning at one case: each call learns for some steps."""
+
+    model: PreTrainedModel
+    case: Case
+    projection: Projection
+    start: Tensor
+    blocks: Tensor
+    memory: MemoryMode
+
+    @classmethod
+    def at(cls, model: PreTrainedModel, case: Case, steps: int, memory: MemoryMode) -> Forms:
+        space, device = UnitSpace.of(model), model.device
+        projection = Projection(space, Budget("keep", case.keep, ffn_multiple=1), device=device)
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(space.size, generator=generator).to(device)
+        shape = (case.batch * steps, case.seq_len)
+        blocks = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+        return cls(model, case, projection, start, blocks, memory)
+
+    def ours(self, scales: ScaleKind, journal: Journal) -> dict[str, Any]:
+        """Learns over all blocks; the memory mode, and the peak that is planned for it."""
+        train = TrainSettings(epochs=1, batch_size=self.case.batch)
         settings = LearnSettings(train, anneal=0.0, scales=scales)
-        learn_scores(model, projection, start, blocks, settings, clock)
-        return clock.seconds
+        config = PruneConfig(
+            model="",
+            budget=self.projection.budget,
+            seq_len=self.case.seq_len,
+            batch_size=self.case.batch,
+            scales=scales,
+            memory=self.memory,
+            device=str(self.model.device),
+        )
+        with memory_mode(self.model, config) as mode:
+            learn_scores(self.model, self.projection, self.start, self.blocks, settings, journal)
+        header = replace(from_config(self.model.config.to_dict()), space=self.projection.space)
+        size = self.case.tokens, self.case.seq_len, self.model.dtype.itemsize
+        plan = learning_memory(header, *size, mode, scales)
+        return {"memory": mode, "planned_bytes": plan.total}
 
-    def theirs() -> list[tuple[float, float]]:
-        clock = Clock(1)
-        with published.training(model, case.keep) as trainer:
-            trainer.scores.data.copy_(start)
-            for step, ids in enumerate(blocks[: case.batch * (steps + 1)].split(case.batch), 1):
-                clock.progress(step, steps, trainer.step(ids), case.tokens)
-        return clock.seconds
+    def theirs(self, journal: Journal) -> dict[str, Any]:
+        steps = self.blocks.split(self.case.batch)
+        with published.training(self.model, self.case.keep) as trainer:
+            trainer.scores.data.copy_(self.start)
+            for step, ids in enumerate(steps, 1):
+                journal.progress(step, len(steps), trainer.step(ids), self.case.tokens)
+        return {}
 
-    sides: dict[str, Callable[[], list[tuple[float, float]]]] = {
-        "theirs": theirs,
-        "ours": ours,
-        "with scales": partial(ours, "channel"),
+
+def measure(
+    model: PreTrainedModel,
+    case: Case,
+    steps: int,
+    repetitions: int,
+    *,
+    memory: MemoryMode = "auto",
+    known: Callable[[dict[str, Any]], None] = lambda row: None,
+    profiled: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """What a step of each form takes at one case, and what ours does in it.
+
+    `known` gets a row for each run of a form as soon as it is over, `profiled` a table of kernels.
+    """
+    device = model.device
+    skip = 1 if device.type == "cpu" else READ_EVERY  # steps, until the first read at least
+    forms = Forms.at(model, case, steps + skip, memory)
+    sides: dict[str, tuple[int, Callable[[Journal], dict[str, Any]]]] = {
+        "ours": (skip, partial(forms.ours, "unit")),
+        "with scales": (skip, partial(forms.ours, "channel")),
+        "theirs": (1, forms.theirs),
     }
     if case.keep == 1:
         del sides["theirs"]
     runs: dict[str, list[Any]] = {side: [] for side in sides}
-    result: dict[str, Any] = {**asdict(case), "peak_bytes": {}}
+    result: dict[str, Any] = {**asdict(case), "peak_bytes": {}, "plans": {}, "notes": []}
     for repetition in range(repetitions):
         for side in list(sides)[:: -1 if repetition % 2 else 1]:
+            first, learn = sides[side]
+            clock, row = Clock(first), {**asdict(case), "side": side}
             with freed(device):
                 try:
-                    runs[side].append(sides[side]())
-                except torch.OutOfMemoryError:
-                    runs[side] = []
+                    plan = learn(clock)
+                except (torch.OutOfMemoryError, GraspError) as error:
+                    runs[side], plan = [], {"error": reason(error)}
+                else:
+                    runs[side].append(clock.seconds)
+                    result["plans"] |= {side: plan} if plan else {}
+                row |= {"seconds": clock.seconds, "notes": clock.notes, **plan}
                 if device.type == "cuda":
-                    result["peak_bytes"][side] = torch.cuda.max_memory_allocated(device)
-    mask = projection.mask(start)
+                    row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+                    result["peak_bytes"][side] = row["peak_bytes"]
+            result["notes"] += [n for n in clock.notes if n not in result["notes"]]
+            known(row)
+    if profiled and runs["ours"]:
+        journal = Profiled(skip)
+        forms.ours("channel", journal)
+        profiled(journal.table())
+    return result | _summary(forms, runs)
+
+
+def _summary(forms: Forms, runs: dict[str, list[Any]]) -> dict[str, Any]:
+    """Medians and quantiles of all steps, and what follows from them."""
+    result: dict[str, Any] = {}
     for index, clock in enumerate(("wall_seconds", "process_cpu_seconds")):
         times = {s: [[step[index] for step in run] for run in found] for s, found in runs.items()}
         result[clock] = {s: spread([*chain(*found)]) for s, found in times.items() if found}
@@ -161,13 +262,15 @@ def measure(model: PreTrainedModel, case: Case, steps: int, repetitions: int) ->
             pairs = zip(times["theirs"], times["ours"], strict=True)
             result[clock]["theirs/ours"] = spread([median(a) / median(b) for a, b in pairs])
     if "ours" in result["wall_seconds"]:
+        model, case, mask = forms.model, forms.case, forms.projection.mask(forms.start)
         seconds = result["wall_seconds"]["ours"]["median"]
         counts = flops(model, mask, case.seq_len)
         result["tokens_per_second"] = case.tokens / seconds
         result["whole_run_minutes"] = WHOLE_RUN / case.tokens * seconds / 60
         result["tflops"] = {k: n * case.tokens / seconds / 1e12 for k, n in counts.items()}
         result["flop_per_token"] = counts
-        result["stages_ms"] = stages(model, projection, start, blocks[: case.batch])
+        first = forms.blocks[: case.batch]
+        result["stages_ms"] = stages(model, forms.projection, forms.start, first)
     return result
 
 
@@ -237,7 +340,7 @@ def agreement(model: PreTrainedModel, ids: Tensor, keep: float) -> dict[str, dic
     """Relative errors of both forms under one random mask, against the published form in fp32.
 
     Of the logits, ours with gates where grasp has them, and of the gates' gradient, ours with gates
-    on K and V. Raises ValueError where ours is off by more than twice the rounding of theirs.
+    on K and V. They agree where ours is off by no more than twice the rounding of theirs.
     """
     space, dtype = UnitSpace.of(model), model.dtype
     scores = torch.rand(space.size, generator=torch.Generator().manual_seed(0))
@@ -274,9 +377,11 @@ def agreement(model: PreTrainedModel, ids: Tensor, keep: float) -> dict[str, dic
         }
         for what in exact
     }
-    if not all(e["ours"] <= 2 * e["theirs"] + SLACK for e in errors.values()):
-        raise ValueError(f"the two forms do not compute the same: relative errors {errors}")
     return errors
+
+
+def agree(errors: dict[str, dict[str, float]]) -> bool:
+    return all(e["ours"] <= 2 * e["theirs"] + SLACK for e in errors.values())
 
 
 @contextmanager
@@ -364,6 +469,8 @@ def report(result: dict[str, Any]) -> str:
         )
         parts = (f"{name} {ms:.1f}" for name, ms in row["stages_ms"].items())
         lines[-1] += f" {', '.join(parts)} |"
+        if not row.get("figure", True):
+            lines[-1] += f" no figure: {'; '.join(row['notes'])} |"
     return "\n".join(lines)
 
 
@@ -394,6 +501,36 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _row(
+    model: PreTrainedModel,
+    name: str,
+    case: Case,
+    options: argparse.Namespace,
+    errors: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """A measured case of a model, with what tells whether it is a figure."""
+    said: dict[str, Any] = {"model": name, "graph_tokens": training.GRAPH_TOKENS}
+    if options.tested:
+        said["tests"] = "green" if passed(options.tested, *TESTS) else "red"
+
+    def keep_table(table: str) -> None:
+        with options.profile.open("a") as file:
+            file.write(f"{name}, {case}, scales of channels: {table}\n")
+
+    row = measure(
+        model,
+        case,
+        options.steps,
+        options.repetitions,
+        memory=options.memory,
+        known=lambda row: add(options.log, {**said, **machine(str(model.device)), **row}),
+        profiled=keep_table if options.profile else None,
+    )
+    if not agree(errors):
+        row["notes"].append(f"the two forms do not compute the same: {errors}")
+    return {**said, **row, "figure": not row["notes"] and said.get("tests") != "red"}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -405,6 +542,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=20, help="in a repetition")
     parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--memory", default="auto", choices=get_args(MemoryMode))
+    parser.add_argument("--graph-tokens", type=int, help="a step of more is no CUDA graph")
+    parser.add_argument("--tested", type=Path, help="JUnit report of the tests of the same run")
+    parser.add_argument("--log", type=Path, help="add a line of JSON for each run here")
+    parser.add_argument("--profile", type=Path, help="add the 20 longest kernels of a step here")
     parser.add_argument("--out", type=Path, help="JSON; the plot gets the same name")
     options = parser.parse_args(argv)
     if options.small:
@@ -421,15 +563,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "relative_error": {},
         "rows": [],
     }
+    if options.graph_tokens is not None:
+        training.GRAPH_TOKENS = options.graph_tokens
     for name in options.models.split(","):
         model = build(name, device, dtype)
         ids = torch.randint(model.config.vocab_size, (1, 64), device=device)
-        result["relative_error"][name] = agreement(model, ids, 0.5)
+        errors = result["relative_error"][name] = agreement(model, ids, 0.5)
         for shape in options.cases.split(","):
             seq_len, batch = map(int, shape.split("x"))
             for keep in map(float, options.keep.split(",")):
-                row = measure(model, Case(seq_len, batch, keep), options.steps, options.repetitions)
-                result["rows"].append({"model": name, **row})
+                result["rows"].append(
+                    _row(model, name, Case(seq_len, batch, keep), options, errors)
+                )
                 if options.out:  # after every row: a stop leaves what is done
                     options.out.parent.mkdir(parents=True, exist_ok=True)
                     options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,12 +1,15 @@
 """Time every op of grasp_kernels against what one would use without it.
 
-    python -m benchmarks.kernels --out benchmarks/results/<device>.json [--op swiglu] [--small]
+    python -m benchmarks.kernels --out benchmarks/results/<device>.jsonl [--op swiglu] [--small]
 
-Writes one JSON with every setting inside and a plot beside it. The correctness tests of an op run
-first; where they fail, no figure of that op is printed. Contenders take turns, so that clocks and
-heat are shared; a time is the median over all turns, with the 20 % and 80 % quantiles. Achieved
-TFLOP/s count the work that the mask asks for and GB/s the bytes that must move, the same for every
-contender; `fraction` is the share of the device's roof, measured in the same run.
+Adds a line of JSON for each figure as soon as it is known, with the device and the versions in it,
+and draws all of them beside. An op runs in a process of its own, since a fault leaves a process
+without its GPU. A figure says whether its op's correctness tests passed in the same run, on the
+same device: what is marked "red" is not to be quoted. Contenders take turns, so that clocks and
+heat are shared; a time is the median over all turns, with the 20 % and 80 % quantiles. Small
+shapes, which a GPU computes faster than they are launched, run as CUDA graphs. Achieved TFLOP/s
+count the work that the mask asks for and GB/s the bytes that must move, the same for every
+contender; `fraction` is the share of the device's roof, measured in the same process.
 
 --small runs one small shape on the CPU in fp32.
 """
@@ -18,8 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +33,20 @@ from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grasp_kernels import budget_topk, gated_attention, gated_swiglu, gated_swiglu_ffn
+from benchmarks.evidence import add, numbers, passed, words
+from grasp.errors import reason
+from grasp_kernels import (
+    budget_topk,
+    channel_scale,
+    gated_attention,
+    gated_swiglu,
+    gated_swiglu_ffn,
+    rms_norm_scale,
+)
 
 ROOT = Path(__file__).parents[1]
 QUANTILES = (0.5, 0.2, 0.8)
+GRAPH_TOKENS = 512  # up to here a launch takes the host longer than the GPU
 
 
 class Model(NamedTuple):
@@ -103,8 +117,8 @@ def ffn(models, tokens, keeps, device, dtype) -> Iterator[Setup]:
             return gated_swiglu_ffn(x, *weights, z, max_kept=max_kept)
 
         (x,) = _leaves(device, dtype, (count, model.size))
-        product = 2.0 * count * model.size * model.width
-        work = {"forward": (2 + keep) * product, "backward": (1 + 2 * keep) * product}
+        matmul = 2.0 * count * model.size * model.width
+        work = {"forward": (2 + keep) * matmul, "backward": (1 + 2 * keep) * matmul}
         work["both"] = work["forward"] + work["backward"]
         contenders = {"grasp": ours, "eager": eager, **_compiled(eager, device)}
         label = {"model": name, "tokens": count, "keep": keep}
@@ -131,6 +145,7 @@ def attention(models, lengths, keeps, device, dtype) -> Iterator[Setup]:
             contenders = {
                 "grasp triton": functools.partial(ours, backend="triton"),
                 "grasp sdpa": functools.partial(ours, backend="sdpa"),
+                "grasp cudnn": functools.partial(ours, backend="cudnn"),
                 "flash x gate": functools.partial(with_backend, SDPBackend.FLASH_ATTENTION),
                 "cudnn x gate": functools.partial(with_backend, SDPBackend.CUDNN_ATTENTION),
                 "flex x gate": _flex(length),
@@ -170,22 +185,68 @@ def projection(models, _, keeps, device, dtype) -> Iterator[Setup]:
             torch.randperm(units, device=device),
         )
         contenders = {"grasp": ours, "sort + cumsum": prefix}
-        if device == "cuda":
-            contenders |= {f"{n}, graph": _graphed(c, inputs) for n, c in contenders.items()}
         label = {"model": name, "units": units, "keep": keep}
         yield Setup("projection", label, contenders, inputs, {}, "")
 
 
-SETUPS = {"swiglu": swiglu, "ffn": ffn, "attention": attention, "projection": projection}
-TESTS = {"swiglu": "swiglu", "ffn": "swiglu", "attention": "attention", "projection": "projection"}
+def scale(models, tokens, _, device, dtype) -> Iterator[Setup]:
+    def eager(x, factor):
+        return (x * factor).to(x.dtype)
+
+    contenders = {"grasp": channel_scale, "eager": eager, **_compiled(eager, device)}
+    for (name, model), count in product(models.items(), tokens):
+        inputs = [*_leaves(device, dtype, (count, model.size)), _factor(model.size, device)]
+        moved = count * model.size * dtype.itemsize
+        work = {"forward": 2.0 * moved, "backward": 3.0 * moved, "both": 5.0 * moved}
+        label = {"model": name, "tokens": count, "keep": 1.0}
+        yield Setup("scale", label, contenders, tuple(inputs), work, "GB/s")
 
 
-def setups(op: str, small: bool) -> Iterator[Setup]:
+def norm(models, tokens, _, device, dtype) -> Iterator[Setup]:
+    """A norm and the scale behind it, as the projections that read it share them."""
+    for (name, model), count in product(models.items(), tokens):
+        weight = torch.ones(model.size, device=device, dtype=dtype)
+
+        def ours(x, factor, weight=weight):
+            return rms_norm_scale(x, weight, factor, 1e-5)
+
+        def eager(x, factor, weight=weight):
+            return (F.rms_norm(x, weight.shape, weight, 1e-5) * factor).to(x.dtype)
+
+        contenders = {"grasp": ours, "eager": eager, **_compiled(eager, device)}
+        inputs = [*_leaves(device, dtype, (count, model.size)), _factor(model.size, device)]
+        moved = count * model.size * dtype.itemsize
+        work = {"forward": 2.0 * moved, "backward": 3.0 * moved, "both": 5.0 * moved}
+        label = {"model": name, "tokens": count, "keep": 1.0}
+        yield Setup("norm", label, contenders, tuple(inputs), work, "GB/s")
+
+
+def _factor(size: int, device: str) -> Tensor:
+    return (1 + 0.3 * torch.randn(size, device=device)).requires_grad_()
+
+
+SETUPS = {
+    "swiglu": swiglu,
+    "ffn": ffn,
+    "attention": attention,
+    "projection": projection,
+    "scale": scale,
+    "norm": norm,
+}
+# where an op's correctness is tested, if not under its own name
+TESTS = {op: op for op in SETUPS} | {"ffn": "swiglu", "norm": "scale"}
+
+
+def setups(
+    op: str, small: bool, models: Sequence[str] = (), keeps: Sequence[float] = ()
+) -> Iterator[Setup]:
+    """All shapes of an op, or those of some models and kept shares."""
     if small:
-        yield from SETUPS[op](SMALL, (256,), (1.0, 0.5), "cpu", torch.float32)
+        yield from SETUPS[op](SMALL, (256,), keeps or (1.0, 0.5), "cpu", torch.float32)
     else:
+        chosen = {name: MODELS[name] for name in models or MODELS}
         sizes = (512, 2048) if op == "attention" else (512, 4096, 16384)
-        yield from SETUPS[op](MODELS, sizes, (1.0, 0.8, 0.5), "cuda", torch.bfloat16)
+        yield from SETUPS[op](chosen, sizes, keeps or (1.0, 0.8, 0.5), "cuda", torch.bfloat16)
 
 
 def _grid(models, sizes, keeps) -> Iterator[tuple]:
@@ -219,27 +280,29 @@ def _flex(length: int) -> Callable[..., Tensor]:
     return run
 
 
-def _graphed(function, inputs) -> Callable[..., Any]:
-    function(*inputs)
+def _graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a first call compiles, and autograd keeps to this stream
+        call()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function(*inputs)
-
-    def replay(*_):
-        graph.replay()
-        return out
-
-    return replay
+    with torch.cuda.graph(graph, stream=side):
+        call()
+    return graph.replay
 
 
 # ---- timing ---------------------------------------------------------------------------------
 
 
 def passes(setup: Setup, contender: str) -> dict[str, Callable[[], Any]]:
-    """forward, backward and both, as calls without arguments."""
+    """forward, backward and both, as calls without arguments; small shapes as graphs too."""
     run, inputs = setup.contenders[contender], setup.inputs
+    on_gpu = inputs[0].is_cuda
     if setup.op == "projection":
-        return {"forward": lambda: run(*inputs)}
+        calls = {"forward": lambda: run(*inputs)}
+        return calls | ({"forward, graph": _graphed(calls["forward"])} if on_gpu else {})
     functorch.donated_buffer = False  # compiled backward passes run more than once on one graph
     # Copies of its own: Liger's backward pass writes its gradients over its inputs.
     inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
@@ -252,7 +315,14 @@ def passes(setup: Setup, contender: str) -> dict[str, Callable[[], Any]]:
     def both():
         torch.autograd.grad(run(*inputs), inputs, grad)
 
-    return {"forward": lambda: run(*inputs), "backward": backward, "both": both}
+    calls = {"forward": lambda: run(*inputs), "backward": backward, "both": both}
+    if on_gpu and _tokens(setup) <= GRAPH_TOKENS:
+        return {f"{name}, graph": _graphed(calls[name]) for name in ("forward", "both")}
+    return calls
+
+
+def _tokens(setup: Setup) -> int:
+    return setup.label.get("tokens") or setup.label["batch"] * setup.label["length"]
 
 
 def times(call: Callable[[], Any], device: str) -> list[float]:
@@ -270,37 +340,62 @@ def times(call: Callable[[], Any], device: str) -> list[float]:
     return samples
 
 
-def measure(setup: Setup, roof: dict[str, float], rounds: int = 3) -> list[dict[str, Any]]:
+def measure(setup: Setup, roof: dict[str, float], rounds: int = 3) -> Iterator[dict[str, Any]]:
+    """A row for each pass of each contender, or for what kept it from running."""
     device = setup.inputs[0].device.type
-    calls, rows = {}, []
+    where = {"op": setup.op, **setup.label}
+    calls = {}
     for contender in setup.contenders:
         try:
             calls[contender] = passes(setup, contender)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            reason = str(error).strip().splitlines()[0]
-            rows.append({"op": setup.op, **setup.label, "contender": contender, "error": reason})
-    for name in ("forward", "backward", "both"):
+        except failures() as error:
+            yield where | _failed(contender, error)
+    for name in dict.fromkeys(chain.from_iterable(calls.values())):
         turns = {contender: c[name] for contender, c in calls.items() if name in c}
         samples: dict[str, list[float]] = {contender: [] for contender in turns}
         for _ in range(rounds):
-            for contender, call in turns.items():
-                samples[contender] += times(call, device)
+            for contender, call in list(turns.items()):
+                try:
+                    samples[contender] += times(call, device)
+                except failures() as error:
+                    yield where | _failed(contender, error)
+                    del turns[contender]
         for contender, call in turns.items():
-            median, low, high = _quantiles(samples[contender])
-            row = {"op": setup.op, **setup.label, "contender": contender, "pass": name}
-            row |= {
-                "median_ms": median,
-                "q20_ms": low,
-                "q80_ms": high,
-                "runs": len(samples[contender]),
-            }
-            if setup.work:
-                achieved = setup.work[name] / (median * 1e-3) / _SCALE[setup.unit]
-                row |= {setup.unit: achieved, "fraction": achieved / roof[setup.unit]}
-            if device == "cuda":
+            row = {**where, "contender": contender, "pass": name}
+            row |= _figures(samples[contender], setup, name, roof)
+            if device == "cuda" and not name.endswith("graph"):
                 row["peak_mib"] = _peak(call)
-            rows.append(row)
-    return rows
+            yield row
+
+
+def _figures(
+    samples: list[float], setup: Setup, name: str, roof: dict[str, float]
+) -> dict[str, float]:
+    median, low, high = _quantiles(samples)
+    row = {"median_ms": median, "q20_ms": low, "q80_ms": high, "runs": len(samples)}
+    if setup.work:
+        work = setup.work[name.removesuffix(", graph")]
+        achieved = work / (median * 1e-3) / _SCALE[setup.unit]
+        row |= {setup.unit: achieved, "fraction": achieved / roof[setup.unit]}
+    return row
+
+
+def _failed(contender: str, error: Exception) -> dict[str, str]:
+    """A row for what a contender ended with; raises what ends this process's use of the GPU."""
+    if "CUDA error" in str(error):
+        raise error
+    return {"contender": contender, "error": f"{type(error).__name__}: {reason(error)}"}
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a contender may raise that says something about it, and nothing about this script."""
+    found: list[type[Exception]] = [RuntimeError, torch._dynamo.exc.TorchDynamoException]
+    if find_spec("triton"):
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources
+
+        found += [CompilationError, OutOfResources]
+    return tuple(found)
 
 
 _SCALE = {"GB/s": 1e9, "TFLOP/s": 1e12}
@@ -337,7 +432,7 @@ def _peak(call: Callable[[], Any]) -> float:
 
 
 def correct(op: str, small: bool) -> bool:
-    """The op's correctness tests, on the device that is about to be timed."""
+    """Whether the op's correctness tests pass, on the device that is about to be timed."""
     path = (
         "tests/kernels/test_reference.py"
         if small
@@ -347,7 +442,7 @@ def correct(op: str, small: bool) -> bool:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path, *select]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
-        print(f"{op}: no figures, its tests fail:\n{run.stdout[-2000:]}", file=sys.stderr)
+        print(f"{op}: no figure is to be quoted, its tests fail:\n{run.stdout[-2000:]}")
     return run.returncode == 0
 
 
@@ -366,7 +461,9 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [r for r in rows if r.get("pass") == ("forward" if r["op"] == "projection" else "both")]
+    whole = ("forward, graph", "both", "both, graph")
+    rows = [r for r in rows if r.get("pass") in whole and r["op"] in SETUPS]
+    rows = [r for r in rows if r["op"] == "projection" or r["pass"] != "forward, graph"]
     ops = list(dict.fromkeys(r["op"] for r in rows))
     figure, axes = pyplot.subplots(len(ops), 1, figsize=(11, 3.2 * len(ops)), squeeze=False)
     for axis, op in zip(axes[:, 0], ops, strict=True):
@@ -392,37 +489,59 @@ def _shape(row: dict[str, Any]) -> str:
     return f"{row['model']} {size} keep {row['keep']}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it")
-    parser.add_argument("--op", choices=sorted(SETUPS), action="append", help="default: all")
-    parser.add_argument("--small", action="store_true", help="small shapes on the CPU")
-    options = parser.parse_args()
-    if not options.small and not torch.cuda.is_available():
-        parser.error("no CUDA device: use --small to try the script on the CPU")
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    if find_spec("triton"):
+        import triton
+
+        found["triton"] = triton.__version__
+    return found
+
+
+def run(options: argparse.Namespace, op: str | None) -> bool:
+    """Measure the roof, and one op after its tests; whether they pass."""
     device, dtype = ("cpu", torch.float32) if options.small else ("cuda", torch.bfloat16)
     torch.manual_seed(0)
     name = "CPU" if options.small else torch.cuda.get_device_name()
     roof = measured_roof(device, dtype)
-    print(f"{name}: copy {roof['GB/s']:.0f} GB/s, matmul {roof['TFLOP/s']:.2f} TFLOP/s")
-    rows: list[dict[str, Any]] = []
-    green = {op: correct(op, options.small) for op in options.op or SETUPS}
-    for op in (op for op, passed in green.items() if passed):
-        for setup in setups(op, options.small):
-            found = measure(setup, roof, rounds=1 if options.small else 3)
-            print("\n".join(show(row) for row in found), flush=True)
-            rows += found
-    if options.out:
-        versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-        if find_spec("triton"):
-            import triton
+    said = {"device": name, "dtype": str(dtype).removeprefix("torch."), **versions()}
+    if op is None:
+        add(options.out, {"op": "roof", **said, **roof})
+        print(f"{name}: copy {roof['GB/s']:.0f} GB/s, matmul {roof['TFLOP/s']:.2f} TFLOP/s")
+        return True
+    if options.tested:
+        module = "test_reference" if options.small else f"on_device.test_{TESTS[op]}"
+        green = passed(options.tested, module)
+    else:
+        green = correct(op, options.small)
+    for setup in setups(op, options.small, options.models, options.keep):
+        for row in measure(setup, roof, rounds=1 if options.small else 3):
+            add(options.out, {**row, **said, "roof": roof, "tests": "green" if green else "red"})
+            print(show(row), flush=True)
+    return green
 
-            versions["triton"] = triton.__version__
-        report: dict[str, Any] = {"device": name, "dtype": str(dtype), **versions, "roof": roof}
-        report |= {"tests_green": green, "results": rows}
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-        plot(rows, options.out.with_suffix(".png"), name)
-    return 0 if all(green.values()) else 1
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="lines of JSON to add to; the plot goes beside it")
+    parser.add_argument("--op", choices=["roof", *sorted(SETUPS)], help="default: all")
+    parser.add_argument("--models", type=words, default=[], help="by default all shapes")
+    parser.add_argument("--keep", type=numbers, default=[], help="by default 1,0.8,0.5")
+    parser.add_argument("--tested", type=Path, help="JUnit report of tests that ran already")
+    parser.add_argument("--small", action="store_true", help="small shapes on the CPU")
+    options = parser.parse_args()
+    if not options.small and not torch.cuda.is_available():
+        parser.error("no CUDA device: use --small to try the script on the CPU")
+    if options.op:
+        return 0 if run(options, None if options.op == "roof" else options.op) else 1
+    codes = [
+        subprocess.call([sys.executable, "-m", "benchmarks.kernels", *sys.argv[1:], "--op", op])
+        for op in SETUPS
+    ]
+    if options.out:
+        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+        plot(rows, options.out.with_suffix(".png"), rows[-1]["device"])
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,18 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GraspError": "grasp.errors",
+    "Mask": "grasp.budget.projection",
+    "UnitSpace": "grasp.model.units",
+    "blocks": "grasp.run.stages",
+    "calibrate": "grasp.run.stages",
+    "fold": "grasp.compress.fold",
+    "learn": "grasp.run.stages",
+    "perplexity": "grasp.run.stages",
+    "project": "grasp.budget.projection",
+    "Record": "grasp.checkpoint.record",
+    "refit": "grasp.run.stages",
+    "save": "grasp.checkpoint.save",
+    "units": "grasp.model.units",
     "bench": "grasp.evaluate.bench",
     "criterion": "grasp.criteria",
     "compare": "grasp.run.compare",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from grasp import criteria
-from grasp.budget.budget import Budget
+from grasp.budget.budget import Budget, Layout
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
+from grasp.model.load import check_device
 
 Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
@@ -72,12 +74,39 @@ class PruneConfig:
             eval_windows=1,
         )
         _check_draw(self.seed, self.lr)
+        check_device(self.device)
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
         if not 0 <= self.decay < math.inf:
             raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 1")
         if criteria.get(self.method).updates_weights:  # nothing is left to compensate
             object.__setattr__(self, "compensate", "none")
+
+    @classmethod
+    def of(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        as_published: bool = False,
+        keep: float | None = None,
+        params: float | None = None,
+        kv_cache: float | None = None,
+        ffn_multiple: int = 32,
+        kv_multiple: int = 1,
+        layout: Layout = "per-layer",
+        **options: Any,
+    ) -> PruneConfig:
+        """From what a user says: the budget in parts (see `Budget.of`), paths as they come."""
+        budget = Budget.of(
+            keep=keep,
+            params=params,
+            kv_cache=kv_cache,
+            ffn_multiple=ffn_multiple,
+            kv_multiple=kv_multiple,
+            layout=layout,
+        )
+        config = cls(os.fspath(model), budget, **_plain(options))
+        return config.as_published() if as_published else config
 
     def as_published(self) -> PruneConfig:
         """With the paper's choices where our defaults are others; ties and floors stay ours."""
@@ -122,14 +151,25 @@ class SparsifyConfig:
     seed: int = 0
     trust_remote_code: bool = False
 
+    @classmethod
+    def of(cls, model: str | os.PathLike[str], **options: Any) -> SparsifyConfig:
+        """From what a user says, paths as they come."""
+        return cls(os.fspath(model), **_plain(options))
+
     def __post_init__(self) -> None:
         Pattern.parse(self.pattern)
         _check_choices(self)
         _check_least(self, samples=1, seq_len=2, rounds=0, eval_seq_len=2, eval_windows=1)
         _check_draw(self.seed, self.lr)
+        check_device(self.device)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Paths as text."""
+    return {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
 
 
 def _check_choices(config: Any) -> None:

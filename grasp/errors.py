@@ -1,5 +1,8 @@
 """The one exception that reaches a user as a single line, and what goes into that line."""
 
+from textwrap import shorten
+
+REASON = 1000  # characters: some list every model that they know
 DISTRIBUTION = "graspprune"  # what pip calls this; `grasp` is somebody else's
 
 
@@ -8,8 +11,8 @@ class GraspError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception of another library says, or else its name."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """All that an exception of another library says, on one line, or else its name."""
+    return shorten(str(error), REASON, placeholder=" ...") or type(error).__name__
 
 
 def install(extra: str) -> str:

@@ -1,4 +1,7 @@
-"""The machine's limits, as a user meets them: memory and disks that are full, in one line."""
+"""The machine's limits, as a user meets them: memory and disks that are full, in one line.
+
+Torch is imported where it is needed: this is loaded before the first checks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from grasp.errors import GraspError, reason
@@ -18,6 +20,8 @@ from grasp.errors import GraspError, reason
 
 def peak_memory() -> int:
     """Bytes at the worst moment so far: of the fullest GPU in use, if any, else of the process."""
+    import torch
+
     if torch.cuda.is_initialized():
         return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -26,6 +30,8 @@ def peak_memory() -> int:
 
 def reset_peak_memory() -> None:
     """Let `peak_memory` begin anew, on a GPU and on Linux; elsewhere it is the process's so far."""
+    import torch
+
     if torch.cuda.is_initialized():
         for gpu in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(gpu)
@@ -64,6 +70,8 @@ def memory_errors(device: str, fix: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        import torch
+
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and "allocate memory" not in reason(error):
             raise

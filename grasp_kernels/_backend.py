@@ -18,5 +18,5 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def kernels(op: str) -> ModuleType:
-    """`swiglu`, `scale`, `attention` or `projection` of `_triton`, imported on first use."""
+    """A module of `_triton`, imported on first use."""
     return importlib.import_module(f"grasp_kernels._triton.{op}")

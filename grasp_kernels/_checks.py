@@ -41,3 +41,21 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def check_bound(z: Tensor, max_kept: int) -> None:
+    """z has at most max_kept non-zero entries: a ValueError, or on CUDA an assertion on the device.
+
+    That one needs no sync and holds in a CUDA graph; it ends the process's use of the GPU.
+    """
+    count = z.count_nonzero()
+    message = f"z has more than {max_kept} non-zero entries, which is what max_kept allows"
+    if z.is_cuda:
+        torch._assert_async(count <= max_kept, message)
+    else:
+        expect(bool(count <= max_kept), message)
+
+
+def span(x: Tensor) -> int:
+    """Distance in memory between the first and the last value of one sequence of [B, ...]."""
+    return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))

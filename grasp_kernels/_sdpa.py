@@ -1,12 +1,16 @@
-"""Gated attention as a composition: PyTorch's flash attention forward on all heads, its backward on
-the heads of kept groups only, and the gate gradient from the row sums of grad * output.
+"""Gated attention as a composition: PyTorch's flash attention or cuDNN's forward on all heads, its
+backward on the heads of kept groups only, and the gate gradient from the row sums of grad * output.
 """
+
+from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from grasp_kernels import reference
 from grasp_kernels._backend import kernels, runs_triton
-from grasp_kernels._checks import expect
+from grasp_kernels._checks import check_bound
 
 aten = torch.ops.aten
 
@@ -27,24 +31,35 @@ def forward(
     causal: bool,
     scale: float,
     key_mask: Tensor | None,
+    *,
+    cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated output, plain output [B, H, S, D] and the log-sum-exp of the scores [B, H, S]."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if q.numel() == 0:
-        raw, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=_wide(q).dtype)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        raw, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wide)
     elif q.is_cuda:
-        q = q if q.stride(-1) == 1 else q.contiguous()
-        raw, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        tensors = _aligned(q), _aligned(k), _aligned(v)
+        if cudnn:
+            raw, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+                *tensors, None, True, 0.0, causal, scale=scale
+            )
+            lse = lse.squeeze(3)
+        else:
+            raw, lse, *_ = aten._scaled_dot_product_flash_attention(
+                *tensors, 0.0, causal, scale=scale
+            )
     else:
+        q = _aligned(q)  # ATen's own ops read rows as dense
+        k, v = _per_query(q, k), _per_query(q, v)
+        mask = _additive(key_mask, q)
         raw, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=_additive(key_mask, q), scale=scale
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
     if key_mask is not None:
         seen = key_mask.cummax(1).values if causal else key_mask.any(1, keepdim=True)
         raw = raw.where(seen[:, None, :, None], 0.0)  # rows that see no key
-    gate = _wide(z).repeat_interleave(groups)[:, None, None]
-    return _heads_last((_wide(raw) * gate).to(q.dtype)), _heads_last(raw), lse.contiguous()
+    return _serving(q).gate_heads(raw, z), _heads_last(raw), lse.contiguous()
 
 
 def backward(
@@ -59,49 +74,87 @@ def backward(
     scale: float,
     key_mask: Tensor | None,
     max_kept: int | None,
+    *,
+    cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dz; zeros for groups with z = 0."""
-    batch, heads, length, size = q.shape
-    kv_heads = k.shape[1]
-    queries = heads // kv_heads
-    dz = gate_gradient(grad, raw, z)
     kept = max_kept
-    if kept is None or not z.is_cuda:  # a count makes a GPU wait
-        count = int(z.count_nonzero())
-        kept = count if kept is None else kept
-        expect(count <= kept, f"z has {count} non-zero entries, max_kept allows {kept}")
-    groups = torch.argsort(z == 0, stable=True)[:kept]
-    rows = (groups[:, None] * queries + torch.arange(queries, device=q.device)).flatten()
-    gate = _wide(z)[groups].repeat_interleave(queries)[:, None, None]
-    gated = (_wide(grad.index_select(1, rows)) * gate).to(q.dtype)
-    q_kept, raw_kept, lse_kept = (x.index_select(1, rows) for x in (q, raw, lse))
-    k_kept, v_kept = (x.index_select(1, groups).repeat_interleave(queries, 1) for x in (k, v))
-    tensors = (gated, q_kept, k_kept, v_kept, raw_kept, lse_kept)
-    if gated.numel() == 0:
-        dq_kept, dk_kept, dv_kept = (torch.zeros_like(x) for x in (q_kept, k_kept, v_kept))
+    if kept is None:
+        kept = int(z.count_nonzero())  # which makes a GPU wait
+    elif kept < len(z):
+        check_bound(z, kept)
+    serving = _serving(grad)
+    *packed, dz = serving.pack_heads(grad, q, k, v, z, raw, lse, kept)
+    gradients: Iterable[Tensor]
+    if packed[0].numel() == 0:
+        gradients = (torch.zeros_like(x) for x in packed[1:4])
     elif q.is_cuda:
-        seed, offset = (q.new_zeros(s, dtype=torch.uint64) for s in ((2,), ()))  # no dropout
-        dq_kept, dk_kept, dv_kept = aten._scaled_dot_product_flash_attention_backward(
-            *tensors, None, None, length, length, 0.0, causal, seed, offset, scale=scale
-        )
+        gradients = _cuda_backward(*packed, causal=causal, scale=scale, cudnn=cudnn)
     else:
-        dq_kept, dk_kept, dv_kept = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *tensors, 0.0, causal, attn_mask=_additive(key_mask, q), scale=scale
-        )
-    dq = _scatter(q, rows, dq_kept)
-    per_group = (batch, kept, queries, length, size)
-    dk, dv = (
-        _scatter(x, groups, _wide(dx).reshape(per_group).sum(2).to(x.dtype))
-        for x, dx in ((k, dk_kept), (v, dv_kept))
-    )
+        gradients = _cpu_backward(*packed, causal=causal, scale=scale, key_mask=key_mask)
+    if kept < len(z):
+        gradients = serving.unpack_heads(*gradients, z, q.shape[1])
+    dq, dk, dv = (_heads_last(x) for x in gradients)
     return dq, dk, dv, dz
+
+
+def _cuda_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    raw: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    cudnn: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = q.shape[2]
+    tensors = (grad, _aligned(q), _aligned(k), _aligned(v), raw)
+    no_ends = (None, None, length, length)  # all sequences are of one length
+    if cudnn:
+        seed = q.new_empty((), dtype=torch.int64)  # read for a dropout only, as below
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *(*tensors, lse.unsqueeze(3), seed, seed, None, *no_ends, 0.0, causal), scale=scale
+        )
+    seeds = (q.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    return aten._scaled_dot_product_flash_attention_backward(
+        *(*tensors, lse, *no_ends, 0.0, causal, *seeds), scale=scale
+    )
+
+
+def _cpu_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    raw: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(grad, q, _per_query(q, k), _per_query(q, v), raw, lse, 0.0, causal),
+        attn_mask=_additive(key_mask, q),
+        scale=scale,
+    )
+    per_group = (*k.shape[:2], -1, *k.shape[2:])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = (x.view(per_group).sum(2, dtype=wide).to(x.dtype) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def gate_gradient(grad: Tensor, raw: Tensor, z: Tensor) -> Tensor:
     if runs_triton(grad):
         return kernels("attention").delta(grad, raw, z)[1]
-    products = (_wide(grad) * _wide(raw)).sum((0, 2, 3))
-    return products.view(len(z), -1).sum(1).to(z.dtype)
+    return reference.head_gradient(grad, raw, z)
+
+
+def _serving(x: Tensor) -> ModuleType:
+    return kernels("sdpa") if runs_triton(x) else reference
 
 
 def _additive(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -114,15 +167,17 @@ def _additive(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask.expand(-1, -1, length, -1)
 
 
-def _scatter(like: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    full = _heads_last(torch.zeros_like(like))
-    return full.index_copy_(1, index, values)
+def _aligned(x: Tensor) -> Tensor:
+    """What flash attention on CUDA reads: 16 bytes at a time, of as many heads as there are."""
+    offsets = (*x.stride()[:3], x.storage_offset())
+    return x if x.stride(3) == 1 and not any(n % 8 for n in offsets) else x.contiguous()
+
+
+def _per_query(q: Tensor, x: Tensor) -> Tensor:
+    """[B, K, S, D] -> [B, H, S, D]: not every CPU kernel shares the heads of a group."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
 def _heads_last(x: Tensor) -> Tensor:
     """The same values in memory layout [B, S, H, D]."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

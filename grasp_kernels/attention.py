@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grasp_kernels import _sdpa
 from grasp_kernels._backend import kernels, runs_triton
-from grasp_kernels._checks import autocast_dtype, check_gate, expect
+from grasp_kernels._checks import autocast_dtype, check_gate, expect, span
 
 # From this length on the composition is the default in half precision: published figures for
 # hdim 128 (H100, causal) put Triton level with FlashAttention-2 in the forward pass at S = 2048
@@ -46,11 +46,13 @@ def gated_attention(
         scale: softmax scale, 1/sqrt(D) by default.
         key_mask: [B, S] bool, True where a key may be attended to. A query without a key gives 0.
         max_kept: an upper bound on the number of non-zero z. It spares the "sdpa" backend one host
-            sync per backward pass on CUDA; beyond the bound gradients would be lost (unchecked).
+            sync per backward pass on CUDA. More of them raise ValueError on CPU and, where it is
+            used, fail a device-side assertion on CUDA.
         backend: "triton" is our flash attention, which skips dropped groups on the device. "sdpa"
             runs PyTorch's flash attention forward, and its backward on kept groups only; on CUDA
             that backward adds dq atomically, so two runs differ in the last bits unless
-            torch.use_deterministic_algorithms(True) is set. "auto"
+            torch.use_deterministic_algorithms(True) is set. "cudnn" does the same with cuDNN's
+            attention, whose backward is never deterministic. "auto"
             takes "sdpa" on CPU, and on CUDA for half precision, S >= 1024, no key_mask and a known
             max_kept (so that nothing syncs), or for D > 128; otherwise "triton".
 
@@ -95,8 +97,8 @@ def gated_attention(
         f"max_kept is {max_kept}, expected 0 to {kv_heads}",
     )
     scale = 1 / math.sqrt(size) if scale is None else scale
-    triton = _choose_triton(backend, q, k, v, key_mask, max_kept)
-    return _attention(q, k, v, z, causal, scale, key_mask, max_kept, triton)[0]
+    backend = _choose(backend, q, k, v, key_mask, max_kept)
+    return _attention(q, k, v, z, causal, scale, key_mask, max_kept, backend)[0]
 
 
 def has_backend(q: Tensor) -> bool:
@@ -104,21 +106,22 @@ def has_backend(q: Tensor) -> bool:
     return _sdpa.supports(q, None) or (runs_triton(q) and q.shape[-1] <= 128)
 
 
-def _choose_triton(
+def _choose(
     backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
     max_kept: int | None,
-) -> bool:
+) -> str:
     length, size = q.shape[2:]
     expect(
-        backend in ("auto", "triton", "sdpa"),
-        f'backend is "{backend}", expected "auto", "triton" or "sdpa"',
+        backend in ("auto", "triton", "sdpa", "cudnn"),
+        f'backend is "{backend}", expected "auto", "triton", "sdpa" or "cudnn"',
     )
     # offsets within a sequence are int32, and a launch takes 65,535 heads
-    fits = q.shape[0] * q.shape[1] < 2**16 and all(_span(x) < 2**31 for x in (q, k, v))
+    spans = [span(x) for x in (q, k, v)] + [q[:1].numel()]  # the last is that of the output
+    fits = q.shape[0] * q.shape[1] < 2**16 and max(spans) < 2**31
     can_triton = runs_triton(q) and size <= 128 and fits
     can_sdpa = _sdpa.supports(q, key_mask)
     if backend == "auto":
@@ -130,7 +133,7 @@ def _choose_triton(
             "values; to 256 in fp16, bf16 and no mask",
         )
         long = q.dtype != torch.float32 and length >= _SDPA_FROM and max_kept is not None
-        return can_triton and not (long and can_sdpa)
+        return "triton" if can_triton and not (long and can_sdpa) else "sdpa"
     expect(
         backend != "triton" or can_triton,
         f'backend "triton" takes CUDA tensors of fp16, bf16 or fp32 with head size up to 128, '
@@ -142,12 +145,12 @@ def _choose_triton(
         f'backend "sdpa" takes fp16 or bf16 on CUDA, head size a multiple of 8 up to 256 and '
         f'no key_mask, got {q.dtype}, {size}: use "auto"',
     )
-    return backend == "triton"
-
-
-def _span(x: Tensor) -> int:
-    """Distance in memory between the first and the last value of one sequence."""
-    return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    expect(
+        backend != "cudnn" or (q.is_cuda and can_sdpa and size <= 128),
+        f'backend "cudnn" takes fp16 or bf16 on CUDA, head size a multiple of 8 up to 128 and '
+        f'no key_mask, got {q.dtype}, {size} on {q.device}: use "auto"',
+    )
+    return backend
 
 
 @torch.library.custom_op("grasp::gated_attention", mutates_args=())
@@ -160,15 +163,17 @@ def _attention(
     scale: float,
     key_mask: Tensor | None,
     max_kept: int | None,
-    triton: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated output; for backward the plain output and the log-sum-exp of the scores [B, H, S]."""
-    forward = kernels("attention").forward if triton else _sdpa.forward
-    return forward(q, k, v, z, causal, scale, key_mask)
+    arguments = (q, k, v, z, causal, scale, key_mask)
+    if backend == "triton":
+        return kernels("attention").forward(*arguments)
+    return _sdpa.forward(*arguments, cudnn=backend == "cudnn")
 
 
 @_attention.register_fake
-def _(q, k, v, z, causal, scale, key_mask, max_kept, triton):
+def _(q, k, v, z, causal, scale, key_mask, max_kept, backend):
     wide = torch.promote_types(q.dtype, torch.float32)
     return _heads_last(q), _heads_last(q), q.new_empty(q.shape[:3], dtype=wide)
 
@@ -186,16 +191,16 @@ def _attention_backward(
     causal: bool,
     scale: float,
     max_kept: int | None,
-    triton: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (grad, q, k, v, z, raw, lse, causal, scale, key_mask)
-    if triton:
+    if backend == "triton":
         return kernels("attention").backward(*arguments)
-    return _sdpa.backward(*arguments, max_kept)
+    return _sdpa.backward(*arguments, max_kept, cudnn=backend == "cudnn")
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, z, raw, lse, key_mask, causal, scale, max_kept, triton):
+def _(grad, q, k, v, z, raw, lse, key_mask, causal, scale, max_kept, backend):
     return _heads_last(q), _heads_last(k), _heads_last(v), z.new_empty(z.shape)
 
 
@@ -215,11 +220,11 @@ def _heads_last(x: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    q, k, v, z, causal, scale, key_mask, max_kept, triton = inputs
+    q, k, v, z, causal, scale, key_mask, max_kept, backend = inputs
     _, raw, lse = output
     ctx.mark_non_differentiable(raw, lse)
     ctx.save_for_backward(q, k, v, z, raw, lse, key_mask)
-    ctx.settings = (causal, scale, max_kept, triton)
+    ctx.settings = (causal, scale, max_kept, backend)
 
 
 def _vjp(ctx, grad, *_):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import reference
+from grasp_kernels._backend import kernels, runs_triton
 from grasp_kernels._checks import autocast_dtype, expect
 
 _CHUNK = 2**25  # logits held at one time: 128 MiB in fp32, which still fill a GPU
@@ -51,16 +52,27 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}: "
         "move them together",
     )
+    rows = max(1, _CHUNK // len(weight))
+    if rows > 128:  # whole tiles of a matrix product
+        rows -= rows % 128
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    return _loss(x, weight, targets, max(1, _CHUNK // len(weight)), wants_gradient)[0]
+    return _loss(x, weight, targets, rows, wants_gradient)[0]
 
 
 @torch.library.custom_op("grasp::linear_cross_entropy", mutates_args=())
 def _loss(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and its gradient [T, d] where asked for, from `rows` rows of logits at a time."""
-    return reference.chunked_cross_entropy(x, weight, targets, rows, gradient)
+    """The mean loss, and where asked for the gradient [T, d] of the sum, `rows` rows at a time."""
+    softmax_loss = (kernels("cross_entropy") if runs_triton(x) else reference).softmax_loss
+    losses, dx = [], torch.empty_like(x) if gradient else x.new_empty(0)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        loss, d_logits = softmax_loss(x[part] @ weight.T, targets[part], gradient)
+        losses.append(loss)
+        if gradient:
+            torch.mm(d_logits, weight, out=dx[part])
+    return torch.cat(losses).mean(), dx
 
 
 @_loss.register_fake
@@ -76,7 +88,7 @@ def _save(ctx, inputs, output):
 
 def _vjp(ctx, grad, _):
     (dx,) = ctx.saved_tensors
-    return dx * grad, None, None, None, None
+    return dx * (grad / len(dx)), None, None, None, None
 
 
 _loss.register_autograd(_vjp, setup_context=_save)

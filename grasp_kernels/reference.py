@@ -156,6 +156,55 @@ def gated_attention(
     return (_wide(out) * _wide(gate)[:, None, None]).to(q.dtype)
 
 
+def gate_heads(raw: Tensor, z: Tensor) -> Tensor:
+    """raw [B, H, S, D] times the gates of its groups z [K], in memory layout [B, S, H, D]."""
+    gate = _wide(z).repeat_interleave(raw.shape[1] // len(z))
+    return (_wide(raw).transpose(1, 2) * gate[:, None]).to(raw.dtype).contiguous().transpose(1, 2)
+
+
+def head_gradient(grad: Tensor, raw: Tensor, z: Tensor) -> Tensor:
+    """dz [K] of `gate_heads`, of which `grad` is the gradient."""
+    products = (_wide(grad) * _wide(raw)).sum((0, 2, 3))
+    return products.view(len(z), -1).sum(1).to(z.dtype)
+
+
+def pack_heads(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, raw: Tensor, lse: Tensor, kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the backward pass of attention needs of `kept` groups, those with z = 0 last among them.
+
+    grad, q, raw [B, H, S, D]; k, v [B, K, S, D]; lse [B, H, S]. Returns grad times the gates, q, k,
+    v, raw and lse of these groups, and dz [K] of all.
+    """
+    dz = head_gradient(grad, raw, z)
+    gated = gate_heads(grad, z)
+    if kept == len(z):
+        return gated, q, k, v, raw, lse, dz
+    groups, heads = _kept_heads(z, kept, q.shape[1])
+    gated, q, raw, lse = (x.index_select(1, heads) for x in (gated, q, raw, lse))
+    return gated, q, k.index_select(1, groups), v.index_select(1, groups), raw, lse, dz
+
+
+def unpack_heads(
+    dq: Tensor, dk: Tensor, dv: Tensor, z: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the groups that `pack_heads` kept -> those of all, zero for the others."""
+    groups, rows = _kept_heads(z, dk.shape[1], heads)
+
+    def full(values: Tensor, count: int, index: Tensor) -> Tensor:
+        batch, _, length, size = values.shape
+        zeros = values.new_zeros(batch, length, count, size).transpose(1, 2)
+        return zeros.index_copy_(1, index, values)
+
+    return full(dq, heads, rows), full(dk, len(z), groups), full(dv, len(z), groups)
+
+
+def _kept_heads(z: Tensor, kept: int, heads: int) -> tuple[Tensor, Tensor]:
+    """The first `kept` groups, those with z != 0 in front, and the heads in them."""
+    groups = torch.argsort(z == 0, stable=True)[:kept]
+    return groups, torch.arange(heads, device=z.device).view(len(z), -1)[groups].flatten()
+
+
 # ---- linear cross-entropy -------------------------------------------------------------------
 
 
@@ -164,25 +213,23 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(_wide(F.linear(x, weight)), targets)
 
 
-def chunked_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, rows: int, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient [T, d] (empty unless asked for), `rows` rows at a time."""
-    total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-    dx = torch.empty_like(x) if gradient else x.new_empty(0)
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
-        target = targets[part, None]
-        logits = _wide(x[part] @ weight.T)
-        top = logits.amax(1, keepdim=True)
-        shifted = logits.gather(1, target) - top
-        p = logits.sub_(top).exp_()
-        norm = p.sum(1, keepdim=True)
-        total += (norm.log() - shifted).sum()
-        if gradient:
-            p.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1.0))
-            dx[part] = (p.to(x.dtype) @ weight) / len(x)
-    return total / len(x), dx
+def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, fp32 [T], of each row of logits [T, V], and the gradient of their sum.
+
+    The gradient has the shape and dtype of the logits and may stand in their memory. Unless it is
+    asked for, what comes in its place means nothing.
+    """
+    target = targets[:, None]
+    p = _wide(logits)
+    top = p.amax(1, keepdim=True)
+    at_target = p.gather(1, target)
+    p = p.sub_(top).exp_()
+    norm = p.sum(1, keepdim=True)
+    losses = norm.log() + (top - at_target)
+    if not gradient:
+        return losses.squeeze(1), logits
+    p.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1.0))
+    return losses.squeeze(1), p.to(logits.dtype)
 
 
 # ---- budget projection ----------------------------------------------------------------------

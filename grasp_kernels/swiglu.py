@@ -7,10 +7,11 @@ from torch import Tensor
 
 from grasp_kernels import reference
 from grasp_kernels._backend import kernels, runs_triton
-from grasp_kernels._checks import autocast_dtype, check_gate, expect
+from grasp_kernels._checks import autocast_dtype, check_bound, check_gate, expect
 
 # Above this kept fraction the saved matrix work no longer pays for the copies.
 _COMPACT_BELOW = 0.9
+_ALIGNMENT = 64  # channels: an odd leading dimension keeps cuBLAS from its fast kernels
 
 
 def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
@@ -61,18 +62,21 @@ def gated_swiglu_ffn(
 ) -> Tensor:
     """The whole gated FFN with frozen weights: ((silu(x Wg^T) * (x Wu^T)) * z) Wd^T.
 
-    Work follows the mask: the down projection and da, du, dx run over channels with z != 0 only,
-    dh and dz over all, since the straight-through gates of GRASPrune (arXiv 2604.19398) need dz of
-    dropped channels too. Kept channels save gate_pre and up for backward, dropped ones only
-    silu(gate_pre) * up; x is not saved.
+    Work follows the mask: the down projection and da, du, dx run over channels with z != 0 only
+    (and up to 63 others, so that widths divide by 64), dh and dz over all, since the
+    straight-through gates of GRASPrune (arXiv 2604.19398) need dz of dropped channels too. Kept
+    channels save gate_pre and up for backward, dropped ones only silu(gate_pre) * up; x is not
+    saved.
 
     Args:
         x: [..., d], floating.
-        w_gate, w_up: [F, d]; w_down: [d, F]; as in nn.Linear, same dtype as x, no gradient.
+        w_gate, w_up: [F, d]; w_down: [d, F]; as in nn.Linear, same dtype as x, no gradient. A
+            w_down that lies in memory as [F, d], w.t().contiguous().t(), gives up its channels as
+            rows, which is faster on CUDA.
         z: [F], any floating dtype; 0/1 or any scale.
         max_kept: an upper bound on the number of non-zero z. Without it the op counts them, which
-            on CUDA waits for the device once per call; with it there is no host sync. Channels
-            beyond the bound would be lost: on CPU that raises, on CUDA it is not checked.
+            on CUDA waits for the device once per call; with it there is no host sync. More of them
+            raise ValueError on CPU and fail a device-side assertion on CUDA.
 
     Returns:
         [..., d] in the dtype of x.
@@ -158,26 +162,35 @@ def _ffn(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, z: Tensor, max_kept: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [T, d] -> y [T, d]; for backward: gate_pre, up [T, k], dropped [T, F - k], order [F]."""
-    order = torch.argsort(z == 0, stable=True)  # kept channels first
     kept = _kept(z, max_kept)
+    if kept == len(z):
+        order = torch.arange(len(z), device=z.device)
+    else:
+        order = torch.argsort(z == 0, stable=True)  # kept channels first
     pack = _serving(x).swiglu_pack
     hidden, gate_pre, up, dropped = pack(x @ w_gate.T, x @ w_up.T, z, order, kept)
-    w_kept = w_down if kept == len(z) else w_down.index_select(1, order[:kept])
+    w_kept = w_down if kept == len(z) else _columns(w_down, order[:kept])
     return hidden @ w_kept.T, gate_pre, up, dropped, order
 
 
 def _kept(z: Tensor, max_kept: int | None) -> int:
     """How many channels of the order to compute; syncs with a GPU only where no bound is given."""
     if max_kept is None:
-        return _or_all(int(z.count_nonzero()), len(z))
-    if not z.is_cuda:
-        count = int(z.count_nonzero())
-        expect(count <= max_kept, f"z has {count} non-zero entries, max_kept allows {max_kept}")
-    return _or_all(max_kept, len(z))
+        return _computed(int(z.count_nonzero()), len(z))
+    if max_kept < len(z):
+        check_bound(z, max_kept)
+    return _computed(max_kept, len(z))
 
 
-def _or_all(kept: int, width: int) -> int:
-    return kept if kept < _COMPACT_BELOW * width else width
+def _columns(w: Tensor, index: Tensor) -> Tensor:
+    """w[:, index], as a copy of rows where w lies in memory by columns."""
+    return w.T.index_select(0, index).T if w.stride(0) == 1 else w.index_select(1, index)
+
+
+def _computed(kept: int, width: int) -> int:
+    """An aligned number of channels; those beyond the kept ones have gates of 0."""
+    aligned = -(-kept // _ALIGNMENT) * _ALIGNMENT
+    return aligned if aligned < _COMPACT_BELOW * width else width
 
 
 @_ffn.register_fake
@@ -186,7 +199,7 @@ def _(x, w_gate, w_up, w_down, z, max_kept):
     if max_kept is None:
         kept = torch.library.get_ctx().new_dynamic_size()
     else:
-        kept = _or_all(max_kept, width)
+        kept = _computed(max_kept, width)
     return (
         x.new_empty(x.shape),
         x.new_empty(tokens, kept),

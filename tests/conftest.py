@@ -1,15 +1,26 @@
-"""What the tests of whole runs share: one tiny model and one text, read and never written."""
+"""What the tests of whole runs share: one tiny model and one text, read and never written.
+
+And what no test may depend on: the screen, the order of the tests, the pace of the machine.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 
 import pytest
 import torch
 from families import save_tiny
+from hypothesis import HealthCheck, settings
 
-from grasp.cli import main as cli
+for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TERMINAL_WIDTH", "TTY_COMPATIBLE"):
+    os.environ.pop(name, None)
+os.environ["COLUMNS"] = "80"
+SEEDS = int(os.environ.get("SEEDS", "1"))
+no_clock = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("grasp", **no_clock, derandomize=SEEDS == 1)
+settings.load_profile("grasp")
 
 WORDS = ("the", "of", "a", "river", "stone", "light", "moves", "under", "every", "house", "she")
 
@@ -32,6 +43,7 @@ def text(tmp_path_factory):
 @pytest.fixture
 def call(capsys, monkeypatch):
     """call("plan", MODEL, ...) is (exit code, stdout, stderr) of that command line."""
+    from grasp.cli import main as cli  # it reads the size of the screen
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["grasp", *map(str, arguments)])
@@ -58,6 +70,20 @@ def refused(call, tmp_path, monkeypatch):
         return err.removeprefix("error: ").rstrip("\n")
 
     return refused
+
+
+def pytest_generate_tests(metafunc):
+    """`SEEDS=50 pytest tests/kernels` runs every test there with 50 seeds."""
+    if SEEDS > 1:
+        metafunc.parametrize("fresh_start", range(SEEDS), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_start(request):
+    """No random number and no compiled code of the tests before it."""
+    torch.manual_seed(getattr(request, "param", 0))
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

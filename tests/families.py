@@ -82,6 +82,24 @@ def tiny_model(
     return cast(model, dtype).eval().requires_grad_(False)
 
 
+def stock_model(prefix: str, **config: Any) -> PreTrainedModel:
+    """One tiny layer of any class of transformers, as its own initialisation leaves it."""
+    config_class = getattr(transformers, f"{prefix}Config")
+    settings = config_class(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=256,
+        **config,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(settings)
+    return model.eval().requires_grad_(False)
+
+
 def tiny_tokenizer(vocab: int = 256) -> PreTrainedTokenizerFast:
     """One token per byte; any UTF-8 text survives encode and decode. `vocab` is at least 256.
 

@@ -13,13 +13,12 @@ from benchmarks import (
     ablation,
     budgets,
     calibration_text,
-    gate_training,
     published,
     quantisation,
     rows,
 )
 from grasp.budget.budget import Budget
-from grasp.budget.projection import Mask, Projection
+from grasp.budget.projection import Projection
 from grasp.config import PruneConfig
 from grasp.gates.gating import gated
 from grasp.gates.training import TrainSettings
@@ -134,43 +133,6 @@ def test_rows_change_one_choice_each():
         if "/" in row.name:
             base, here = choices(rows[row.against]), choices(row)
             assert sum(base[k] != here[k] for k in base) == 1, row.name
-
-
-def test_gate_training_runs(tmp_path, capsys):
-    out = tmp_path / "step.json"
-    arguments = ["--small", "--keep", "1,0.5", "--steps", "2", "--repetitions", "1"]
-    gate_training.main([*arguments, "--device", "cpu", "--out", str(out)])
-    result = json.loads(out.read_text())
-    assert all(e["ours"] < 1e-3 for e in result["relative_error"]["tiny"].values())
-    assert {"device", "threads", "torch"} <= result["machine"].keys()
-    assert [(r["batch"], r["keep"]) for r in result["rows"]] == [(1, 1), (1, 0.5), (2, 1), (2, 0.5)]
-    for row in result["rows"]:
-        dense, masked = row["tflops"]["dense"], row["tflops"]["masked"]
-        assert masked < 0.9 * dense if row["keep"] < 1 else masked == dense
-        assert row["stages_ms"].keys() == {"project", "forward", "backward", "optimiser"}
-        for clock in ("wall_seconds", "process_cpu_seconds"):
-            assert ("theirs/ours" in row[clock]) == (row["keep"] < 1)
-    assert out.with_suffix(".png").exists()
-    assert capsys.readouterr().out.count("| tiny |") == 4
-
-
-def test_flops_of_a_7b():
-    """26.9 GFLOP a token by hand at 512 tokens; 20.3 with half of all units masked."""
-    model = gate_training.build("llama-2-7b", torch.device("meta"), torch.bfloat16)
-    space = UnitSpace.of(model)
-    mask = Mask(space, torch.ones(space.size, dtype=torch.bool))
-    dense = gate_training.flops(model, mask, 512)
-    assert dense["dense"] == dense["masked"] == pytest.approx(26.9e9, rel=0.01)
-    half = torch.cat([torch.arange(n) % 2 == 0 for n in (11_008, 32)]).repeat(32)
-    half = gate_training.flops(model, Mask(space, half), 512)
-    assert half["dense"] == dense["dense"] and half["masked"] == pytest.approx(20.3e9, rel=0.01)
-
-
-def test_gate_training_refuses_to_time_forms_that_differ(monkeypatch):
-    model = gate_training.build("tiny", torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(published, "_ffn_forward", lambda mlp, x: mlp.down_proj(mlp.up_proj(x)))
-    with pytest.raises(ValueError, match="do not compute the same"):
-        gate_training.agreement(model, blocks(), KEEP)
 
 
 def test_ablation_rows_resume(tmp_path, capsys):

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask
-from grasp.checkpoint.save import check_layout, save_checkpoint
+from grasp.checkpoint.save import record_of, save_checkpoint
 from grasp.checkpoint.verify import verify
 from grasp.compress.fold import fold_mask
 from grasp.errors import GraspError
+from grasp.model.classes import config_of
+from grasp.model.header import of_model
 from grasp.model.load import load_model
 from grasp.model.units import UnitSpace
+from grasp.planning.layouts import check_layout
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 UNEVEN = [(7, 1), (50, 4), (96, 3)]  # (FFN channels, KV groups) of each layer
@@ -29,7 +32,7 @@ AWKWARD = [(40, 3)] * 3  # 6 do not
 
 
 def pruned(family, widths, **options):
-    """A folded model with random units left, and their indices as save_checkpoint wants them."""
+    """A folded model with random units left, and the mask."""
     model = tiny_model(family, **options)
     space = UnitSpace.of(model)
     generator = torch.Generator().manual_seed(1)
@@ -40,16 +43,13 @@ def pruned(family, widths, **options):
             keep[units.start + chosen] = True
     mask = Mask(space, keep)
     fold_mask(model, mask)
-    return model, [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
+    return model, mask
 
 
-def save(model, kept, folder, **options):
-    total = sum(p.numel() for p in model.parameters())
-    summary = {"format": 1, "seed": 5, "params": {"total_after": total}}
+def save(model, mask, folder, tokenizer=None, **options):
     folder.mkdir()
-    return save_checkpoint(
-        model, tiny_tokenizer(), folder, kept=kept, grasp_json=summary, **options
-    )
+    record = record_of(mask, model, name="tiny", seed=5)
+    return save_checkpoint(model, tokenizer or tiny_tokenizer(), folder, record, **options)[0]
 
 
 def read_json(folder, name="config.json"):
@@ -59,10 +59,10 @@ def read_json(folder, name="config.json"):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_per_layer_widths_come_back_bit_equal(family, tied, tmp_path):
-    model, kept = pruned(family, UNEVEN, tied=tied)
+    model, mask = pruned(family, UNEVEN, tied=tied)
     expected = model(IDS).logits
     folder = tmp_path / "out"
-    saved = save(model, kept, folder)
+    saved = save(model, mask, folder)
     assert saved.note is None and saved.architecture.startswith("Grasp")
 
     config = read_json(folder)
@@ -94,8 +94,8 @@ def test_per_layer_widths_come_back_bit_equal(family, tied, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_caches_and_attention_backends(family, tmp_path):
-    model, kept = pruned(family, UNEVEN)
-    save(model, kept, tmp_path / "out")
+    model, mask = pruned(family, UNEVEN)
+    save(model, mask, tmp_path / "out")
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
 
     def generate(model, **options):
@@ -128,8 +128,8 @@ LONGROPE = {
 
 @pytest.mark.parametrize("length", [20, 200])
 def test_longrope(length, tmp_path):
-    model, kept = pruned("phi3", UNEVEN, rope_parameters=LONGROPE, hidden=128)
-    save(model, kept, tmp_path / "out")
+    model, mask = pruned("phi3", UNEVEN, rope_parameters=LONGROPE, hidden=128)
+    save(model, mask, tmp_path / "out")
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(3, 3 + length)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -144,16 +144,16 @@ def test_rope_scaling(rope, tmp_path):
     }[rope]
     parameters |= {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0}
     parameters["original_max_position_embeddings"] = 32
-    model, kept = pruned("llama", UNEVEN, rope_parameters=parameters)
-    save(model, kept, tmp_path / "out")
+    model, mask = pruned("llama", UNEVEN, rope_parameters=parameters)
+    save(model, mask, tmp_path / "out")
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(3, 253).repeat(2)[None, :400]  # dynamic rope rescales beyond 256
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_gradient_checkpointing_and_training(tmp_path):
-    model, kept = pruned("qwen2", UNEVEN)
-    save(model, kept, tmp_path / "out")
+    model, mask = pruned("qwen2", UNEVEN)
+    save(model, mask, tmp_path / "out")
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
     loaded.requires_grad_(True).train()
     loaded.gradient_checkpointing_enable()
@@ -162,15 +162,15 @@ def test_gradient_checkpointing_and_training(tmp_path):
 
 
 def test_a_pruned_model_can_be_pruned_again(tmp_path):
-    model, kept = pruned("qwen3", UNEVEN)
-    save(model, kept, tmp_path / "once")
+    model, mask = pruned("qwen3", UNEVEN)
+    save(model, mask, tmp_path / "once")
     once, _ = load_model(tmp_path / "once", dtype=torch.float32)
     space = UnitSpace.of(once)
     keep = torch.ones(space.size, dtype=torch.bool)
     keep[0] = False
     mask = Mask(space, keep)
     fold_mask(once, mask)
-    save(once, [(f.tolist(), k.tolist()) for f, k in mask.layers()], tmp_path / "twice")
+    save(once, mask, tmp_path / "twice")
     twice, _ = load_model(tmp_path / "twice", dtype=torch.float32)
     assert torch.equal(twice(IDS).logits, once(IDS).logits)
     config = read_json(tmp_path / "twice")
@@ -180,8 +180,8 @@ def test_a_pruned_model_can_be_pruned_again(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uniform_widths_are_a_stock_checkpoint(family, tmp_path):
-    model, kept = pruned(family, EVEN)
-    saved = save(model, kept, tmp_path / "out")
+    model, mask = pruned(family, EVEN)
+    saved = save(model, mask, tmp_path / "out")
     assert saved.note is None and saved.architecture == type(model).__name__
     config = read_json(tmp_path / "out")
     assert config["model_type"] == family and config["intermediate_size"] == 40
@@ -192,8 +192,8 @@ def test_uniform_widths_are_a_stock_checkpoint(family, tmp_path):
 
 
 def test_uniform_llama_with_awkward_heads_becomes_mistral(tmp_path):
-    model, kept = pruned("llama", AWKWARD)
-    saved = save(model, kept, tmp_path / "out")
+    model, mask = pruned("llama", AWKWARD)
+    saved = save(model, mask, tmp_path / "out")
     assert saved.architecture == "MistralForCausalLM"
     assert saved.note is not None and "6 query heads do not divide the hidden size 64" in saved.note
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -203,9 +203,9 @@ def test_uniform_llama_with_awkward_heads_becomes_mistral(tmp_path):
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_awkward_heads_with_biases_have_no_stock_class(bias, tmp_path):
-    model, kept = pruned("llama", AWKWARD, **{bias: True})
-    with pytest.raises(GraspError, match="no other stock class has its biases: use --layout per"):
-        save(model, kept, tmp_path / "out")
+    model, mask = pruned("llama", AWKWARD, **{bias: True})
+    with pytest.raises(GraspError, match="no other stock class has its biases"):
+        save(model, mask, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -213,10 +213,10 @@ def test_awkward_heads_with_biases_have_no_stock_class(bias, tmp_path):
     [
         ("llama", {}, 1, None),
         ("llama", {"mlp_bias": True}, 1, "6 query heads do not divide the hidden size 64"),
-        ("gemma2", {}, 1, r"gemma2 takes no layers of 6 query heads \(.*not a multiple.*--layout"),
+        ("gemma2", {}, 1, "refuses layers of 6 .*not a multiple.*-layer or --kv-multiple 2"),
         ("gemma2", {}, 2, None),
         ("phi3", {}, 1, None),
-        ("phi3", {"rope_parameters": LONGROPE, "hidden": 128}, 1, "takes no layers of 2 .*factor"),
+        ("phi3", {"rope_parameters": LONGROPE, "hidden": 128}, 1, "refuses layers of 2 .*factor"),
     ],
 )
 def test_widths_without_a_stock_class_are_refused_at_once(family, options, kv_multiple, said):
@@ -224,18 +224,18 @@ def test_widths_without_a_stock_class_are_refused_at_once(family, options, kv_mu
     budget = Budget("keep", 0.5, layout="uniform", kv_multiple=kv_multiple)
     refusal = pytest.raises(GraspError, match=said) if said else nullcontext()
     with refusal:
-        check_layout(model.config, UnitSpace.of(model), budget)
+        check_layout(of_model(model), budget)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("StableLm", "StableLmForCausalLM does not take"), ("Helium", "no grouped heads")],
+    [("StableLm", "its class does not take"), ("Helium", "no grouped heads")],
 )
 def test_a_class_that_sizes_heads_by_itself_is_refused_at_once(name, said, monkeypatch):
     monkeypatch.setitem(FAMILIES, "another", (name, {}))
     model = tiny_model("another", hidden=128)
     with pytest.raises(GraspError, match=said):
-        check_layout(model.config, UnitSpace.of(model), Budget("keep", 0.5, layout="uniform"))
+        check_layout(of_model(model), Budget("keep", 0.5, layout="uniform"))
 
 
 @pytest.mark.parametrize("name", ["Glm4", "Granite", "Cohere2"])
@@ -243,30 +243,32 @@ def test_another_family_is_known_by_its_structure(name, tmp_path, monkeypatch):
     """GLM-4, for one, has a fused gate_up_proj beside separate q, k and v."""
     monkeypatch.setitem(FAMILIES, "another", (name, {"pad_token_id": 2}))
     model = tiny_model("another")
-    check_layout(model.config, UnitSpace.of(model), Budget("keep", 0.5, layout="uniform"))
-    model, kept = pruned("another", EVEN)
-    assert save(model, kept, tmp_path / "out").architecture == f"{name}ForCausalLM"
+    check_layout(of_model(model), Budget("keep", 0.5, layout="uniform"))
+    model, mask = pruned("another", EVEN)
+    assert save(model, mask, tmp_path / "out").architecture == f"{name}ForCausalLM"
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_llama_biases_survive_per_layer(tmp_path):
-    model, kept = pruned("llama", UNEVEN, attention_bias=True, mlp_bias=True)
-    save(model, kept, tmp_path / "out")
+    model, mask = pruned("llama", UNEVEN, attention_bias=True, mlp_bias=True)
+    save(model, mask, tmp_path / "out")
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_family_without_per_layer_class(tmp_path):
-    model, kept = pruned("llama", UNEVEN)
-    model.config.model_type = "smollm3"
-    with pytest.raises(GraspError, match=r"smollm3 has no class .*use --layout uniform"):
-        save(model, kept, tmp_path / "out")
+def test_family_without_per_layer_class():
+    model, _ = pruned("llama", UNEVEN)
+    config = {**model.config.to_dict(), "model_type": "smollm3"}
+    with pytest.raises(GraspError, match="smollm3 has no class with per-layer widths"):
+        config_of(config, UnitSpace.of(model))
+    whole = UnitSpace.of(tiny_model("llama"))
+    assert config_of(config, whole)[0].model_type == "smollm3"
 
 
 def test_shards(tmp_path):
-    model, kept = pruned("llama", UNEVEN)
-    saved = save(model, kept, tmp_path / "out", max_shard_size="100KB")
+    model, mask = pruned("llama", UNEVEN)
+    saved = save(model, mask, tmp_path / "out", max_shard_size="100KB")
     index = read_json(tmp_path / "out", "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == saved.weight_bytes
     assert len(set(index["weight_map"].values())) > 1
@@ -275,20 +277,20 @@ def test_shards(tmp_path):
 
 
 def test_disk_full(tmp_path, monkeypatch):
-    model, kept = pruned("llama", UNEVEN)
+    model, mask = pruned("llama", UNEVEN)
 
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(GraspError, match=r"cannot write .*No space left.*need [\d,]+ bytes"):
-        save(model, kept, tmp_path / "out")
+        save(model, mask, tmp_path / "out")
 
 
 def test_kept_indices_must_describe_the_weights(tmp_path):
-    model, kept = pruned("llama", UNEVEN)
-    with pytest.raises(ValueError, match="do not describe"):
-        save(model, kept[::-1], tmp_path / "out")
+    model, mask = pruned("llama", UNEVEN)
+    with pytest.raises(ValueError, match="does not describe the widths"):
+        save(model, Mask(mask.space, ~mask.keep), tmp_path / "out")
 
 
 # --- verify: each process costs seconds, so few are started ---
@@ -309,20 +311,16 @@ def failures(report):
 def one_way(monkeypatch):
     """Load only with grasp, and in this process: tampering is seen the same way in every other."""
     import grasp.checkpoint.verify as module
+    from grasp.checkpoint import probe
 
     def here(folder, way):
-        if way != "grasp":
-            return None
-        result = folder.parent / "result.json"
-        monkeypatch.setattr(sys, "argv", ["-c", str(folder), way, str(result)])
         threads = torch.get_num_threads()
         try:
-            module._load_and_probe()
-        except (Exception, SystemExit) as error:
+            return probe.load_and_compare(str(folder), way)
+        except Exception as error:
             return {"error": str(error)}
         finally:
             torch.set_num_threads(threads)
-        return json.loads(result.read_text())
 
     check = module._check_loaded
     monkeypatch.setattr(module, "_in_fresh_process", here)
@@ -338,7 +336,7 @@ def test_verify_both_ways_in_fresh_processes(checkpoint):
         *(
             f"{check} {way}"
             for way in ("with import grasp", "without grasp")
-            for check in ("loads", "widths", "parameters", "logits", "generate")
+            for check in ("loads", "widths", "parameters", "logits", "tokenizer", "generate")
         ),
     ]
     details = {check.name: check.detail for check in report.checks}
@@ -392,6 +390,45 @@ def test_verify_names_tensors_that_are_not_finite(checkpoint, tmp_path, one_way)
     assert "logits with import grasp" in failed
 
 
+def test_verify_names_logits_that_are_not_finite(tmp_path, one_way):
+    """Of weights that are."""
+    model, mask = pruned("llama", UNEVEN, dtype=torch.float16)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.mul_(300)
+        layer.mlp.gate_proj.weight.mul_(300)
+    save(model, mask, tmp_path / "out")
+    assert failures(verify(tmp_path / "out")) == {
+        "logits with import grasp": "not finite in torch.float16: store the model in bf16 or fp32 "
+        "first"
+    }
+
+
+def test_verify_names_a_missing_or_another_tokenizer(checkpoint, tmp_path, one_way):
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    tokens = read_json(folder, "tokenizer.json")
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    name = "tokenizer with import grasp"
+    assert failures(verify(folder)) == {name: "a text's tokens are not as written"}
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    said = failures(verify(folder))["loads with import grasp"]
+    assert "Couldn't instantiate the backend tokenizer" in said and said.endswith("a fast one.")
+
+
+def test_verify_passes_a_probe_of_an_older_release(checkpoint, tmp_path, one_way):
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    file = folder / "verify" / "probe.safetensors"
+    probe = load_file(file)
+    del probe["text_ids"]
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    del metadata["text"]
+    save_file(probe, file, metadata=metadata)
+    assert verify(folder).passed
+
+
 def test_verify_names_missing_and_truncated_weights(checkpoint, tmp_path, one_way):
     folder = tampered(checkpoint, tmp_path, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
     assert "missing_keys" in failures(verify(folder))["loads with import grasp"]
@@ -442,7 +479,10 @@ def test_verify_refuses_what_is_no_checkpoint(tmp_path):
     with pytest.raises(GraspError, match=r"grasp\.json: "):
         verify(folder)
     (folder / "grasp.json").write_text("{}")
-    with pytest.raises(GraspError, match=r"'kept'"):
+    with pytest.raises(GraspError, match=r"grasp\.json: format None, and this release reads 1"):
+        verify(folder)
+    (folder / "grasp.json").write_text('{"format": 1}')
+    with pytest.raises(GraspError, match=r"missing .*'kept'"):
         verify(folder)
 
 

@@ -466,7 +466,7 @@ def test_verify_after_prune(call, tiny, text, tmp_path, dtype):
     code, said, err = call("verify", tmp_path / "out")
     assert (code, err) == (0, ""), said
     checks = said.splitlines()
-    assert len(checks) == 7 and all(line.startswith("ok   ") for line in checks)
+    assert len(checks) == 8 and all(line.startswith("ok   ") for line in checks)
     assert "bit-equal to the model in memory" in said
 
 

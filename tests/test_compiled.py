@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 import torch
 from families import tiny_model
 
 from grasp.gates.compiled import ROPE, compiled
 from grasp.gates.gating import gated
+from grasp.gates.scales import scaled
 from grasp.gates.training import next_token_loss
 from grasp.model.units import UnitSpace, decoder_layers
 
@@ -43,6 +45,19 @@ def test_the_same_loss_and_gradients():
     assert all(torch.equal(a, b) for a, b in zip(loss_and_gradient(model), eager, strict=True))
 
 
+def test_norms_that_a_scale_is_part_of_stay_as_they_are():
+    model = tiny_model("llama")
+    with scaled(model, UnitSpace.of(model), "channel"):
+        own = {m: m.forward for m in model.model.modules() if "forward" in vars(m)}
+        norms = [m for m in own if type(m).__name__ == "LlamaRMSNorm"]
+        assert len(norms) == 2 * len(decoder_layers(model))
+        with compiled(model, pytest.fail):
+            assert all(m.forward is forward for m, forward in own.items())
+            assert "forward" in vars(model.model.norm)
+        assert all(m.forward is forward for m, forward in own.items())
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
 def test_what_does_not_compile_runs_as_it_is(monkeypatch):
     def fail(*_):
         raise RuntimeError("no compiler\nand more")
@@ -52,4 +67,6 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch):
     with compiled(model, notes.append):
         assert not any("forward" in vars(m) for m in model.modules())
         loss_and_gradient(model)
-    assert notes == ["norms and RoPE run one operation at a time, not compiled: no compiler"]
+    assert notes == [
+        "norms and RoPE run one operation at a time, not compiled: no compiler and more"
+    ]

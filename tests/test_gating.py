@@ -150,6 +150,15 @@ def test_the_fused_ffn_is_what_runs(monkeypatch):
     assert len(calls) == len(decoder_layers(model))
 
 
+def test_off_the_cpu_down_projections_lie_by_channel_while_gated():
+    """Their kept channels are then copied as rows. No second copy, and as before afterwards."""
+    model = tiny_model("llama").to("meta")
+    weights = [m.mlp.down_proj.weight for m in decoder_layers(model)]
+    with gated(model, UnitSpace.of(model)):
+        assert all(w.T.is_contiguous() and w.shape[1] > w.shape[0] for w in weights)
+    assert all(w.is_contiguous() for w in weights)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("counted", [False, True])
 def test_the_attention_kernel_is_what_a_gpu_runs(family, counted, monkeypatch):

@@ -17,6 +17,7 @@ from families import tiny_tokenizer
 from gguf import GGMLQuantizationType as Ggml
 from gguf import GGUFReader, TokenType
 from test_checkpoint import EVEN, UNEVEN, pruned
+from test_checkpoint import save as save_pruned
 from tokenizers import (
     AddedToken,
     Regex,
@@ -34,7 +35,6 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 import grasp
 from grasp.checkpoint.export import export
 from grasp.checkpoint.gguf import _neighbours
-from grasp.checkpoint.save import save_checkpoint
 from grasp.cli import main as cli
 from grasp.errors import GraspError
 from grasp.model.load import load_model
@@ -114,10 +114,9 @@ def fast(raw, vocab, alphabet):
 
 def save(folder, family, widths, tokenizer=None, **options):
     """A pruned checkpoint with a tokenizer that llama.cpp can have, and its model."""
-    model, kept = pruned(family, widths, vocab=VOCAB, **options)
+    model, mask = pruned(family, widths, vocab=VOCAB, **options)
     tokenizer = byte_level() if tokenizer is None else tokenizer
-    folder.mkdir()
-    save_checkpoint(model, tokenizer, folder, kept=kept, grasp_json={"seed": 5})
+    save_pruned(model, mask, folder, tokenizer)
     return model
 
 
@@ -457,10 +456,9 @@ def test_models_that_llama_cpp_cannot_compute(family, widths, options, said, tmp
 
 
 def test_values_beyond_f16(tmp_path):
-    model, kept = pruned("llama", UNEVEN, vocab=VOCAB)
+    model, mask = pruned("llama", UNEVEN, vocab=VOCAB)
     model.model.layers[2].mlp.up_proj.weight[3, 5] = 1e5
-    (tmp_path / "model").mkdir()
-    save_checkpoint(model, byte_level(), tmp_path / "model", kept=kept, grasp_json={})
+    save_pruned(model, mask, tmp_path / "model", byte_level())
     with pytest.raises(GraspError, match=r"blk\.2\.ffn_up\.weight has values .* --type bf16"):
         export(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

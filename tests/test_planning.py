@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import get_args
 
 import gguf
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -244,11 +243,14 @@ def test_a_gguf_header_tells_what_the_model_is(tmp_path, family, tied):
 
 def test_another_family_is_read_by_structure(tmp_path):
     config = SMOLLM2 | {"model_type": "granite", "num_hidden_layers": 2, "vocab_size": 128}
-    result = plan(write_config(tmp_path, config), keep=0.5)
+    result = plan(write_config(tmp_path, config), keep=0.5, layout="uniform")
     assert result.source == "transformers, on the meta device"
     assert result.params.before == from_config(config | {"model_type": "llama"}).space.total_params
-    assert not any(r.loads for r in result.runtimes)
-    assert all(r.loads for r in plan(str(tmp_path), keep=0.5, layout="uniform").runtimes)
+    assert all(r.loads for r in result.runtimes)
+    with pytest.raises(
+        GraspError, match=r"not open to granite: no class has .*: use --layout unif"
+    ):
+        plan(str(tmp_path), keep=0.5)
 
 
 # Bounds
@@ -278,7 +280,7 @@ def spaces_and_budgets(draw):
     return space, budget, draw(st.integers(0, 3))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(spaces_and_budgets())
 def test_every_mask_is_within_the_announced_range(case):
     space, budget, seed = case
@@ -299,7 +301,7 @@ def test_every_mask_is_within_the_announced_range(case):
 
 
 def test_keeping_everything_changes_nothing(tmp_path):
-    result = plan(str(save_tiny(tmp_path, "qwen2")), keep=1.0)
+    result = plan(str(save_tiny(tmp_path, "qwen2")), keep=1.0, seq_len=64)
     for size in (result.params, result.prunable, result.weight_bytes, result.kv_bytes_per_token):
         assert size.after == (size.before, size.before)
 
@@ -364,10 +366,14 @@ def test_runtimes_depend_on_layout_and_family(tmp_path):
     assert all(loads(QWEN3_8B, "uniform").values())
     reasons = [r.why for r in plan(str(tmp_path), keep=0.5).runtimes if not r.loads]
     assert all("--layout uniform" in why for why in reasons)
-    phi_4_mini = {"rope_type": "longrope", "partial_rotary_factor": 0.75}
-    phi = LLAMA_31_8B | {"model_type": "phi3", "rope_scaling": phi_4_mini}
+    factors = [1.0] * 48  # of which a stock config has one for half of hidden size / heads
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    rope |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096}
+    phi = LLAMA_31_8B | {"model_type": "phi3", "head_dim": 128, "rope_parameters": rope}
+    phi |= {"max_position_embeddings": 131072, "pad_token_id": 0}
     assert list(loads(phi, "per-layer").values()) == [True] * 3 + [False] * 3
-    assert list(loads(phi, "uniform").values()) == [True, True, False, True]
+    with pytest.raises(GraspError, match=r"refuses layers of 4 .*use --layout per-layer or --kv-m"):
+        loads(phi, "uniform")
 
 
 def test_a_plan_prints_and_becomes_json(tmp_path):
@@ -386,21 +392,16 @@ def test_a_plan_prints_and_becomes_json(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["config", "gguf"])
-def test_a_plan_needs_neither_torch_nor_two_seconds(tmp_path, source):
+def test_a_plan_needs_no_torch(tmp_path, source):
     spec = DEMO if source == "gguf" else write_config(tmp_path, QWEN3_8B)
     program = (
-        "import sys, time\n"
-        ""
+        "import sys\n"
         "from grasp.planning.plan import plan\n"
         f"plan({spec!r}, keep=0.5)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        "print(time.process_time())\n"
     )
     root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 2  # of processor time: other work on the machine does not count
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
 
 
 # Bad input
@@ -434,7 +435,7 @@ def test_impossible_plans_name_the_value_and_the_fix(tmp_path, options, message)
     ("content", "message"),
     [
         ("{", r"config.json is not a readable config.json \(Expecting"),
-        ("[]", "names no model_type: expected the config.json of a model"),
+        ("[]", "holds no JSON object: expected a model's config.json"),
         ("{}", "names no model_type"),
         ('{"model_type": "llama"}', "config.json: hidden_size is None: expected a positive whole"),
         (json.dumps(SMOLLM2 | {"hidden_size": 0}), "hidden_size is 0: expected a positive whole"),
@@ -452,18 +453,13 @@ def test_bad_configs(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_models_that_are_not_there(tmp_path, monkeypatch):
+def test_models_that_are_not_there(tmp_path):
     with pytest.raises(GraspError, match=r"config.json does not exist: expected a model's config"):
+        plan(str(tmp_path / "config.json"), keep=0.5)
+    with pytest.raises(GraspError, match=r"is not a model folder: it has no config.json"):
         plan(str(tmp_path), keep=0.5)
     with pytest.raises(GraspError, match="no such folder or file"):
         plan(str(tmp_path / "nothing"), keep=0.5)
-
-    def unreachable(*args):
-        raise OSError("no route to the hub\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(GraspError, match=r"cannot be had from the hub: no route to the hub$"):
-        plan("org/name", keep=0.5)
 
 
 def test_bad_gguf_files(tmp_path):

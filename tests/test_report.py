@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -14,35 +13,39 @@ import pytest
 from test_zero_shot import PIQA, write
 
 import grasp
+from grasp.checkpoint.record import Record
 from grasp.report.page import report_page
 from grasp.report.results import add_measured
-from grasp.report.summary import read_summary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SUMMARY = {
-    "format": 1,
-    "grasp_version": "0.1.0",
-    "model": "org/<b>tiny",
-    "recipe": {
-        "method": "learned",
-        "compensate": "none",
-        "samples": 8,
-        "seq_len": 16,
-        "budget": {"kind": "keep", "asked": 0.5, "layout": "per-layer"},
-    },
-    "versions": {"torch": "2.13.0"},
-    "calibration": {"name": "words.txt", "tokens": 4321},
-    "budget": {"obtained": 50, "of": 100},
-    "params": {
-        "prunable_before": 1000,
-        "prunable_after": 500,
-        "total_before": 1200,
-        "total_after": 700,
-    },
-    "kv_cache_bytes_per_token": {"before": 64, "after": 48},
-    "widths": {"before": [[96, 4], [96, 4]], "after": [[40, 2], [56, 4]]},
-    "results": {"architecture": "GraspLlamaForCausalLM", "weight_bytes": 2800},
-}
+RECORD = Record(
+    **{
+        "grasp_version": "0.1.0",
+        "model": "org/<b>tiny",
+        "recipe": {
+            "method": "learned",
+            "compensate": "none",
+            "samples": 8,
+            "seq_len": 16,
+            "budget": {"kind": "keep", "asked": 0.5, "layout": "per-layer"},
+        },
+        "seed": 0,
+        "mask_sha256": "0" * 64,
+        "kept": [{"ffn": [*range(40)], "kv": [0, 1]}, {"ffn": [*range(56)], "kv": [0, 1, 2, 3]}],
+        "versions": {"torch": "2.13.0"},
+        "calibration": {"name": "words.txt", "tokens": 4321},
+        "budget": {"obtained": 50, "of": 100},
+        "params": {
+            "prunable_before": 1000,
+            "prunable_after": 500,
+            "total_before": 1200,
+            "total_after": 700,
+        },
+        "kv_cache_bytes_per_token": {"before": 64, "after": 48},
+        "widths": {"before": [[96, 4], [96, 4]], "after": [[40, 2], [56, 4]]},
+        "results": {"architecture": "GraspLlamaForCausalLM", "weight_bytes": 2800},
+    }
+)
 RECORDS = [
     {"event": "started"},
     *[
@@ -71,29 +74,28 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_whole_and_stands_alone():
-    page = Reader(report_page(SUMMARY, RECORDS))
+    page = Reader(report_page(RECORD, RECORDS))
     for part in ("pruned to 50.00%", "1,000", "500", "4,321 tokens", "trust_remote_code", "0.5"):
         assert part in page.text, part
     assert page.tags.count("svg") == 2 and "script" not in page.tags
     assert all(link.startswith("#") for link in page.links)
     assert "<b>tiny" in page.text  # as written: no name becomes markup
-    assert report_page(SUMMARY, RECORDS) == report_page(SUMMARY, RECORDS)
+    assert report_page(RECORD, RECORDS) == report_page(RECORD, RECORDS)
 
 
 def test_what_was_not_learned_or_measured_is_not_drawn():
-    page = Reader(report_page(SUMMARY, RECORDS[:1]))
+    page = Reader(report_page(RECORD, RECORDS[:1]))
     assert page.tags.count("svg") == 1 and "perplexity" not in page.text
-    measured = copy.deepcopy(SUMMARY)
     result = dict(value=20.0, data="words.txt", split="test", windows=3, seq_len=16, bos=False)
-    measured["results"] |= {"dense": {**result, "value": 10.0}, "pruned": result}
+    measured = RECORD.measured(dense={**result, "value": 10.0}, pruned=result)
     text = Reader(report_page(measured, RECORDS)).text
     assert "2.00 x" in text and "words.txt, split test, 3 windows of 16 tokens" in text
-    measured["results"]["architecture"] = "LlamaForCausalLM"
+    measured = measured.measured(architecture="LlamaForCausalLM")
     assert "trust_remote_code" not in Reader(report_page(measured, RECORDS)).text
 
 
 def test_sizes_are_those_of_the_weights():
-    text = Reader(report_page(SUMMARY, RECORDS)).text
+    text = Reader(report_page(RECORD, RECORDS)).text
     assert "2,800 bytes" in text and "dense 4,800 · 0.58 x" in text
     assert "tokens/s" not in text and "Zero-shot" not in text
 
@@ -132,31 +134,31 @@ def test_one_of_several_results_keeps_its_own_curves(tmp_path):
     """Their log lies in the folder of all."""
     folder = tmp_path / "0.5"
     folder.mkdir()
-    (folder / "grasp.json").write_text(json.dumps(SUMMARY))
+    (folder / "grasp.json").write_text(json.dumps(RECORD.to_json()))
     (folder / "report.html").touch()
     records = [{**record, "part": part} for part in ("0.5", "0.8") for record in RECORDS]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     measured = {"to_json": {}, "head": ("task",), "rows": [("piqa",)], "measured_on": "so"}
     values = {name: lambda value=value: value for name, value in measured.items()}
     add_measured(folder, "zero_shot", SimpleNamespace(**values))
-    stored = read_summary(folder)
+    stored = Record.read(folder)
     assert (folder / "report.html").read_text() == report_page(stored, RECORDS)
 
 
 def test_only_a_checkpoint_has_a_record(refused, tiny, tmp_path, monkeypatch):
-    assert "is not a checkpoint of grasp" in refused("bench", tiny, "--device=cpu", "--record")
+    assert "is not a grasp checkpoint" in refused("bench", tiny, "--device=cpu", "--record")
     assert refused("eval", tiny, "--text=x.txt", "--record", code=2) == (
         "Invalid value: --record is for --tasks, which is not given"
     )
     shutil.copytree(tiny, tmp_path / "out")
-    (tmp_path / "out" / "grasp.json").write_text(json.dumps(SUMMARY))
+    (tmp_path / "out" / "grasp.json").write_text(json.dumps(RECORD.to_json()))
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert "cannot be written to" in refused("bench", "out", "--device=cpu", "--record")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_draws_it(tmp_path):
-    (tmp_path / "report.html").write_text(report_page(SUMMARY, RECORDS), encoding="utf-8")
+    (tmp_path / "report.html").write_text(report_page(RECORD, RECORDS), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     options += ["--disable-background-networking", "--disable-sync", "--disable-quic"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,1400"]
@@ -177,4 +179,4 @@ def test_a_browser_draws_it(tmp_path):
 
 
 def test_labels_are_text():
-    assert re.search(r"<text[^>]*>FFN channels</text>", report_page(SUMMARY, RECORDS))
+    assert re.search(r"<text[^>]*>FFN channels</text>", report_page(RECORD, RECORDS))

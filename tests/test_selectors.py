@@ -274,7 +274,7 @@ def test_head_similarity_is_the_divergence_of_attention_maps(family):
     assert found[-1] == torch.inf
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 7), st.integers(0, 1000))
 def test_the_distance_to_the_nearest_later_head_is_the_published_scan(heads, seed):
     """Every threshold drops the heads below it, and so every number of heads has a threshold."""

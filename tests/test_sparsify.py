@@ -58,7 +58,7 @@ def correlated(tokens, inputs, seed=0):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_mask_drops_the_lowest_of_each_group(data):
     group = data.draw(st.sampled_from([2, 4, 8]))
     kept, rows, groups = (data.draw(st.integers(1, n)) for n in (group - 1, 3, 4))
@@ -77,7 +77,7 @@ def test_the_mask_drops_the_lowest_of_each_group(data):
 
 
 @given(st.integers(1, 99), st.integers(2, 40), st.integers(1, 39))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_part_of_each_row_is_exact_whole_or_in_pieces(percent, width, cut):
     pattern = Pattern.parse(str(percent / 100))
     scores = torch.rand(3, width)

@@ -12,12 +12,12 @@ import xllamacpp
 from families import save_tiny, tiny_tokenizer
 from gguf import GGUFReader
 from test_checkpoint import UNEVEN, pruned
+from test_checkpoint import save as save_pruned
 from test_gguf import VOCAB, byte_level
 from transformers import LlamaForCausalLM, StaticCache
 
 import grasp
 from grasp.checkpoint.export import export
-from grasp.checkpoint.save import save_checkpoint
 from grasp.errors import GraspError
 from grasp.evaluate import bench as speed
 from grasp.evaluate import runtimes
@@ -29,9 +29,8 @@ SHORT = ["--batch-sizes=1,2", "--prompt-lens=6", "--tokens=2", "--repetitions=2"
 
 
 def save(folder, widths, tokenizer, family="llama", **options):
-    model, kept = pruned(family, widths, **options)
-    folder.mkdir()
-    save_checkpoint(model, tokenizer, folder, kept=kept, grasp_json={"seed": 5})
+    model, mask = pruned(family, widths, **options)
+    save_pruned(model, mask, folder, tokenizer)
     return folder
 
 
@@ -176,7 +175,6 @@ def test_a_step_is_one_graph(family, tmp_path):
     """With widths of each layer's own, from a static cache, for every token alike."""
     folder = save(tmp_path / "small", UNEVEN, tiny_tokenizer(), family=family)
     model, _ = load_model(folder, dtype=torch.float32)
-    torch.compiler.reset()
     step = torch.compile(model, fullgraph=True, backend="eager")
     ids = torch.arange(3, 23).view(2, 10)
     cache = StaticCache(model.config, max_cache_len=14)
@@ -239,7 +237,7 @@ def test_gguf_files_run_in_llama_cpp(files):
         bookkeeping = found.kv_bytes_per_token - found.kv_bytes_per_token_planned
         assert 0 <= bookkeeping < 64
     assert len(result.cases) == 4 and all(c.decode.speedup for c in result.cases)
-    assert set(result.versions) == {"grasp", "xllamacpp"}
+    assert set(result.versions) == {"graspprune", "xllamacpp"}
 
 
 def test_llama_cpp_beside_transformers(files):

@@ -11,6 +11,7 @@ from families import FAMILIES
 from test_checkpoint import EVEN, IDS, UNEVEN, pruned, save
 from transformers import AutoModelForCausalLM
 
+from grasp.checkpoint import uniform
 from grasp.checkpoint.export import export
 from grasp.errors import GraspError
 
@@ -19,8 +20,8 @@ FOUR_HEADS = [(7, 1), (50, 2), (80, 1)]  # at most 4 query heads, which divide t
 
 def padded(folder, family, widths, **options):
     """The pruned model, the stock one made of it, and what export says."""
-    model, kept = pruned(family, widths, **options)
-    save(model, kept, folder / "model")
+    model, mask = pruned(family, widths, **options)
+    save(model, mask, folder / "model")
     done = export(folder / "model", folder / "stock", to="hf-uniform")
     return model, AutoModelForCausalLM.from_pretrained(done.path), done
 
@@ -79,8 +80,8 @@ def test_no_room(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    model, kept = pruned("llama", UNEVEN)
-    save(model, kept, tmp_path / "model")
+    model, mask = pruned("llama", UNEVEN)
+    save(model, mask, tmp_path / "model")
 
     def full(self, folder, **_options):
         (folder / "config.json").parent.mkdir()
@@ -90,4 +91,16 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(GraspError, match=r"cannot write .*stock: the disk is full"):
         export(tmp_path / "model", tmp_path / "stock", to="hf-uniform")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_computes_something_else_is_not_published(tmp_path, monkeypatch):
+    def write_damaged(target, *args):
+        target.model.norm.weight.data = target.model.norm.weight.roll(1)
+        write(target, *args)
+
+    write = uniform.write_pretrained
+    monkeypatch.setattr(uniform, "write_pretrained", write_damaged)
+    with pytest.raises(GraspError, match=r"is not published, .*\(logits: differ by .*limit 1e-04"):
+        padded(tmp_path, "llama", UNEVEN)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -23,8 +23,8 @@ from grasp.model.modeling_grasp import FAMILIES as OURS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_layer_says_its_heads(family, tmp_path, monkeypatch):
     """An attention function that is set in the config, as vLLM's is, sees every layer's own."""
-    model, kept = pruned(family, UNEVEN)
-    save(model, kept, tmp_path / "out")
+    model, mask = pruned(family, UNEVEN)
+    save(model, mask, tmp_path / "out")
     config = AutoConfig.from_pretrained(tmp_path / "out")
     layers = [(own.num_attention_heads, own.num_key_value_heads) for own in config.per_layer_config]
     assert config.is_heterogeneous and layers == [(2 * kv, kv) for _, kv in UNEVEN]

@@ -46,6 +46,11 @@ class Budget:
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
             raise GraspError(f"--layout {self.layout!r}: choose {', '.join(get_args(Layout))}")
+        option = "--" + self.kind.replace("_", "-")
+        if not math.isfinite(self.asked):
+            raise GraspError(f"{option} {self.asked} is no amount: write a number")
+        if self.kind != "params" and not 0 < self.asked <= 1:
+            raise GraspError(f"{option} {self.asked} is not a ratio: choose one in (0, 1]")
 
     @classmethod
     def of(
@@ -94,11 +99,12 @@ class Budget:
 
     def limit(self, space: UnitSpace) -> int:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
-        self._check_widths(space)
+        self.check_multiples(space)
+        if self.layout == "uniform" and len(set(space.layers)) > 1:
+            raise GraspError(
+                "--layout uniform needs layers of equal widths, and this model's differ"
+            )
         total, floor = self.cost(space), self.floor(space)
-        if not math.isfinite(self.asked):
-            option = "--" + self.kind.replace("_", "-")
-            raise GraspError(f"{option} {self.asked} is no amount: write a number")
         # str first: 0.7 means seven tenths, not the nearest binary fraction
         asked = Fraction(str(self.asked))
         if self.kind == "params":
@@ -110,11 +116,9 @@ class Budget:
                     f"choose between {least:,} and {space.total_params:,}"
                 )
             return int((asked - untouchable) // space.hidden_size)
-        option = "--keep" if self.kind == "keep" else "--kv-cache"
-        if not 0 < asked <= 1:
-            raise GraspError(f"{option} {self.asked} is not a ratio: choose one in (0, 1]")
         limit = int(asked * total)
         if limit < floor:
+            option = "--keep" if self.kind == "keep" else "--kv-cache"
             share = math.ceil(1e4 * floor / total) / 1e4
             raise GraspError(
                 f"{option} {self.asked} is impossible: one block of every kind in every layer "
@@ -122,12 +126,8 @@ class Budget:
             )
         return limit
 
-    def _check_widths(self, space: UnitSpace) -> None:
-        if self.layout == "uniform" and len(set(space.layers)) > 1:
-            raise GraspError(
-                "--layout uniform needs layers of equal widths, and this model's differ: "
-                "use --layout per-layer"
-            )
+    def check_multiples(self, space: UnitSpace) -> None:
+        """Raises GraspError where a multiple does not divide a width."""
         for option, multiple, widths in (
             ("--ffn-multiple", self.ffn_multiple, {layer.ffn for layer in space.layers}),
             ("--kv-multiple", self.kv_multiple, {layer.kv_groups for layer in space.layers}),

@@ -105,8 +105,11 @@ class Projection:
         together = len(space.layers) if budget.layout == "uniform" else 1
         lengths = torch.tensor([s.units.stop - s.units.start for s in segments])
         segment = torch.repeat_interleave(torch.arange(len(segments)), lengths)
-        self._by_tie = tie_rank.argsort().to(device)
-        self._segment = segment.to(device)
+        by_tie = tie_rank.argsort()
+        by_segment = by_tie[segment[by_tie].argsort(stable=True)]
+        self._by_tie = by_tie.to(device)
+        self._by_segment = by_segment.to(device)  # then by tie
+        self._segment = (segment[by_segment] << 32).to(device)
 
         # blocks of the sorted units: [blocks, layers that share the block]
         middle: list[list[int]] = []
@@ -137,8 +140,10 @@ class Projection:
     def __call__(self, scores: Tensor, limit: int | Tensor | None = None) -> Tensor:
         """Hard mask, bool [units]. `limit` (int or 0-dim int64) stands in for the budget's own."""
         scores = scores.detach().float().nan_to_num(nan=-torch.inf) + 0.0  # -0 becomes 0
-        by_score = self._by_tie[scores[self._by_tie].argsort(descending=True, stable=True)]
-        order = by_score[self._segment[by_score].argsort(stable=True)]
+        # one sort by (segment, score): integers that order like the floats, in steps of 2^32
+        bits = scores[self._by_segment].view(torch.int32)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = self._by_segment[(self._segment - key).argsort(stable=True)]
         blocks = budget_topk(
             scores[order][self._middle].mean(1),
             self._costs,

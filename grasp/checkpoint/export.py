@@ -11,6 +11,7 @@ from pathlib import Path
 from grasp.errors import GraspError
 from grasp.machine import disk_errors
 from grasp.model.load import load_model
+from grasp.planning.check import check_export
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,10 @@ def export(
     the widest; it computes the same. `out` is complete or absent. Raises GraspError: `out` exists,
     or the other runtime has nothing that computes what the model does.
     """
-    from grasp.checkpoint.gguf import check_type, write_gguf
-    from grasp.checkpoint.uniform import write_uniform
-
     out = Path(out)
     if to not in ("gguf", "hf-uniform"):
         raise GraspError(f"--to {to} is unknown: write gguf or hf-uniform")
     if to == "gguf":
-        check_type(type or "f16", out)
         if out.suffix != ".gguf":
             raise GraspError(f"--out {out} does not end in .gguf, by which tools know such a file")
     elif type is not None:
@@ -58,7 +55,13 @@ def export(
         raise GraspError(f"{out} exists already: choose another --out or remove it first")
     if not out.parent.is_dir():
         raise GraspError(f"--out {out} is in no folder that exists: make {out.parent} first")
+    check_export(os.fspath(model))
 
+    from grasp.checkpoint.gguf import check_type, write_gguf  # and with them torch: seconds
+    from grasp.checkpoint.uniform import write_uniform
+
+    if to == "gguf":
+        check_type(type or "f16", out)
     live, tokenizer = load_model(model, dtype=None)
     beside = out.with_name(out.name + ".new")
     _remove(beside)  # of an export that was killed

@@ -6,48 +6,33 @@ beside the weights. Equal widths need nothing of ours: they are saved as a stock
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import platform
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
+    AutoConfig,
+    AutoTokenizer,
     GenerationConfig,
-    MistralConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from grasp.budget.budget import Budget
-from grasp.errors import GraspError
-from grasp.model.load import processor, quiet
-from grasp.model.modeling_grasp import FAMILIES
+from grasp import __version__
+from grasp.budget.projection import Mask
+from grasp.checkpoint.probe import TEXT, Probe
+from grasp.checkpoint.record import Record, sha256
+from grasp.checkpoint.verify import check_saved
+from grasp.errors import GraspError, reason
+from grasp.model.classes import as_saved, without_weights
+from grasp.model.load import load_model, processor, quiet
 from grasp.model.units import LayerUnits, UnitSpace
-
-# In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
-PROBE = Path("verify", "probe.safetensors")
-PROBE_TOKENS = 32
-
-# Config keys that a class or save_pretrained sets anew.
-_WRITTEN_ANEW = (
-    "architectures",
-    "auto_map",
-    "dtype",
-    "model_type",
-    "per_layer_config",
-    "serialize_explicit_per_layer_config",
-    "transformers_version",
-)
 
 
 @dataclass(frozen=True)
@@ -60,172 +45,162 @@ class Saved:
     note: str | None
 
 
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    *,
+    mask: Mask | None = None,
+    seed: int = 0,
+) -> Record:
+    """Write a folded model as a checkpoint that `grasp verify` passes. Complete or absent.
+
+    With `mask`, grasp.json also says what was there before, and which units are left. `seed` draws
+    the tokens of the probe. Raises GraspError: the folder exists, no room, widths that no class can
+    express, a checkpoint that `grasp verify` would fail.
+    """
+    out = Path(folder)
+    if os.path.lexists(out):
+        raise GraspError(f"{out} exists already: choose another folder or remove it first")
+    if mask is None:
+        space = UnitSpace.of(model)
+        mask = Mask(space, torch.ones(space.size, dtype=torch.bool))
+    record = record_of(mask, model, name=model.name_or_path or type(model).__name__, seed=seed)
+    beside = out.with_name(f"{out.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        _, record = save_checkpoint(model, tokenizer, beside, record)
+        reread, read_tokenizer = load_model(beside, dtype=None, device=str(model.device))
+        check_saved(beside, reread, read_tokenizer)
+        os.rename(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return record
+
+
+def record_of(mask: Mask, model: PreTrainedModel, *, name: str, seed: int, **more: Any) -> Record:
+    """What grasp.json says of the folded `model`, which was called `name`; `more` of its fields."""
+    before, after = mask.space, mask.pruned_space()
+    found = UnitSpace.of(model)
+    if [_widths(layer) for layer in found.layers] != [_widths(layer) for layer in after.layers]:
+        raise ValueError("the mask does not describe the widths of this model")
+    return Record(
+        grasp_version=__version__,
+        model=name,
+        seed=seed,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        params={
+            "prunable_before": before.prunable_params,
+            "prunable_after": after.prunable_params,
+            "total_before": before.total_params,
+            "total_after": found.total_params,  # with biases that were added
+        },
+        kv_cache_bytes_per_token={
+            "before": before.kv_cache_bytes_per_token(),
+            "after": after.kv_cache_bytes_per_token(),
+        },
+        widths={
+            "before": [_widths(layer) for layer in before.layers],
+            "after": [_widths(layer) for layer in after.layers],
+        },
+        mask_sha256=mask.digest(),
+        kept=[{"ffn": ffn.tolist(), "kv": kv.tolist()} for ffn, kv in mask.layers()],
+        **{"recipe": {}, **more},
+    )
+
+
+def _widths(layer: LayerUnits) -> list[int]:
+    return [layer.ffn, layer.kv_groups]
+
+
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    record: Record,
     *,
-    kept: Sequence[tuple[list[int], list[int]]],
-    grasp_json: dict[str, Any],
     max_shard_size: str = "5GB",
-) -> Saved:
-    """Write weights, tokenizer, configs, grasp.json and probe into `folder`.
+) -> tuple[Saved, Record]:
+    """Write weights, tokenizer, configs, probe and grasp.json into `folder`.
 
     `model` is the folded model: its own class, config and names, with smaller weights, in the dtype
-    to save. `kept` holds the (FFN channels, KV groups) of each layer by their original indices and
-    becomes `kept` in grasp.json. The folder must exist; renaming it into place is the caller's.
-    Raises GraspError: no room, or widths that no class can express.
+    to save. Returns the record with the hashes of the weights. The folder must exist; renaming it
+    into place is the caller's. Raises GraspError: no room, or widths that no class can express.
     """
-    space = UnitSpace.of(model)
-    grasp_json = {**grasp_json, "kept": [{"ffn": ffn, "kv": kv} for ffn, kv in kept]}
-    widths = [(len(ffn), len(kv)) for ffn, kv in kept]
-    if widths != [(layer.ffn, layer.kv_groups) for layer in space.layers]:
-        raise ValueError("the kept indices do not describe this model's widths")
-
-    target, note = as_saved(model, space)
+    target, note = as_saved(model, UnitSpace.of(model))
     weights = dict(target.named_parameters())  # tied tensors once
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
-        write_pretrained(target, tokenizer, folder, max_shard_size)
-        probe = _probe(model, seed=int(grasp_json.get("seed", 0)))
-        (folder / PROBE).parent.mkdir()
-        save_file(probe, folder / PROBE, metadata=environment(model.device))
+        write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
+        Probe.of(model, tokenizer, environment(model.device), record.seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-        write_json(folder / "grasp.json", {**grasp_json, "sha256": hashes})
+        record = replace(record, sha256=hashes)
+        record.write(folder)
     except (OSError, SafetensorError) as error:
         raise GraspError(
             f"cannot write {folder}: {error} (the weights need {weight_bytes:,} bytes)"
         ) from error
-    return Saved(type(target).__name__, weight_bytes, note)
+    return Saved(type(target).__name__, weight_bytes, note), record
 
 
-def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will load it, sharing the weights; and why, if not its own."""
-    config, note = _config(model.config, space)
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(config)
-    target.load_state_dict(model.state_dict(), assign=True)
-    target.tie_weights()
-    target.generation_config = model.generation_config
-    return target, note
+def try_saving(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, space: UnitSpace
+) -> None:
+    """Find out before the long work whether a result can be saved, and read again.
 
-
-def check_layout(config: PreTrainedConfig, space: UnitSpace, budget: Budget) -> None:
-    """Raises GraspError if some widths that `budget` allows have no class to be saved as."""
-    if budget.layout == "per-layer":
-        _own_classes(_family(config))
-        return
-    for groups in range(budget.kv_multiple, space.layers[0].kv_groups + 1, budget.kv_multiple):
-        _config(config, space.resized([(layer.ffn, groups) for layer in space.layers]))
-    least = space.resized([(budget.ffn_multiple, budget.kv_multiple)] * len(space.layers))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(config, least)[0])
-    made = UnitSpace.of(model).layers
-    if any(
-        (_widths(a), a.head_dim) != (_widths(b), b.head_dim)
-        for a, b in zip(made, least.layers, strict=True)
-    ):
-        raise GraspError(f"{type(model).__name__} does not take the widths that its config names")
-
-
-def _family(config: PreTrainedConfig) -> str:
-    return config.model_type.removeprefix("grasp_")  # a pruned model may be pruned again
-
-
-def _config(config: PreTrainedConfig, space: UnitSpace) -> tuple[PreTrainedConfig, str | None]:
-    """A config of the class that can express the widths of `space`, and why, if not its own."""
-    family = _family(config)
-    values = {k: v for k, v in config.to_dict().items() if k not in _WRITTEN_ANEW}
-    values["head_dim"] = space.layers[0].head_dim
-    widths = [_widths(layer) for layer in space.layers]
-    if all(layer == widths[0] for layer in widths):
-        values |= widths[0]
-        if family == "llama" and values["hidden_size"] % values["num_attention_heads"]:
-            return _mistral_config(values)
-        try:
-            return CONFIG_MAPPING[family](**values), None
-        except StrictDataclassError as error:  # a rule on head counts
-            reason = str(error.__cause__ or error)
-            raise GraspError(
-                f"{family} takes no layers of {values['num_attention_heads']} query heads "
-                f"({reason}): use --layout per-layer, or a --kv-multiple that avoids them"
-            ) from None
-
-    classes = _own_classes(family)
-    config_class: Any = classes[0]
-    auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    auto_map = {a: f"modeling_grasp.{c.__name__}" for a, c in zip(auto_names, classes, strict=True)}
-    return (
-        config_class(
-            **values,
-            per_layer_config=dict(enumerate(widths)),
-            serialize_explicit_per_layer_config=True,  # all three widths of every layer
-            auto_map=auto_map,
-        ),
-        None,
-    )
-
-
-def _own_classes(family: str) -> tuple[Any, Any, Any]:
-    if family not in FAMILIES:
+    Writes `model` in the widths of `space`, without weights, into the new `folder`, which it
+    removes. Raises GraspError: what cannot be written or read, a tokenizer that comes back as
+    another, logits of `model` in its own dtype that are not finite.
+    """
+    target, _ = without_weights(model, space)
+    try:
+        tokens = tokenizer(TEXT).input_ids
+        write_pretrained(target, tokenizer, folder, state_dict={})
+        AutoConfig.from_pretrained(folder)
+        same = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == tokens
+    except Exception as error:  # configs and tokenizers fail in as many ways
         raise GraspError(
-            f"{family} has no class with per-layer widths (there are {', '.join(FAMILIES)}): "
-            "use --layout uniform"
-        )
-    return FAMILIES[family]
-
-
-def _widths(layer: LayerUnits) -> dict[str, int]:
-    return {
-        "intermediate_size": layer.ffn,
-        "num_attention_heads": layer.kv_groups * layer.group_size,
-        "num_key_value_heads": layer.kv_groups,
-    }
-
-
-def _mistral_config(values: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
-    """Llama's config class wants heads that divide the hidden size; Mistral's is the same decoder
-    without that rule, and without biases."""
-    heads = values["num_attention_heads"]
-    rule = f"{heads} query heads do not divide the hidden size {values['hidden_size']}"
-    if values.pop("attention_bias") or values.pop("mlp_bias"):
+            f"cannot write {folder} as a result will be (nothing is computed yet): {reason(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not same:
         raise GraspError(
-            f"{rule}, which LlamaConfig demands, and no other stock class has its biases: "
-            "use --layout per-layer"
+            "the tokenizer gives other tokens once it is saved and read again by transformers "
+            f"{transformers.__version__}: repair its files first"
         )
-    values.pop("pretraining_tp", None)
-    config = MistralConfig(**values, sliding_window=None)
-    return config, f"{rule}, which LlamaConfig demands: saved as the equivalent Mistral class"
+    logits = Probe.of(model, tokenizer, environment(model.device)).logits
+    if not logits.isfinite().all():
+        raise GraspError(
+            f"the model's logits are not finite in {logits.dtype}, in which it is stored: store it "
+            "in bf16 or fp32 first"
+        )
 
 
 def write_pretrained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
 ) -> None:
     """The files of transformers: weights, config, generation config, tokenizer, our classes.
 
-    The generation config is written as it was read: `save_pretrained` refuses some that it reads,
-    a temperature without sampling or beam flags without beams, say.
+    `options` are those of `save_pretrained`. The generation config is written as it was read: that
+    method refuses some that can be read, a temperature without sampling or beam flags without
+    beams, say.
     """
     as_read, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with quiet():
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            model.save_pretrained(folder, **options)
             tokenizer.save_pretrained(folder)
     finally:
         model.generation_config = as_read
     as_read.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """Token ids [1, 32] (int64) and the logits [1, 32, vocabulary] in the model's dtype, on CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, PROBE_TOKENS)
-    input_ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    logits = model(input_ids.to(model.device), use_cache=False).logits
-    return {"input_ids": input_ids, "logits": logits.cpu().contiguous()}
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -237,17 +212,3 @@ def environment(device: torch.device) -> dict[str, str]:
         "processor": processor(device),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """One line per top-level key: the kept indices would otherwise take one line each."""
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

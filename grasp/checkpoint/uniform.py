@@ -14,9 +14,13 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp.checkpoint.save import as_saved, write_pretrained
+from grasp.checkpoint.probe import Probe
+from grasp.checkpoint.save import environment, write_pretrained
+from grasp.checkpoint.verify import check_exported
 from grasp.errors import GraspError
 from grasp.machine import check_room
+from grasp.model.classes import as_saved
+from grasp.model.load import load_model, move
 from grasp.model.units import Rows, UnitSpace, decoder_layers
 
 
@@ -25,19 +29,25 @@ def write_uniform(
 ) -> tuple[str, str]:
     """Pad the model in place and save it in `folder`; returns its class and a note on the cost.
 
-    Raises GraspError: the layers are equal already, or there is no room.
+    The model is used up. Raises GraspError: the layers are equal already, there is no room, or what
+    reads from `folder` computes something else.
     """
     before = UnitSpace.of(model)
     if all(layer == before.layers[0] for layer in before.layers):
         raise GraspError("every layer has the same widths already: use the checkpoint as it is")
+    probe = Probe.of(model, tokenizer, environment(model.device))
     _pad(model, before)
     after = UnitSpace.of(model)
     target, note = as_saved(model, after)
     needed = sum(p.numel() * p.element_size() for p in target.parameters())
     check_room(folder, "weights need", needed)
-    write_pretrained(target, tokenizer, folder, "5GB")
+    write_pretrained(target, tokenizer, folder, max_shard_size="5GB")
+    architecture = type(target).__name__
+    del target
+    move(model, "meta")  # the memory is for the one that is read back
+    check_exported(folder, *load_model(folder, dtype=None), probe)
     cost = f"{before.total_params:,} parameters became {after.total_params:,}, padded with zeros"
-    return type(target).__name__, f"{cost}; {note}" if note else cost
+    return architecture, f"{cost}; {note}" if note else cost
 
 
 def _pad(model: PreTrainedModel, space: UnitSpace) -> None:

@@ -1,12 +1,12 @@
 """`grasp verify DIR`: is this checkpoint what it says it is?
 
 The checkpoint is loaded in fresh processes, the way its users will load it, and compared with
-grasp.json and with the probe: logits of the model in memory when it was saved.
+grasp.json and with the probe: logits of the model in memory when it was saved. What needs no other
+process is checked before a checkpoint is published, too.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
@@ -15,9 +15,13 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from grasp.checkpoint.record import Record, sha256
 from grasp.errors import GraspError
+
+if TYPE_CHECKING:  # slow to import, and a folder that is none of ours needs none
+    from grasp.checkpoint.probe import Probe
 
 # Another CPU, GPU or torch release rounds differently; relative to the largest logit.
 TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 5e-2, "torch.float16": 1e-2}
@@ -47,18 +51,8 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
     GraspError if the folder is no grasp checkpoint.
     """
     folder = Path(folder).resolve()
-    grasp_json, config = _read_json(folder, "grasp.json"), _read_json(folder, "config.json")
-    try:
-        kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in grasp_json["kept"]]
-        parameters = int(grasp_json["params"]["total_after"])
-        hashes = dict(grasp_json["sha256"])
-        own_code = str(config["model_type"]).startswith("grasp_")
-    except (KeyError, TypeError, ValueError) as error:
-        raise GraspError(f"{folder} is not a grasp checkpoint: no {error} in its json") from None
-
-    checks = [_check_files(folder, hashes), _check_tensors(folder)]
-    if "sparsity" in grasp_json:
-        checks.append(check_sparsity(folder, grasp_json["sparsity"]))
+    record, own_code = Record.read(folder), _model_type(folder).startswith("grasp_")
+    checks = _check_disk(folder, record)
     ways = {"with import grasp": "grasp", "without grasp": "remote"}
     if not own_code:
         ways = {"as the stock class": "stock"}
@@ -73,20 +67,45 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
             )
         )
     for title, way in ways.items():
-        checks += _check_loaded(folder, title, way, kept, parameters)
+        checks += _check_loaded(folder, title, way, record)
     return VerifyReport(str(folder), tuple(checks))
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def check_saved(folder: Path, model: Any, tokenizer: Any) -> None:
+    """The checks of `verify` that need no other process, before a checkpoint is published.
+
+    `model` and `tokenizer` have just been read from `folder`, onto the device of the model that was
+    saved. Raises GraspError with the checks that fail.
+    """
+    from grasp.checkpoint.probe import Probe
+
+    record = Record.read(folder)
+    found = Probe.read(folder).compare(model, tokenizer)
+    _refuse_failed(folder, [*_check_disk(folder, record), *_check_found("", found, record)])
+
+
+def check_exported(folder: Path, model: Any, tokenizer: Any, probe: Probe) -> None:
+    """The same for a folder without grasp.json that computes what `probe` does but for rounding."""
+    found = probe.compare(model, tokenizer)
+    computed = [_check_logits("logits", found, exact=False), _check_tokens("tokenizer", found)]
+    _refuse_failed(folder, [_check_tensors(folder), *computed])
+
+
+def _refuse_failed(folder: Path, checks: list[Check]) -> None:
+    failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
+    if failed:
+        raise GraspError(
+            f"{folder} is not published, as it would fail `grasp verify` ({'; '.join(failed)})"
+        )
+
+
+def _model_type(folder: Path) -> str:
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
     except FileNotFoundError:
-        raise GraspError(f"{folder} is not a grasp checkpoint: it has no {name}") from None
-    except (OSError, ValueError) as error:
-        raise GraspError(f"{folder} is not a grasp checkpoint: {name}: {error}") from None
-    if not isinstance(content, dict):
-        raise GraspError(f"{folder} is not a grasp checkpoint: {name} holds no object")
-    return content
+        raise GraspError(f"{folder} is not a grasp checkpoint: it has no config.json") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise GraspError(f"{folder} is not a grasp checkpoint: config.json: {error}") from None
 
 
 def _is_own_code(path: Path) -> bool:
@@ -94,10 +113,13 @@ def _is_own_code(path: Path) -> bool:
     return path.is_file() and path.read_bytes() == own.read_bytes()
 
 
+def _check_disk(folder: Path, record: Record) -> list[Check]:
+    checks = [_check_files(folder, record.sha256), _check_tensors(folder)]
+    return checks + ([check_sparsity(folder, record.sparsity)] if record.sparsity else [])
+
+
 def _check_files(folder: Path, hashes: dict[str, str]) -> Check:
     """The weight files are those that were written, to the last bit."""
-    from grasp.checkpoint.save import sha256
-
     found = {path.name for path in folder.glob("*.safetensors")}
     wrong = sorted(found.symmetric_difference(hashes))
     wrong += [
@@ -165,28 +187,13 @@ def _index(folder: Path) -> Iterable[tuple[str, list[str] | None]]:
     return [(file, [name for name, f in weight_map.items() if f == file]) for file in files]
 
 
-def _check_loaded(
-    folder: Path, title: str, way: str, kept: list[tuple[int, int]], parameters: int
-) -> list[Check]:
+def _check_loaded(folder: Path, title: str, way: str, record: Record) -> list[Check]:
     found = _in_fresh_process(folder, way)
     if "error" in found:
-        return [Check(f"loads {title}", False, found["error"])]
-    widths = list(zip(found["ffn"], found["kv"], strict=True))
-    wrong = [i for i, pair in enumerate(zip(widths, kept, strict=False)) if pair[0] != pair[1]]
-    same_widths = widths == kept
+        return [Check(f"loads {title}", False, _one_line(found["error"]))]
     return [
         Check(f"loads {title}", True, found["class"]),
-        Check(
-            f"widths {title}",
-            same_widths,
-            f"{len(kept)} layers" if same_widths else f"layers {wrong} differ from grasp.json",
-        ),
-        Check(
-            f"parameters {title}",
-            found["parameters"] == parameters,
-            f"{found['parameters']:,}, grasp.json says {parameters:,}",
-        ),
-        _check_logits(f"logits {title}", folder, found),
+        *_check_found(f" {title}", found, record),
         Check(
             f"generate {title}",
             found["cached"] == found["uncached"],
@@ -197,29 +204,59 @@ def _check_loaded(
     ]
 
 
-def _check_logits(name: str, folder: Path, found: dict[str, Any]) -> Check:
-    """Bit-equal to the probe where processor and torch are those that computed it."""
+def _check_found(title: str, found: dict[str, Any], record: Record) -> list[Check]:
+    """`Probe.compare` against what grasp.json says and the probe."""
+    widths = list(zip(found["ffn"], found["kv"], strict=False))
+    kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in record.kept]
+    wrong = [i for i, pair in enumerate(zip(widths, kept, strict=False)) if pair[0] != pair[1]]
+    same_widths = widths == kept
+    return [
+        Check(
+            f"widths{title}",
+            same_widths,
+            f"{len(widths)} layers" if same_widths else f"layers {wrong} differ from grasp.json",
+        ),
+        Check(
+            f"parameters{title}",
+            found["parameters"] == record.params["total_after"],
+            f"{found['parameters']:,}, grasp.json says {record.params['total_after']:,}",
+        ),
+        _check_logits(f"logits{title}", found),
+        _check_tokens(f"tokenizer{title}", found),
+    ]
+
+
+def _check_logits(name: str, found: dict[str, Any], *, exact: bool = True) -> Check:
+    """Bit-equal to the probe, if `exact`, where processor and torch are those that computed it."""
     import torch
-    from safetensors import safe_open
 
-    from grasp.checkpoint.save import PROBE, environment
+    from grasp.checkpoint.save import environment
 
-    with safe_open(folder / PROBE, framework="pt") as probe:
-        then = probe.metadata()
-    now = environment(torch.device(found["device"]))
-    difference, limit = found["difference"], TOLERANCE[found["dtype"]]
+    then, now = found["environment"], environment(torch.device(found["device"]))
+    dtype, difference = found["dtype"], found["difference"]
+    if not found["finite"]:
+        fix = "store the model in bf16 or fp32 first" if dtype == "torch.float16" else "get it anew"
+        return Check(name, False, f"not finite in {dtype}: {fix}")
     place = f"{then['processor']}, torch {then['torch']}, transformers {then['transformers']}"
-    if all(now[key] == then[key] for key in ("torch", "transformers", "device", "processor")):
+    same = all(now[key] == then[key] for key in ("torch", "transformers", "device", "processor"))
+    if exact and same:
         if found["bit_equal"]:
-            return Check(name, True, f"bit-equal to the model in memory ({found['dtype']})")
+            return Check(name, True, f"bit-equal to the model in memory ({dtype})")
         return Check(name, False, f"differ by {difference:.1e} from those computed on this {place}")
+    limit = TOLERANCE[dtype]
     detail = f"differ by {difference:.1e} (limit {limit:.0e}) from those computed on {place}"
-    return Check(name, difference <= limit, detail)  # NaN fails
+    return Check(name, difference <= limit, detail)
+
+
+def _check_tokens(name: str, found: dict[str, Any]) -> Check:
+    same = found["same_tokens"]
+    detail = "the tokens of a text as written" if same else "a text's tokens are not as written"
+    return Check(name, same, detail)
 
 
 def _in_fresh_process(folder: Path, way: str) -> dict[str, Any]:
-    """Run `_load_and_probe` in a new interpreter; {"error": last line} if that fails."""
-    source = inspect.getsource(_load_and_probe)
+    """Run probe.py in a new interpreter; {"error": why} if that fails."""
+    source = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
     root = str(Path(__file__).parents[2])  # where grasp is imported from, installed or not
     with tempfile.TemporaryDirectory() as scratch:
         environment = {
@@ -230,7 +267,7 @@ def _in_fresh_process(folder: Path, way: str) -> dict[str, Any]:
         }
         result = Path(scratch, "result.json")
         run = subprocess.run(
-            [sys.executable, "-c", f"{source}\n_load_and_probe()", str(folder), way, str(result)],
+            [sys.executable, "-c", source, str(folder), way, str(result)],
             cwd=scratch,
             env=environment,
             capture_output=True,
@@ -239,81 +276,8 @@ def _in_fresh_process(folder: Path, way: str) -> dict[str, Any]:
         if run.returncode == 0:
             return dict(json.loads(result.read_text()))
     lines = run.stderr.strip().splitlines() or [f"the process ended with {run.returncode}"]
-    return {"error": _one_line(lines[-1])}
+    return {"error": lines[-1]}
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
-def _load_and_probe() -> None:
-    """Stands alone: its source is run where grasp may not be importable."""
-    import json
-    import sys
-    from pathlib import Path
-
-    folder, way, result = sys.argv[1:]
-    if way == "grasp":
-        import grasp  # noqa: F401
-    else:
-        sys.modules["grasp"] = None  # type: ignore[assignment]  # importing it fails
-
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
-    with safe_open(Path(folder, "verify", "probe.safetensors"), framework="pt") as probe:
-        input_ids, logits = probe.get_tensor("input_ids"), probe.get_tensor("logits")
-        metadata = probe.metadata()
-    torch.set_num_threads(int(metadata["threads"]))  # the order of sums depends on it
-    device = metadata["device"] if torch.cuda.is_available() else "cpu"
-
-    auto: Any = AutoModelForCausalLM
-    model, loading = auto.from_pretrained(
-        folder,
-        dtype=logits.dtype,
-        use_safetensors=True,
-        trust_remote_code=way == "remote",
-        output_loading_info=True,
-    )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loading[problem]:
-            raise SystemExit(f"{problem}: {sorted(loading[problem])}")
-    model.to(device).eval()
-    input_ids = input_ids.to(device)
-    with torch.no_grad():
-        again = model(input_ids, use_cache=False).logits.cpu()
-        error = (again.float() - logits.float()).abs().max() / logits.float().abs().max()
-        shapes = {
-            part: [p.shape for n, p in model.named_parameters() if n.endswith(f".{part}.weight")]
-            for part in ("down_proj", "k_proj", "qkv_proj", "o_proj")
-        }
-        fused = zip(shapes["qkv_proj"], shapes["o_proj"], strict=False)
-        keys = [k[0] for k in shapes["k_proj"]] or [(qkv[0] - o[1]) // 2 for qkv, o in fused]
-        parameters = sum(p.numel() for p in model.parameters())
-        # In fp32: in bf16 the two ways round differently and near-ties may fall either way.
-        model.float()
-        cached, uncached = (
-            model.generate(
-                input_ids[:, :8],
-                attention_mask=torch.ones_like(input_ids[:, :8]),
-                do_sample=False,
-                max_new_tokens=16,
-                min_new_tokens=16,
-                use_cache=use_cache,
-            )[0].tolist()
-            for use_cache in (True, False)
-        )
-    found = {
-        "class": f"{type(model).__module__.split('.')[-1]}.{type(model).__name__}",
-        "device": device,
-        "dtype": str(logits.dtype),
-        "bit_equal": torch.equal(again, logits),
-        "difference": error.item(),
-        "ffn": [columns for _, columns in shapes["down_proj"]],
-        "kv": [rows // model.config.head_dim for rows in keys],
-        "parameters": parameters,
-        "cached": cached,
-        "uncached": uncached,
-    }
-    Path(result).write_text(json.dumps(found))
+    return " ".join(text.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import signal
@@ -241,10 +242,11 @@ def prune_command(
     """Select, refit, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
     options = dict(locals())
     del options["as_json"]
+    ratios = parse_ratios(keep) if keep else [None]
+    _check(PruneConfig, options, [{"keep": ratio} for ratio in ratios])
     from grasp.report.summary import measured_on, size_rows
     from grasp.run.prune import prune, prune_each
 
-    ratios = parse_ratios(keep) if keep else [None]
     with _progress() as show:
         if len(ratios) == 1:
             results = [prune(**options | {"keep": ratios[0]}, show=show)]
@@ -259,10 +261,10 @@ def prune_command(
         return
     for result in results:
         table = Table("", "dense", "pruned", "", title=Text(str(result.folder)))
-        for row in size_rows(result.summary):
+        for row in size_rows(result.record):
             table.add_row(*row)
         out_console.print(table)
-    _line(measured_on(results[0].summary))
+    _line(measured_on(results[0].record))
 
 
 @app.command("compare")
@@ -306,10 +308,11 @@ def compare_command(
     options = dict(locals())
     del options["as_json"], options["methods"]
     _check_tasks(tasks, tasks_data, limit)
+    options |= {"keep": parse_ratios(keep), "seeds": parse_counts(seeds)}
+    _check(PruneConfig, options, [{"keep": ratio} for ratio in options["keep"]])
     from grasp.report.comparison import explained, perplexity_table
     from grasp.run.compare import compare
 
-    options |= {"keep": parse_ratios(keep), "seeds": parse_counts(seeds)}
     if methods:
         options["methods"] = methods.split(",")
     with _progress() as show:
@@ -354,6 +357,7 @@ def sparsify_command(
     """Zeros in a pattern such as 2:4, stored dense: the same model, sparse, in --out."""
     options = dict(locals())
     del options["as_json"]
+    _check(SparsifyConfig, options)
     from grasp.report.summary import measured_on, size_rows
     from grasp.run.sparsify import sparsify
 
@@ -363,10 +367,10 @@ def sparsify_command(
         print(json.dumps(result.summary, indent=2))
         return
     table = Table("", "dense", "sparse", "", title=Text(str(result.folder)))
-    for row in size_rows(result.summary):
+    for row in size_rows(result.record):
         table.add_row(*row)
     out_console.print(table)
-    _line(measured_on(result.summary))
+    _line(measured_on(result.record))
 
 
 @app.command("plan")
@@ -438,11 +442,15 @@ def eval_command(
     _check_tasks(tasks, tasks_data, limit)
     if record and not tasks:
         raise typer.BadParameter("--record is for --tasks, which is not given")
+    from grasp.planning.check import check_reading
+
+    models = [model] if against is None else [model, against]
+    for name in models:  # before torch is imported, which takes seconds
+        check_reading(name, text=text, seq_len=seq_len, device=device)
     from grasp.evaluate.perplexity import evaluate_text
     from grasp.evaluate.zero_shot import evaluate_tasks
     from grasp.machine import memory_errors
 
-    models = [model] if against is None else [model, against]
     fix = f"lower --batch-size (now {batch_size}) or --seq-len"
     with _progress() as show, memory_errors(f"device {device}", fix):
         common: dict[str, Any] = dict(
@@ -501,6 +509,10 @@ def bench_command(
     as_json: Json = False,
 ) -> None:
     """Speed and size: prefill, decode, KV cache, weights. A .gguf file runs in llama.cpp."""
+    from grasp.planning.check import check_reading
+
+    for name in [model] if against is None else [model, against]:  # before torch is imported
+        check_reading(name, device=device)
     from grasp.evaluate.bench import bench
 
     shapes = {"batch_sizes": parse_counts(batch_sizes), "prompt_lens": parse_counts(prompt_lens)}
@@ -556,20 +568,21 @@ def show_command(
     as_json: Json = False,
 ) -> None:
     """What was kept, layer by layer."""
-    from grasp.report.summary import layer_rows, measured_on, read_summary, size_rows
+    from grasp.checkpoint.record import Record
+    from grasp.report.summary import layer_rows, measured_on, size_rows
 
-    summary = read_summary(folder)
+    record = Record.read(folder)
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(record.to_json(), indent=2))
         return
     table = Table("layer", "FFN channels", "", "KV groups", title=Text(str(folder)))
-    for index, ffn, ffn_of, kv, kv_of in layer_rows(summary):
+    for index, ffn, ffn_of, kv, kv_of in layer_rows(record):
         bar = "█" * round(20 * ffn / ffn_of)
         table.add_row(str(index), f"{ffn} / {ffn_of}", bar, "●" * kv + "○" * (kv_of - kv))
     out_console.print(table)
-    for what, dense, pruned, ratio in size_rows(summary):
+    for what, dense, pruned, ratio in size_rows(record):
         _line(f"{what}: {dense} -> {pruned} ({ratio})")
-    _line(measured_on(summary))
+    _line(measured_on(record))
 
 
 @app.command("export")
@@ -603,6 +616,16 @@ def export_command(
         print(json.dumps(asdict(result), indent=2, default=str))
     else:
         _line(str(result))
+
+
+def _check(kind: Any, options: dict[str, Any], each: list[dict[str, Any]] | None = None) -> None:
+    """What the Python twin will check first, before it is imported and torch with it: seconds."""
+    from grasp.run.ready import check_run
+
+    names = inspect.signature(kind.of).parameters.keys() | kind.__dataclass_fields__.keys()
+    asked = {name: value for name, value in options.items() if name in names}
+    for more in each or [{}]:
+        check_run(kind.of(**asked | more), options["out"])
 
 
 def _check_tasks(tasks: str | None, data: str | None, limit: int | None) -> None:

@@ -7,32 +7,16 @@ then every projection has one: the others' are zeros.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
-from grasp.errors import GraspError
 from grasp.gates.moments import column_moments
 from grasp.journal import Journal
+from grasp.model.header import SWITCHES
 from grasp.model.units import decoder_layers
-
-SWITCHES = ("attention_bias", "mlp_bias")  # of a config: biases in all projections
-
-
-def with_biases(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy that has the biases. Raises GraspError where the model's class cannot carry them."""
-    if not all(hasattr(config, switch) for switch in SWITCHES):
-        raise GraspError(
-            f"--compensate bias: {config.model_type} has no class with biases in o_proj and "
-            "down_proj (llama has): use --compensate refit"
-        )
-    biased = copy.deepcopy(config)
-    biased.update(dict.fromkeys(SWITCHES, True))
-    return biased
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,8 +10,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
+from grasp.model.classes import as_saved
 from grasp.model.modeling_grasp import LayerConfig
-from grasp.model.units import Rows, decoder_layers
+from grasp.model.units import Rows, UnitSpace, decoder_layers
+
+
+def fold(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
+    """What `mask` keeps, as a dense model of the class that its checkpoint will name.
+
+    `model` stays as it is; the two share what nothing was cut from (embeddings, norms, head).
+    Raises GraspError where no class has these widths.
+    """
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    cut = copy.deepcopy(model, shared)
+    fold_mask(cut, mask)
+    return as_saved(cut, UnitSpace.of(cut))[0]
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ def _check_file(path: Path) -> None:
     """Refuse a file of a kind that is not read, or whose first bytes are not of its kind."""
     kind, compression = _kind(path.name)
     if kind == "unread" or (kind == "parquet" and compression):
-        raise GraspError(f"{path} is of a kind that is not read: unpack it, and give {SOURCES}")
+        raise GraspError(f"{path} is of a kind that is not read: expected {SOURCES}")
     if not path.is_file():  # a pipe, which can be read once
         return
     with _os_errors(path), open(path, "rb") as file:
@@ -219,13 +219,13 @@ def _text_rows(path: Path, text_field: str) -> Iterator[tuple[str, Row]]:
 def _json_rows(path: Path, text_field: str) -> Iterator[tuple[str, Row]]:
     for where, record in json_records(path):
         if not isinstance(record, dict):
-            yield where, _row(f"{path}, {where}: a record", record)
+            yield where, _row(f"{path}, {where}", "a record", record)
             continue
         field = _field(record, text_field)
         if field is None:
             yield where, Empty(f"no '{text_field}' (found: {_clipped(', '.join(record))})")
         else:
-            yield where, _row(f"{path}, {where}: '{field}'", record[field], field == text_field)
+            yield where, _row(f"{path}, {where}", f"'{field}'", record[field], field == text_field)
 
 
 def _is_json(text: str) -> bool:
@@ -249,8 +249,8 @@ def _parse(path: Path, line: int, text: str) -> Any:
 
 def _csv_rows(path: Path, text_field: str) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(CSV_CELL)
-    tab = ".tsv" in path.suffixes
-    rows = csv.reader(_lines(path), delimiter="\t" if tab else ",", strict=True)
+    separator = "\t" if ".tsv" in path.name.lower() else ","
+    rows = csv.reader(_lines(path), delimiter=separator, strict=True)
     try:
         columns = next(rows, [])
         at = columns.index(_column(str(path), text_field, columns, chat=False))
@@ -277,7 +277,7 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[tuple[str, Row]]:
         for batch in file.iter_batches(columns=[field]):
             for value in batch.column(0).to_pylist():
                 where = f"row {number:,}"
-                yield where, _row(f"{path}, {where}: '{field}'", value, field == text_field)
+                yield where, _row(f"{path}, {where}", f"'{field}'", value, field == text_field)
                 number += 1
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise GraspError(
@@ -303,7 +303,7 @@ def _dataset_rows(source: Source, text_field: str) -> Iterator[tuple[str, Row]]:
     field = _column(source.label, text_field, rows.column_names)
     for number, value in enumerate(rows[field]):
         where = f"row {number:,}"
-        yield where, _row(f"{source.label}, {where}: '{field}'", value, field == text_field)
+        yield where, _row(f"{source.label}, {where}", f"'{field}'", value, field == text_field)
 
 
 def _field(names: Iterable[str], text_field: str) -> str | None:
@@ -324,15 +324,16 @@ def _column(source: str, text_field: str, columns: Sequence[str], *, chat: bool 
     return field
 
 
-def _row(what: str, value: Any, asked_for: bool = True) -> Row:
+def _row(where: str, what: str, value: Any, asked_for: bool = True) -> Row:
     """The row that a value is. A text may only be in a field that was asked for by name."""
     if value is None or value == []:
-        return Empty(f"{what.rpartition(': ')[2]} is {'null' if value is None else 'empty'}")
+        return Empty(f"{what} is {'null' if value is None else 'empty'}")
     if isinstance(value, list) or (isinstance(value, str) and asked_for):
         return value
     wanted = "a text or a list of messages" if asked_for else "a list of messages"
     raise GraspError(
-        f"{what} holds {type(value).__name__}, not {wanted}: name the right field with --text-field"
+        f"{where}: {what} holds {type(value).__name__}, not {wanted}: name the right field with "
+        "--text-field"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from grasp import __version__
 from grasp.config import Dtype
 from grasp.errors import GraspError
 from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
@@ -209,8 +210,8 @@ def bench(
             "threads": torch.get_num_threads(),
         },
         versions={
-            package: version(package)
-            for package in ("grasp", *dict.fromkeys(p for r in runners for p in r.packages))
+            "grasp": __version__,
+            **{p: version(p) for p in dict.fromkeys(p for r in runners for p in r.packages)},
         },
     )
     if plot:

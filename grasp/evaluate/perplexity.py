@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp.data.corpus import Corpus, read_corpus
+from grasp.data.reading import find_source
 from grasp.errors import GraspError
 from grasp.journal import Progress
-from grasp.model.load import load_model, longest, pick_device
+from grasp.model.load import load_model, longest, packed_errors, pick_device
 
 DEFAULT_SEQ_LEN = 2048
 LOGIT_ROWS = 1024  # rows of logits upcast to fp32 at a time
@@ -130,6 +131,7 @@ def evaluate_text(
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a model or checkpoint on a text, both named as on the command line."""
+    find_source(text, "test")  # a mistyped one fails before the model is read
     loaded, tokenizer = load_model(
         model,
         dtype=None,
@@ -137,15 +139,16 @@ def evaluate_text(
         trust_remote_code=trust_remote_code,
     )
     corpus = read_corpus(text, tokenizer, text_field=text_field, split="test")
-    return perplexity(
-        loaded,
-        corpus,
-        seq_len=seq_len,
-        windows=windows,
-        batch_size=batch_size,
-        bos=bos,
-        progress=progress,
-    )
+    with packed_errors(model, loaded):
+        return perplexity(
+            loaded,
+            corpus,
+            seq_len=seq_len,
+            windows=windows,
+            batch_size=batch_size,
+            bos=bos,
+            progress=progress,
+        )
 
 
 def _windows(

@@ -24,7 +24,8 @@ from transformers import StaticCache
 from grasp.config import Dtype
 from grasp.errors import GraspError, install, reason
 from grasp.model.header import read_header
-from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, resolve
+from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, packed_errors
+from grasp.model.source import resolve
 
 WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph in its second
 
@@ -89,8 +90,9 @@ class Transformers:
             room = ids.shape[1] + tokens
             self._static = StaticCache(self.model.config, max_cache_len=room)
         try:
-            for _ in range(-(-WARM_STEPS // tokens)):
-                _, sequence, logits = self._run(ids, tokens)
+            with packed_errors(self.name, self.model):
+                for _ in range(-(-WARM_STEPS // tokens)):
+                    _, sequence, logits = self._run(ids, tokens)
         except torch._dynamo.exc.TorchDynamoException as failed:
             raise GraspError(
                 f"--compile: torch cannot compile {self.name} ({reason(failed)}): install a C++ "
@@ -98,7 +100,9 @@ class Transformers:
             ) from failed
         whole = self.model(sequence, use_cache=False, logits_to_keep=1).logits.float()
         error = ((logits.float() - whole).norm() / whole.norm()).item()
-        if not error <= torch.finfo(self.model.dtype).eps ** 0.5:  # a NaN is no agreement either
+        # quantised weights are multiplied in 16 bit, whatever the rest of the model is in
+        dtype = torch.float16 if self.header.quantised else self.model.dtype
+        if not error <= torch.finfo(dtype).eps ** 0.5:  # a NaN is no agreement either
             raise GraspError(
                 f"{self.name} computes something else from its KV cache: relative error {error:.1e}"
                 " of the logits; nothing was timed (`grasp verify` tells whether it is damaged)"

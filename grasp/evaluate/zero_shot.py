@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 
+from grasp import __version__
 from grasp.data.reading import json_records
 from grasp.errors import GraspError, install, reason
 from grasp.journal import Progress
-from grasp.model.load import load_model, pick_device, resolve
+from grasp.model.load import load_model, packed_errors, pick_device
+from grasp.model.source import resolve
 from grasp.report.results import add_measured, check_record
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # lm-eval's own, for drawing few-shot examples
-VERSIONS = ("grasp", "lm_eval", "torch", "transformers", "datasets")
+VERSIONS = ("lm_eval", "torch", "transformers", "datasets")
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def evaluate_tasks(
             "chat_template": False,
             "seed": SEED,
         },
-        versions={package: version(package) for package in VERSIONS},
+        versions={"grasp": __version__, **{package: version(package) for package in VERSIONS}},
     )
     if record:
         add_measured(Path(model), "zero_shot", scores)
@@ -258,7 +260,8 @@ def _evaluate(
         model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32"
     )
     try:
-        result: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
+        with packed_errors(name, model):
+            result: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
     except (AssertionError, ValueError) as error:  # lm-eval's ways to refuse a task or a document
         refusal = (
             reason(error)

@@ -24,9 +24,14 @@ def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[No
     """Compile the norms of this instance and, for the time being, RoPE of its family.
 
     Where a norm does not compile, forward or backward, `note` gets a line that says why and all
-    stays as it is. What does not fit the usual names is left alone.
+    stays as it is. What does not fit the usual names is left alone, as is a norm with a forward of
+    its own: one that a scale is part of is a single kernel already.
     """
-    norms = [m for m in model.get_decoder().modules() if type(m).__name__.endswith("RMSNorm")]
+    norms: list[Any] = [
+        m
+        for m in model.get_decoder().modules()
+        if type(m).__name__.endswith("RMSNorm") and "forward" not in vars(m)
+    ]
     failure = _failure(norms[0]) if norms else None
     if failure:
         note(f"norms and RoPE run one operation at a time, not compiled: {failure}")
@@ -34,7 +39,7 @@ def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[No
         yield
         return
     family: ModuleType = sys.modules[type(decoder_layers(model)[0].attention).__module__]
-    before, rope = [vars(norm).get("forward") for norm in norms], getattr(family, ROPE, None)
+    rope = getattr(family, ROPE, None)
     try:
         for norm in norms:
             norm.forward = torch.compile(norm.forward)
@@ -43,10 +48,8 @@ def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[No
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
             yield
     finally:
-        for norm, forward in zip(norms, before, strict=True):
-            del norm.forward
-            if forward is not None:
-                norm.forward = forward
+        for norm in norms:
+            norm.__dict__.pop("forward", None)
         if rope:
             setattr(family, ROPE, rope)
 

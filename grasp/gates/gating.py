@@ -67,6 +67,7 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     """
     before = model.config._attn_implementation
     modules = decoder_layers(model)
+    down = [w for m in modules if _fused(m) and (w := m.mlp.down_proj.weight).device.type != "cpu"]
     gates = Gates(model, space, site)
     # a library's hook may have put a forward on the instance before us
     forwards = [{k: v for k, v in vars(m.mlp).items() if k == "forward"} for m in modules]
@@ -74,8 +75,12 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
         model.set_attn_implementation(EAGER if before == "eager" else SDPA)
         for m in modules:
             m.mlp.forward = _ffn_forward(m)
+        for w in down:  # one by one: the same values, a channel in one piece of memory
+            w.data = w.data.t().contiguous().t()
         yield gates
     finally:
+        for w in down:
+            w.data = w.data.contiguous()
         model.set_attn_implementation(before)
         for m, forward in zip(modules, forwards, strict=True):
             m.mlp.__dict__.pop("forward", None)
@@ -83,12 +88,15 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
             del m.mlp.grasp_gate, m.attention.grasp_gate
 
 
+def _fused(modules: LayerModules) -> bool:
+    """Whether a layer's FFN is what `gated_swiglu_ffn` computes."""
+    linears = (modules.gate.linear, modules.up.linear, modules.mlp.down_proj)
+    is_silu = isinstance(modules.activation, nn.SiLU | SiLUActivation)
+    return is_silu and all(linear.bias is None for linear in linears)
+
+
 def _ffn_forward(modules: LayerModules) -> Any:
-    mlp, activation = modules.mlp, modules.activation
-    linears = (modules.gate.linear, modules.up.linear, mlp.down_proj)
-    fused = isinstance(activation, nn.SiLU | SiLUActivation) and all(
-        linear.bias is None for linear in linears
-    )
+    mlp, activation, fused = modules.mlp, modules.activation, _fused(modules)
 
     def forward(x: Tensor) -> Tensor:
         z, open_count = mlp.grasp_gate

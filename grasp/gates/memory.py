@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,8 +12,7 @@ from transformers import PreTrainedModel
 
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig
 from grasp.machine import memory_errors
-from grasp.model.header import from_config
-from grasp.model.units import UnitSpace
+from grasp.model.header import of_model
 from grasp.planning.plan import learning_memory
 
 SLACK = 0.9  # of free memory: the allocator's fragments and the estimate's error take the rest
@@ -51,7 +49,7 @@ def choose(model: PreTrainedModel, config: PruneConfig) -> MemoryMode:
         return "fast"
     cached = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = SLACK * (torch.cuda.mem_get_info(model.device)[0] + cached)
-    header = replace(from_config(model.config.to_dict()), space=UnitSpace.of(model))
+    header = of_model(model)
     tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
     modes: tuple[MemoryMode, ...] = ("fast", "balanced")
     for mode in modes:

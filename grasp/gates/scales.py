@@ -8,11 +8,11 @@ parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from grasp.config import GateSite, ScaleKind
 from grasp.gates.gating import Gates, gated
+from grasp.gates.norms import norms_before
 from grasp.model.units import UnitSpace, decoder_layers
+from grasp_kernels import channel_scale
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,17 @@ class Scales:
     def __init__(self, gates: Gates, units: int, places: list[End]):
         self._gates, self._units = gates, units
         self._sizes = [end.channels for end in places]
-        self.pieces: tuple[Tensor, ...] = ()
+        self._pieces: tuple[Tensor, ...] = ()
 
     def set(self, values: Tensor, open_counts: list[int] | None = None) -> None:
         """[units + channels]: gates in the order of UnitSpace, scales in the order of `ends`."""
         gates, scales = values.split([self._units, sum(self._sizes)])
         self._gates.set(gates, open_counts)
-        self.pieces = scales.split(self._sizes)
+        self._pieces = scales.split(self._sizes)
+
+    def at(self, place: int) -> Tensor:
+        """The scales of one of the `ends`, [channels]."""
+        return self._pieces[place]
 
     def count(self, values: Tensor) -> list[int]:
         """As `Gates.count`."""
@@ -60,24 +66,50 @@ class Scales:
 def scaled(
     model: PreTrainedModel, space: UnitSpace, kind: ScaleKind, site: GateSite = "output"
 ) -> Iterator[Scales]:
-    """Gates and scales of 1 on `model`, taken off again on leaving."""
+    """Gates and scales of 1 on `model`, taken off again on leaving.
+
+    A scale is one op for each tensor that it multiplies; where a plain RMSNorm makes that tensor,
+    the scale is part of the norm.
+    """
     places = ends(model, kind)
-    with gated(model, space, site) as gates, ExitStack() as hooks:
+    norms = norms_before(model, [end.linears for end in places if end.side == "in"])
+    with gated(model, space, site) as gates, ExitStack() as added:
         scales = Scales(gates, space.size, places)
         scales.set(torch.ones(scale_count(model, kind), device=model.device))
-
-        def multiply(place: int, _: nn.Module, *passed: Any) -> Tensor:
-            x = passed[-1][0] if places[place].side == "in" else passed[-1]
-            return (x * scales.pieces[place]).to(x.dtype)
-
         for place, end in enumerate(places):
-            for module in end.modules:
-                if end.side == "in":
-                    hook = module.register_forward_pre_hook(partial(multiply, place))
-                else:
-                    hook = module.register_forward_hook(partial(multiply, place))
-                hooks.enter_context(hook)
+            scale = partial(scales.at, place)
+            if end.side == "out":
+                (module,) = end.modules
+                added.enter_context(module.register_forward_hook(_on_output(scale)))
+            elif end.linears in norms:
+                added.enter_context(norms[end.linears].scaled(scale))
+            else:
+                once = _OnInput(scale, len(end.modules))
+                for module in end.modules:
+                    added.enter_context(module.register_forward_pre_hook(once))
         yield scales
+
+
+def _on_output(scale: Callable[[], Tensor]) -> Callable[..., Tensor]:
+    return lambda _, args, output: channel_scale(output, scale())
+
+
+class _OnInput:
+    """A hook before modules that share their input: it multiplies once, for all of them."""
+
+    def __init__(self, scale: Callable[[], Tensor], readers: int):
+        self._scale, self._readers = scale, readers
+        self._left = 0
+        self._of: tuple[Tensor, Tensor] | None = None  # the input and its product, while needed
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        if self._of is None or self._of[0] is not args[0]:
+            self._of, self._left = (args[0], channel_scale(args[0], self._scale())), self._readers
+        product = self._of[1]
+        self._left -= 1
+        if not self._left:
+            self._of = None
+        return product
 
 
 def scale_count(model: PreTrainedModel, kind: ScaleKind) -> int:

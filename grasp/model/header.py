@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from grasp.errors import GraspError, reason
-from grasp.model.load import resolve
+from grasp.model.source import quantisation, read_config, read_json, resolve
+from grasp.model.stored import has_own_head
 from grasp.model.units import LayerUnits, UnitSpace
 
+SWITCHES = ("attention_bias", "mlp_bias")  # of a config: biases in all projections
 LONG_ARRAY = 4096  # a tokenizer's; the model's own arrays have an item a layer
 
 
@@ -37,6 +40,11 @@ class Family:
     softcap: bool = False  # on attention scores
     tied: bool = False  # embeddings, where the config does not say
     gguf: str = "llama"  # llama.cpp's architecture for equal widths
+
+    @property
+    def carries_biases(self) -> bool:
+        """Whether its config can give every projection a bias."""
+        return (self.qkv_bias, self.mlp_bias) == SWITCHES
 
     @property
     def deci_lacks(self) -> str | None:
@@ -69,21 +77,29 @@ class Header:
     source: str  # what was read
     rope: str = "default"  # its type, and "partial" where a part of each head stays as it is
     stored_bytes: int = 2  # of a weight, as `load_model` has it where it is asked for no dtype
+    longest: int | None = None  # tokens that it takes at once, where the config says
+    quantised: str | None = None  # how, as "gptq, 4 bit"
+    config: Mapping[str, Any] | None = field(default=None, repr=False)  # None of GGUF
 
 
 def read_header(spec: str) -> Header:
-    """Read what `grasp.model.load.resolve` takes, or a config.json itself. Raises GraspError."""
-    path = _locate(spec)
-    if path.suffix == ".gguf":
-        return _from_gguf(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GraspError(f"{path} does not exist: expected a model's config.json") from None
-    except (OSError, ValueError) as error:
-        raise GraspError(f"{path} is not a readable config.json ({error})") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise GraspError(f"{path} names no model_type: expected the config.json of a model")
+    """Read what `grasp.model.source.resolve` takes, or a config.json itself. Raises GraspError.
+
+    Where a folder's weights hold a head of their own, it is counted, whatever config.json says; of
+    a hub model, whose weights may not be here yet, config.json alone is asked.
+    """
+    if spec.endswith(".json"):
+        config, name = read_json(Path(spec)), spec
+    else:
+        source = resolve(spec)
+        if source.kind == "gguf":
+            return _from_gguf(Path(source.location))
+        config, name = read_config(source), f"{source.location}: config.json"
+        may_be_tied = source.kind == "folder" and config.get("tie_word_embeddings") is not False
+        if may_be_tied and has_own_head(Path(source.location)):
+            config["tie_word_embeddings"] = False
+    if "model_type" not in config:
+        raise GraspError(f"{name} names no model_type: expected the config.json of a model")
     return from_config(config)
 
 
@@ -91,8 +107,14 @@ def from_config(config: Mapping[str, Any]) -> Header:
     """The header of a config.json, that of a checkpoint with per-layer widths included."""
     model_type = str(config.get("model_type"))
     name = model_type.removeprefix("grasp_")
+    known: dict[str, Any] = {
+        "stored_bytes": 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
+        "longest": config.get("max_position_embeddings"),
+        "quantised": quantisation(config),
+        "config": config,
+    }
     if name not in FAMILIES:
-        return _from_structure(config, model_type)
+        return replace(_from_structure(json.dumps(config, default=str)), **known)
     family = FAMILIES[name]
 
     def has(switch: bool | str) -> bool:
@@ -122,12 +144,12 @@ def from_config(config: Mapping[str, Any]) -> Header:
     embeddings = 1 if config.get("tie_word_embeddings", family.tied) else 2
     fixed += hidden * (embeddings * vocab + 1)  # one norm at the end
     space = UnitSpace(hidden, tuple(layers), fixed)
-    width = _stored_bytes(config)
-    return Header(space, name, family, vocab, "config.json", _rope(config), width)
+    return Header(space, name, family, vocab, "config.json", _rope(config), **known)
 
 
-def _stored_bytes(config: Mapping[str, Any]) -> int:
-    return 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
+def of_model(model: Any) -> Header:
+    """The header of a live model, of any device."""
+    return replace(from_config(model.config.to_dict()), space=UnitSpace.of(model))
 
 
 def _rope(config: Mapping[str, Any]) -> str:
@@ -144,25 +166,29 @@ def _size(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _from_structure(config: Mapping[str, Any], model_type: str) -> Header:
+@cache
+def _from_structure(text: str) -> Header:
+    """The header of a family that is not in the table. `text` is the whole config, as JSON."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = json.loads(text)
+    # transformers would look for the library that reads such weights
+    config.pop("quantization_config", None)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     except Exception as error:  # whatever a foreign model's own code may raise
         raise GraspError(
-            f"model_type {model_type!r} is none of {', '.join(FAMILIES)}, and transformers cannot "
-            f"build it either ({reason(error)})"
+            f"model_type {config['model_type']!r} is none of {', '.join(FAMILIES)}, and "
+            f"transformers cannot build it either ({reason(error)})"
         ) from None
     space = UnitSpace.of(model)
     vocab = model.get_input_embeddings().weight.shape[0]
     qk_norm = any(name.endswith("q_norm.weight") for name, _ in model.named_parameters())
-    facts = Family(qk_norm=qk_norm)
-    width = _stored_bytes(config)
-    source = "transformers, on the meta device"
-    return Header(space, model_type, facts, vocab, source, stored_bytes=width)
+    switches = [switch if hasattr(model.config, switch) else False for switch in SWITCHES]
+    facts = Family(qkv_bias=switches[0], mlp_bias=switches[1], qk_norm=qk_norm)
+    return Header(space, config["model_type"], facts, vocab, "transformers, on the meta device")
 
 
 def _from_gguf(path: Path) -> Header:
@@ -233,23 +259,3 @@ def _gguf_layer(shapes: Mapping[str, list[int]], block: str, head_dim: int) -> L
         channel_bias=sum(f"{name}.bias" in shapes for name in (gate, up)),
         group_bias=sum(width for name, width in widths.items() if f"{name}.bias" in shapes),
     )
-
-
-def _locate(spec: str) -> Path:
-    """The config.json or GGUF file behind a model's name."""
-    if spec.endswith(".json"):
-        return Path(spec)
-    source = resolve(spec)
-    if source.kind == "folder":
-        return Path(source.location, "config.json")
-    if source.kind == "gguf":
-        return Path(source.location)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source.location, "config.json"))
-    except (OSError, ValueError) as error:
-        raise GraspError(
-            f"{spec} is no local folder, and its config.json cannot be had from the hub: "
-            f"{reason(error)}"
-        ) from None

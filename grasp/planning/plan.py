@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from grasp import criteria
-from grasp.budget.budget import Budget, Layout
+from grasp.budget.budget import Budget
 from grasp.config import (
     RECOMPUTE_EVERY,
     TOKENS_PER_CHANNEL,
@@ -20,8 +20,9 @@ from grasp.config import (
     ScaleKind,
 )
 from grasp.errors import GraspError
-from grasp.model.header import FAMILIES, STATIC_ROPE, Header, read_header
+from grasp.model.header import STATIC_ROPE, Header
 from grasp.model.units import FFN_COST, UnitSpace
+from grasp.planning.check import check
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 LOGITS_AT_ONCE = 2**25  # as grasp_kernels.linear_cross_entropy makes them
@@ -54,9 +55,11 @@ class Memory:
     attention output in the model's dtype, the input of each norm in fp32; of a layer that is
     computed again its input alone, until its turn comes. Attention is flash-style, but for a
     softcap on its scores, which are then saved for all pairs of tokens. Scales of channels save
-    what they multiply, at both ends of all linear layers. `workspace` is what the loss or an FFN's
-    backward pass needs for a moment, whichever comes at the dearer time; `gates` are the scores
-    and the scales that learn along, with all that AdamW and the projection hold.
+    what they multiply, at both ends of all linear layers; those in front of queries and of the FFN
+    are part of the norm there, which then keeps its input in the model's dtype. `workspace` is what
+    the loss or an FFN's backward pass needs for a moment, whichever comes at the dearer time;
+    `gates` are the scores and the scales that learn along, with all that AdamW and the projection
+    hold.
     """
 
     weights: int
@@ -146,21 +149,15 @@ def _change(size: Size) -> str:
 def plan(
     spec: str,
     *,
-    keep: float | None = None,
-    params: float | None = None,
-    kv_cache: float | None = None,
-    ffn_multiple: int = 32,
-    kv_multiple: int = 1,
-    layout: Layout = "per-layer",
     tokens_per_second: float | None = None,
     dtype: PlannedDtype = "bf16",
     memory: PlannedMemory = "fast",
     **options: Any,
 ) -> Plan:
-    """Plan `grasp prune` with the same options (see `Budget` for keep, params and kv_cache).
+    """Plan `grasp prune` with the same options, which `PruneConfig.of` names.
 
-    `spec` is what `grasp.model.load.resolve` takes, or a config.json; `options` are fields of
-    `PruneConfig`. Raises GraspError: a model that is not supported, an impossible budget or option.
+    `spec` is what `grasp.model.source.resolve` takes, or a config.json. Raises GraspError where
+    `prune` would refuse (see `check`).
     """
     if dtype not in DTYPE_BYTES:
         raise GraspError(f"--dtype {dtype} cannot be planned: choose {' or '.join(DTYPE_BYTES)}")
@@ -168,16 +165,8 @@ def plan(
         raise GraspError(f"--memory {memory} cannot be planned: choose fast, balanced or low")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise GraspError(f"--tokens-per-second {tokens_per_second} is no speed: choose one above 0")
-    budget = Budget.of(
-        keep=keep,
-        params=params,
-        kv_cache=kv_cache,
-        ffn_multiple=ffn_multiple,
-        kv_multiple=kv_multiple,
-        layout=layout,
-    )
-    config = PruneConfig(spec, budget, **options)
-    header = read_header(spec)
+    config = PruneConfig.of(spec, **options)
+    budget, header = config.budget, check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
     cost, kv_values = obtained(space, budget)
     after = params_left(space, budget, cost)
@@ -267,9 +256,11 @@ def learning_memory(
     for layer in space.layers:
         keys = layer.kv_groups * layer.head_dim
         queries = layer.group_size * keys
-        ends = 2 * (queries + keys) + 4 * space.hidden_size if scales == "channel" else 0
+        ends, norms = 0, facts.norms
+        if scales == "channel":
+            ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
         learned += ends
-        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * facts.norms * space.hidden_size
+        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
             own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
         else:  # values are a part of the fused output, which stays whole
@@ -313,10 +304,9 @@ def evaluation_memory(header: Header, tokens: int) -> int:
 
 def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
     """Which runtimes load the result. Sources: docs of each, and runs on transformers 5.14-5.23."""
-    family = FAMILIES.get(header.family)
-    no_rope = None
+    no_gguf = None
     if header.rope not in STATIC_ROPE:
-        no_rope = f"its architectures for {header.family} have no rope of type {header.rope}"
+        no_gguf = f"its architectures for {header.family} have no rope of type {header.rope}"
     if budget.layout == "uniform":
         stock = "equal widths in all layers: a stock class, no code of grasp's"
         if header.family == "llama":  # whose config wants heads that divide the hidden size
@@ -324,38 +314,33 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         return [
             Runtime("transformers", True, stock),
             Runtime("vLLM", True, stock),
-            Runtime("llama.cpp", no_rope is None, no_rope or stock),
+            Runtime("llama.cpp", no_gguf is None, no_gguf or stock),
             Runtime("SGLang, TensorRT-LLM, MLX", True, stock),
         ]
-    ours = family is not None
-    no_class = f"no class with per-layer widths for {header.family}; use --layout uniform"
-    no_gguf = no_rope
-    if family is None:
-        no_gguf = no_class
-    elif family.deci_lacks:
-        no_gguf = f"deci, its per-layer architecture, has no {family.deci_lacks}"
-        no_gguf += "; use --layout uniform"
+    if header.facts.deci_lacks:
+        no_gguf = f"deci, its per-layer architecture, has no {header.facts.deci_lacks}"
+        no_gguf += ": needs --layout uniform"
     gguf = "grasp export --to gguf writes its per-layer architecture, deci"
     return [
-        Runtime("transformers, after import grasp", ours, "grasp's class" if ours else no_class),
+        Runtime("transformers, after import grasp", True, "grasp's class"),
         Runtime(
             "transformers, trust_remote_code=True",
-            ours,
-            "modeling_grasp.py travels with the weights" if ours else no_class,
+            True,
+            "modeling_grasp.py travels with the weights",
         ),
         Runtime(
             "vLLM, Transformers backend",
-            ours,
+            True,
             f"sizes each layer by its own config; tensor parallelism by divisors of --kv-multiple "
-            f"({budget.kv_multiple})"
-            if ours
-            else no_class,
+            f"({budget.kv_multiple})",
         ),
         Runtime("llama.cpp", no_gguf is None, no_gguf or gguf),
-        Runtime("transformers, stock class", False, "one width for all layers; --layout uniform"),
+        Runtime(
+            "transformers, stock class", False, "one width for all layers: needs --layout uniform"
+        ),
         Runtime(
             "SGLang, TensorRT-LLM, MLX",
             False,
-            "their per-layer models cannot drop query heads; --layout uniform",
+            "their per-layer models cannot drop query heads: needs --layout uniform",
         ),
     ]

@@ -10,8 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from grasp.checkpoint.record import Record
 from grasp.report.summary import (
-    Summary,
     how_made,
     how_to_run,
     layer_figure,
@@ -55,11 +55,11 @@ pre { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; 
 """
 
 
-def report_page(summary: Summary, records: Sequence[dict[str, Any]]) -> str:
+def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
     """The page of a checkpoint: its grasp.json, and the records of its log.jsonl."""
-    budget, calibration = summary["budget"], summary["calibration"]
-    title = f"{Path(summary['model']).name}, pruned to {budget['obtained'] / budget['of']:.2%}"
-    recipe = dict(summary["recipe"])
+    calibration = record.calibration or {}
+    title = f"{Path(record.model).name}, pruned to {record.kept_part:.2%}"
+    recipe = dict(record.recipe)
     recipe |= {f"budget, {key}": value for key, value in recipe.pop("budget").items()}
     return f"""<!doctype html>
 <html lang="en">
@@ -68,23 +68,23 @@ def report_page(summary: Summary, records: Sequence[dict[str, Any]]) -> str:
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
 <h1>{escape(title)}</h1>
-<p class="soft">{escape(how_made(summary))}</p>
-<div class="tiles">{"".join(_tile(*row) for row in size_rows(summary))}</div>
-<p class="soft">{escape(measured_on(summary))}</p>
+<p class="soft">{escape(how_made(record))}</p>
+<div class="tiles">{"".join(_tile(*row) for row in size_rows(record))}</div>
+<p class="soft">{escape(measured_on(record))}</p>
 <h2>Size and speed</h2>
-{_bars(summary)}
-{"".join(_recorded(*found) for found in recorded(summary))}
+{_bars(record)}
+{"".join(_recorded(*found) for found in recorded(record))}
 <h2>What was kept</h2>
-<figure>{_svg(layer_figure(summary))}</figure>
+<figure>{_svg(layer_figure(record))}</figure>
 {_learning(records)}
 <h2>Use it</h2>
-{"".join(_code(where, code) for where, _, code in how_to_run(summary))}
+{"".join(_code(where, code) for where, _, code in how_to_run(record))}
 <h2>Recipe</h2>
 <p class="soft">Calibrated on {escape(calibration["name"])}: {calibration["tokens"]:,} tokens read,
 {recipe["samples"]} blocks of {recipe["seq_len"]} used.</p>
 <table>{"".join(_row(key, value) for key, value in sorted(recipe.items()))}</table>
 <h2>Made with</h2>
-<table>{"".join(_row(key, value) for key, value in summary["versions"].items())}</table>
+<table>{"".join(_row(key, value) for key, value in record.versions.items())}</table>
 </html>
 """
 
@@ -98,15 +98,15 @@ def _tile(what: str, dense: str, pruned: str, ratio: str) -> str:
     )
 
 
-def _bars(summary: Summary) -> str:
+def _bars(record: Record) -> str:
     """Pairs of bars, pruned above dense: bytes, and tokens per second where they were recorded."""
-    cache = summary["kv_cache_bytes_per_token"]
-    dense, pruned = weight_bytes(summary)
+    cache = record.kv_cache_bytes_per_token
+    dense, pruned = weight_bytes(record)
     bars = [
         _pair("weights", pruned, dense, "bytes"),
         _pair("KV cache of a token", cache["after"], cache["before"], "bytes"),
     ]
-    speed = summary["results"].get("speed")
+    speed = record.results.get("speed")
     if speed and len(speed["models"]) > 1:
         for phase in ("prefill", "decode"):
             for case in speed["cases"]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from grasp.checkpoint.save import write_json
+from grasp.checkpoint.record import Record
 from grasp.errors import GraspError
 from grasp.journal import read_log
 from grasp.machine import disk_errors
 from grasp.report.page import report_page
-from grasp.report.summary import Summary, layer_figure, model_card, read_summary
+from grasp.report.summary import layer_figure, model_card
 
 
 class Measured(Protocol):
@@ -25,26 +24,17 @@ class Measured(Protocol):
     def measured_on(self) -> str: ...
 
 
-def add_results(folder: Path, summary: Summary) -> None:
-    """Results into grasp.json, which come last: they are measured on what reads from disk."""
+def add_reports(folder: Path, record: Record, records: Sequence[dict[str, Any]]) -> None:
+    """README.md with its plot, and report.html; `records` are the lines of the log."""
     with disk_errors(folder):
-        stored = json.loads((folder / "grasp.json").read_text())
-        stored["results"] = summary["results"]
-        write_json(folder / "grasp.json.new", stored)
-        os.replace(folder / "grasp.json.new", folder / "grasp.json")
-
-
-def add_reports(folder: Path, summary: Summary, records: Sequence[dict[str, Any]]) -> None:
-    """README.md with its plot, and report.html, of a summary and the records of its log."""
-    with disk_errors(folder):
-        (folder / "README.md").write_text(model_card(summary), encoding="utf-8")
-        layer_figure(summary).savefig(folder / "layers.png", dpi=120)
-        (folder / "report.html").write_text(report_page(summary, records), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        layer_figure(record).savefig(folder / "layers.png", dpi=120)
+        (folder / "report.html").write_text(report_page(record, records), encoding="utf-8")
 
 
 def check_record(folder: Path) -> None:
     """Before anything is measured: raises GraspError where it could not be added."""
-    read_summary(folder)
+    Record.read(folder)
     if not os.access(folder, os.W_OK):
         raise GraspError(f"--record: {folder} cannot be written to: check its permissions")
 
@@ -54,16 +44,17 @@ def add_measured(folder: Path, name: str, measured: Measured) -> None:
 
     Raises GraspError: see `check_record`, and a disk that is full.
     """
-    summary = read_summary(folder)
-    summary["results"][name] = {
+    table = {
         **measured.to_json(),
         "head": measured.head(),
         "rows": measured.rows(),
         "measured_on": measured.measured_on(),
     }
-    add_results(folder, summary)
+    record = Record.read(folder).measured(**{name: table})
+    with disk_errors(folder):
+        record.write(folder)
     if not (folder / "report.html").exists():  # sparse weights have none
         return
     own, of_several = folder / "log.jsonl", folder.resolve().parent / "log.jsonl"
     records = read_log(own) if own.exists() else read_log(of_several, part=folder.resolve().name)
-    add_reports(folder, summary, records)
+    add_reports(folder, record, records)

@@ -1,65 +1,50 @@
-"""What people look at: the layer table, its plot, and the model card. All from one summary dict."""
+"""What people look at: the layer table, its plot, and the model card. All from one record."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp.errors import GraspError
+from grasp.checkpoint.record import Record
 
 if TYPE_CHECKING:  # slow to import, and `grasp show` needs none
     from matplotlib.figure import Figure
 
-Summary = dict[str, Any]  # the content of a checkpoint's grasp.json
 
-
-def read_summary(folder: Path) -> Summary:
-    """The grasp.json of a checkpoint. Raises GraspError if there is none."""
-    try:
-        summary = json.loads((folder / "grasp.json").read_text(encoding="utf-8"))
-        summary["widths"], summary["results"], summary["params"]
-        return summary
-    except (OSError, ValueError, LookupError, TypeError):
-        raise GraspError(
-            f"{folder} is not a checkpoint of grasp: it has no readable grasp.json"
-        ) from None
-
-
-def layer_rows(summary: Summary) -> list[tuple[int, int, int, int, int]]:
+def layer_rows(record: Record) -> list[tuple[int, int, int, int, int]]:
     """(layer, FFN channels kept, of, KV groups kept, of) of every layer."""
-    before, after = summary["widths"]["before"], summary["widths"]["after"]
+    before, after = record.widths["before"], record.widths["after"]
     return [
         (index, ffn, ffn_of, kv, kv_of)
         for index, ((ffn_of, kv_of), (ffn, kv)) in enumerate(zip(before, after, strict=True))
     ]
 
 
-def size_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
+def size_rows(record: Record) -> list[tuple[str, str, str, str]]:
     """(what, dense, pruned, ratio) for parameters, KV cache and perplexity."""
-    params, cache = summary["params"], summary["kv_cache_bytes_per_token"]
+    params, cache = record.params, record.kv_cache_bytes_per_token
     pairs = [
         ("prunable parameters", params["prunable_before"], params["prunable_after"]),
         ("all parameters", params["total_before"], params["total_after"]),
         ("KV cache, bytes per token (16 bit)", cache["before"], cache["after"]),
     ]
     rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.2%}") for what, a, b in pairs]
-    if sparsity := summary.get("sparsity"):
+    if sparsity := record.sparsity:
         a, b, of = (sparsity[k] for k in ("zeros_before", "zeros_after", "weights"))
         rows.append(
             (f"zeros in linears, {sparsity['pattern']}", f"{a:,}", f"{b:,}", f"{b / of:.2%}")
         )
-    dense, pruned = (summary["results"].get(k) for k in ("dense", "pruned"))
+    dense, pruned = (record.results.get(k) for k in ("dense", "pruned"))
     if dense and pruned:
         a, b = dense["value"], pruned["value"]
         rows.append(("perplexity", f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f} x"))
     return rows
 
 
-def measured_on(summary: Summary) -> str:
+def measured_on(record: Record) -> str:
     """How the perplexities were measured, in one line; empty if they were not."""
-    result = summary["results"].get("pruned")
+    result = record.results.get("pruned")
     return how_measured(result) if result else ""
 
 
@@ -73,46 +58,46 @@ def how_measured(result: dict[str, Any]) -> str:
     )
 
 
-def weight_bytes(summary: Summary) -> tuple[int, int]:
+def weight_bytes(record: Record) -> tuple[int, int]:
     """(dense, pruned), both in the dtype that the checkpoint is stored in."""
-    params, after = summary["params"], summary["results"]["weight_bytes"]
+    params, after = record.params, record.results["weight_bytes"]
     return after * params["total_before"] // params["total_after"], after
 
 
-def recorded(summary: Summary) -> list[tuple[str, dict[str, Any]]]:
+def recorded(record: Record) -> list[tuple[str, dict[str, Any]]]:
     """(title, what --record has stored) of the tasks and the speed that were measured since."""
     titles = {"zero_shot": "Zero-shot tasks", "speed": "Speed"}
-    results = summary["results"]
+    results = record.results
     return [(title, results[name]) for name, title in titles.items() if name in results]
 
 
-def model_card(summary: Summary) -> str:
+def model_card(record: Record) -> str:
     """README.md of a checkpoint, with the front matter that model hubs read."""
-    recipe, budget = summary["recipe"], summary["budget"]
-    table = markdown_table(("", "dense", "pruned", ""), size_rows(summary))
-    rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(summary)]
+    recipe, calibration = record.recipe, record.calibration or {}
+    table = markdown_table(("", "dense", "pruned", ""), size_rows(record))
+    rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(record)]
     layers = markdown_table(("layer", "FFN channels", "KV groups"), rows)
     settings = "\n".join(f"- {key}: `{value}`" for key, value in recipe.items())
     measured = "".join(
         f"## {title}\n\n{markdown_table(found['head'], found['rows'])}\n\n"
         f"{found['measured_on']}\n\n"
-        for title, found in recorded(summary)
+        for title, found in recorded(record)
     )
     use = "\n\n".join(
-        f"{where}:\n\n```{language}\n{code}\n```" for where, language, code in how_to_run(summary)
+        f"{where}:\n\n```{language}\n{code}\n```" for where, language, code in how_to_run(record)
     )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [grasp, pruned]
 ---
-# {Path(summary["model"]).name}, pruned to {budget["obtained"] / budget["of"]:.2%}
+# {Path(record.model).name}, pruned to {record.kept_part:.2%}
 
-{how_made(summary)}
+{how_made(record)}
 
 {table}
 
-{measured_on(summary)}
+{measured_on(record)}
 
 {measured}## Use
 
@@ -128,7 +113,7 @@ The indices of every kept unit are in `grasp.json`.
 
 ## Recipe
 
-Calibrated on {summary["calibration"]["name"]} ({summary["calibration"]["tokens"]:,} tokens read,
+Calibrated on {calibration["name"]} ({calibration["tokens"]:,} tokens read,
 {recipe["samples"]} blocks of {recipe["seq_len"]} used).
 
 {settings}
@@ -142,20 +127,20 @@ COMPENSATED = {
 }
 
 
-def how_made(summary: Summary) -> str:
+def how_made(record: Record) -> str:
     """Two sentences on the method and what it did not do."""
-    recipe = summary["recipe"]
+    recipe = record.recipe
     method = "GRASPrune (arXiv 2604.19398)" if recipe["method"] == "learned" else recipe["method"]
     after = COMPENSATED[recipe["compensate"]]
     return (
-        f"Made by grasp {summary['grasp_version']}: FFN channels and KV groups were removed under "
+        f"Made by grasp {record.grasp_version}: FFN channels and KV groups were removed under "
         f"a hard budget, chosen by {method}{after}. Nothing was fine-tuned; the weights are dense."
     )
 
 
-def how_to_run(summary: Summary) -> list[tuple[str, str, str]]:
+def how_to_run(record: Record) -> list[tuple[str, str, str]]:
     """(where, language, code) for each runtime. A stock class needs nothing of ours."""
-    ours = summary["results"]["architecture"].startswith("Grasp")
+    ours = record.results["architecture"].startswith("Grasp")
     first = "import grasp  # or pass trust_remote_code=True to both calls below\n" if ours else ""
     load = f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -177,12 +162,12 @@ llama-server -m model.gguf"""
     return [*ways, ("To check it", "sh", "grasp verify PATH")]
 
 
-def layer_figure(summary: Summary) -> Figure:
+def layer_figure(record: Record) -> Figure:
     """Bars of the kept FFN channels and KV groups of every layer."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    rows = layer_rows(summary)
+    rows = layer_rows(record)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     for axes, title, kept, of in zip(
         figure.subplots(2, 1, sharex=True),

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp import criteria
-from grasp.budget.budget import Budget, Layout
+from grasp.budget.budget import Layout
 from grasp.budget.projection import Projection
 from grasp.config import PruneConfig
 from grasp.errors import GraspError
@@ -31,6 +31,7 @@ from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
 from grasp.model.load import cast, move
+from grasp.planning.check import check_fit
 from grasp.report.comparison import figure, page
 from grasp.run.folder import Run, Show
 from grasp.run.prune import (
@@ -38,15 +39,16 @@ from grasp.run.prune import (
     begin,
     check_budget,
     check_fidelity,
-    configure,
     finish,
     load_dense,
     measure_dense,
+    on_device,
     open_job,
-    pruned_summary,
+    pruned_record,
     shrink,
     working_dtype,
 )
+from grasp.run.ready import check_run
 from grasp.select import select
 from grasp.select.choice import Choice
 
@@ -119,7 +121,16 @@ def compare(
     for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
         if not values:
             raise GraspError(f"{name}=[] leaves nothing to compare: give one at least")
-    base = configure(model, Budget("keep", keep[0], ffn_multiple, kv_multiple, layout), options)
+    base = PruneConfig.of(
+        model,
+        keep=keep[0],
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+        **options,
+    )
+    header = check_run(base, out)
+    base = on_device(base)
     cells = [
         Cell(
             method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
@@ -128,6 +139,8 @@ def compare(
         for method in dict.fromkeys(methods)
         for part in dict.fromkeys(keep)
     ]
+    for cell in cells:
+        check_fit(cell.config, header)
     asked = {
         "config": _shared(base),
         "tasks": tasks and {"names": tasks, "data": tasks_data and str(tasks_data), "limit": limit},
@@ -243,23 +256,23 @@ class _Grid:
         pruned = shrink(model, mask, choice.scales, blocks, config, self._start.stored_dtype, part)
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
-        summary = pruned_summary(config, self._start, mask, pruned)
-        found = finish(pruned, mask, summary, self._start, run, folder)
+        record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
+        record = finish(pruned, record, self._start, run, folder)
         tasks = self._score(str(folder))
         shutil.rmtree(run.checkpoint)
-        perplexity = found["results"]["pruned"]
+        perplexity = record.results["pruned"]
         run.log(event="note", text=f"{cell.name}: perplexity {perplexity['value']:.2f}")
         return {
             "method": cell.method,
             "keep": config.budget.asked,
             "seed": config.seed,
-            "kept": found["budget"]["obtained"] / found["budget"]["of"],
-            "parameters": found["params"]["total_after"],
+            "kept": record.kept_part,
+            "parameters": record.params["total_after"],
             "perplexity": perplexity,
             "tasks": tasks,
             "choosing": choosing,
             "making": making,
-            "mask_sha256": found["mask_sha256"],
+            "mask_sha256": record.mask_sha256,
         }
 
 

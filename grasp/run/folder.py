@@ -8,7 +8,6 @@ absent, and whatever stops a run, the same command picks it up again.
 from __future__ import annotations
 
 import fcntl
-import filecmp
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor
 from grasp.errors import GraspError
 from grasp.journal import Journal, read_log
 from grasp.machine import disk_errors, peak_memory
+from grasp.run.ready import check_out, run_folder
 
 SAVE_EVERY = 20.0  # seconds
 OWN_FILES = {
@@ -116,11 +116,8 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
     """Start or resume the run that will produce `out`. Raises GraspError if `out` exists, if its
     run folder belongs to another configuration (with the differences), or is in use. A run that
     fails before it has anything to resume from leaves no folder."""
-    taken = GraspError(f"{out} exists already: choose another --out or remove it first")
-    if os.path.lexists(out):
-        _remove_published(out)
-        raise taken
-    folder, asked = _folder(out), json.loads(json.dumps(config))
+    check_out(out)
+    folder, asked = run_folder(out), json.loads(json.dumps(config))
     missing = [parent for parent in folder.parents if not parent.exists()]
     with disk_errors(folder):
         if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
@@ -141,8 +138,7 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
         if resumed:
             _same(folder, json.loads((folder / "config.json").read_text()), asked)
         try:
-            if os.path.lexists(out):  # by a process that has just finished
-                raise taken
+            check_out(out)  # made by a process that has just finished
             if not resumed:
                 _write(folder / "config.json", json.dumps(asked, indent=2).encode())
             run = Run(out, folder, show)
@@ -157,17 +153,6 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
                     for parent in missing:
                         parent.rmdir()
             raise
-
-
-def _folder(out: Path) -> Path:
-    return out.with_name(out.name + ".run")
-
-
-def _remove_published(out: Path) -> None:
-    """The run folder that a kill right after the result's renaming leaves behind."""
-    with suppress(OSError, ValueError):
-        if filecmp.cmp(out / "log.jsonl", _folder(out) / "log.jsonl", shallow=False):
-            shutil.rmtree(_folder(out))
 
 
 def _drop_cut_line(log: Path) -> None:

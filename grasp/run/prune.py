@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp import __version__, criteria
 from grasp.budget.budget import Budget, Layout
 from grasp.budget.projection import Mask, Projection
-from grasp.checkpoint.save import check_layout, environment, save_checkpoint
-from grasp.compress.biases import mean_biases, with_biases
+from grasp.checkpoint.record import Record
+from grasp.checkpoint.save import environment, record_of, save_checkpoint, try_saving
+from grasp.checkpoint.verify import check_saved
+from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.refit import refit
@@ -40,7 +40,8 @@ from grasp.gates.fidelity import (
 )
 from grasp.gates.memory import memory_mode
 from grasp.gates.training import TrainSettings
-from grasp.machine import memory_errors
+from grasp.machine import disk_errors, memory_errors
+from grasp.model.header import of_model
 from grasp.model.load import (
     TORCH_NAMES,
     best_dtype,
@@ -52,19 +53,25 @@ from grasp.model.load import (
     widened,
 )
 from grasp.model.units import UnitSpace
-from grasp.report.results import add_reports, add_results
-from grasp.report.summary import read_summary
+from grasp.planning.check import check_fit
+from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
+from grasp.run.ready import check_run
 from grasp.select import select
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune` made. `summary` is the content of the checkpoint's grasp.json."""
+    """What `prune` made."""
 
     folder: Path
     mask: Mask
-    summary: dict[str, Any]
+    record: Record
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of the checkpoint's grasp.json."""
+        return self.record.to_json()
 
 
 def prune(
@@ -88,17 +95,19 @@ def prune(
     moment, the same call resumes and ends in the same mask. `show` receives each log record.
     Raises GraspError.
     """
-    budget = Budget.of(
+    config = PruneConfig.of(
+        model,
         keep=keep,
         params=params,
         kv_cache=kv_cache,
         ffn_multiple=ffn_multiple,
         kv_multiple=kv_multiple,
         layout=layout,
+        as_published=as_published,
+        **options,
     )
-    config = configure(model, budget, options)
-    if as_published:
-        config = config.as_published()
+    check_run(config, out)
+    config = on_device(config)
     with open_job(config, out, config.to_json(), show) as run:
         return _prune(config, {"": config.budget}, run)[0]
 
@@ -125,26 +134,28 @@ def prune_each(
     asked = list(dict.fromkeys(keep))
     if not asked:
         raise GraspError("keep=[] names no budget: give one ratio at least")
-    budget = Budget.of(
-        keep=min(asked), ffn_multiple=ffn_multiple, kv_multiple=kv_multiple, layout=layout
+    config = PruneConfig.of(
+        model,
+        keep=min(asked),
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+        as_published=as_published,
+        **options,
     )
-    config = configure(model, budget, options)
-    if as_published:
-        config = config.as_published()
+    budgets = {f"keep-{part}": replace(config.budget, asked=part) for part in asked}
+    header = check_run(config, out)
+    for budget in budgets.values():
+        check_fit(replace(config, budget=budget), header)
+    config = on_device(config)
     if criteria.get(config.method).updates_weights:
         raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
     with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
-        return _prune(
-            config, {f"keep-{part}": replace(config.budget, asked=part) for part in asked}, run
-        )
+        return _prune(config, budgets, run)
 
 
-def configure(
-    model: str | os.PathLike[str], budget: Budget, options: dict[str, Any]
-) -> PruneConfig:
-    """The config with device and dtype named, and paths as text. Raises GraspError."""
-    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    config = PruneConfig(os.fspath(model), budget, **plain)
+def on_device(config: PruneConfig) -> PruneConfig:
+    """The config with device and dtype named. Raises GraspError."""
     device = pick_device(config.device)
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
@@ -192,16 +203,16 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part = run.part(name) if name else run
             pruned = move(copy.deepcopy(model), config.device) if name else model
             pruned = shrink(pruned, mask, choice.scales, blocks, own, start.stored_dtype, part)
-            summary = pruned_summary(own, start, mask, pruned)
-            summary["budget"]["chosen_for"] = config.budget.asked
-            summary = finish(pruned, mask, summary, start, part, run.checkpoint)
-            summary["results"] |= {"dense": dense, "seconds": run.seconds()}
-            add_results(run.checkpoint, summary)
-            add_reports(run.checkpoint, summary, part.records())
-            part.log(event="finished", folder=str(run.out / name), **summary["results"])
+            record = pruned_record(own, start, mask, pruned, config.budget.asked)
+            record = finish(pruned, record, start, part, run.checkpoint)
+            record = record.measured(dense=dense, seconds=run.seconds())
+            with disk_errors(run.checkpoint):
+                record.write(run.checkpoint)
+            add_reports(run.checkpoint, record, part.records())
+            part.log(event="finished", folder=str(run.out / name), **record.results)
             if name:
                 run.finish(name)
-        results.append(PruneResult(run.out / name, mask, read_summary(folder)))
+        results.append(PruneResult(run.out / name, mask, Record.read(folder)))
     run.publish()
     return results
 
@@ -230,15 +241,22 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """The model as it is stored, the texts; what can be refused before the long work is refused."""
     model, tokenizer = load_dense(config)
     check_budget(config, model)
+    space = UnitSpace.of(model)
+    try_saving(model, tokenizer, run.checkpoint, _a_result(space, config.budget))
     return model, read_texts(config, model, tokenizer, run)
 
 
+def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
+    """Widths that `budget` allows: the least in all layers, or else in the first alone."""
+    least = (budget.ffn_multiple, budget.kv_multiple)
+    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
+    uniform = budget.layout == "uniform"
+    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
+
+
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
-    """Refuse a budget that the model cannot meet, and a result that no class could carry."""
-    space = UnitSpace.of(model)
-    config.budget.limit(space)
-    saved_as = with_biases(model.config) if config.compensate == "bias" else model.config
-    check_layout(saved_as, space, config.budget)
+    """Refuse what the loaded model cannot meet, as `check` does by its files; and its dtype."""
+    check_fit(config, of_model(model))  # of GGUF and of remote code, the live model says more
     working = working_dtype(config)
     updates = criteria.get(config.method).updates_weights
     if updates and torch.promote_types(working, model.dtype) != working:
@@ -358,30 +376,22 @@ def shrink(
     return cast(model, stored_dtype)
 
 
-def finish(
-    model: PreTrainedModel,
-    mask: Mask,
-    summary: dict[str, Any],
-    start: Start,
-    run: Run,
-    folder: Path,
-) -> dict[str, Any]:
-    """Save the pruned model in the new `folder` and measure what reads from there.
+def finish(model: PreTrainedModel, record: Record, start: Start, run: Run, folder: Path) -> Record:
+    """Save the pruned model in the new `folder`, and check and measure what reads from there.
 
-    Returns the summary with those results. `model` itself is used up.
+    Returns the record with those results. `model` itself is used up. Raises GraspError where
+    `grasp verify` would fail.
     """
     device = str(model.device)
-    kept = [(ffn.tolist(), kv.tolist()) for ffn, kv in mask.layers()]
     folder.mkdir(parents=True)
-    saved = save_checkpoint(model, start.tokenizer, folder, kept=kept, grasp_json=summary)
+    saved, record = save_checkpoint(model, start.tokenizer, folder, record)
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
-    pruned = None
-    if start.ruler:
-        reread, _ = load_model(folder, dtype=None, device=device)
-        pruned = _measure(start.ruler, reread, "pruned", run)
-    return {**summary, "results": {"pruned": pruned, **asdict(saved)}}
+    reread, tokenizer = load_model(folder, dtype=None, device=device)
+    check_saved(folder, reread, tokenizer)
+    pruned = _measure(start.ruler, reread, "pruned", run)
+    return record.measured(pruned=pruned, **asdict(saved))
 
 
 def _release(model: PreTrainedModel) -> None:
@@ -389,10 +399,10 @@ def _release(model: PreTrainedModel) -> None:
     move(model, "meta")
 
 
-def pruned_summary(
-    config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel
-) -> dict[str, Any]:
-    """All of the pruned `model`'s grasp.json but the kept indices and the results."""
+def pruned_record(
+    config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel, chosen_for: float
+) -> Record:
+    """What grasp.json says of the pruned `model`, but for the results."""
     budget = config.budget
     obtained = {
         "kind": budget.kind,
@@ -400,44 +410,28 @@ def pruned_summary(
         "limit": budget.limit(mask.space),
         "obtained": budget.cost(mask.pruned_space()),
         "of": budget.cost(mask.space),
+        "chosen_for": chosen_for,
     }
-    summary = summary_of(config, start, mask)
-    summary["params"]["total_after"] = UnitSpace.of(model).total_params  # with biases, if any
-    return {**summary, "budget": obtained}
+    return run_record(config, start, mask, model, budget=obtained)
 
 
-def summary_of(config: PruneConfig | SparsifyConfig, start: Start, mask: Mask) -> dict[str, Any]:
-    """What grasp.json says of any checkpoint: how it was made, and its sizes."""
-    before, after = mask.space, mask.pruned_space()
-    return {
-        "format": 1,
-        "grasp_version": __version__,
-        "model": config.model,
-        "recipe": config.to_json(),
-        "seed": config.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "calibration": start.corpus.to_json(),
-        "params": {
-            "prunable_before": before.prunable_params,
-            "prunable_after": after.prunable_params,
-            "total_before": before.total_params,
-            "total_after": after.total_params,
-        },
-        "kv_cache_bytes_per_token": {
-            "before": before.kv_cache_bytes_per_token(),
-            "after": after.kv_cache_bytes_per_token(),
-        },
-        "widths": {
-            "before": [[layer.ffn, layer.kv_groups] for layer in before.layers],
-            "after": [[layer.ffn, layer.kv_groups] for layer in after.layers],
-        },
-        "mask_sha256": mask.digest(),
-        "results": {},
-    }
+def run_record(
+    config: PruneConfig | SparsifyConfig,
+    start: Start,
+    mask: Mask,
+    model: PreTrainedModel,
+    **more: Any,
+) -> Record:
+    """`record_of` a run."""
+    return record_of(
+        mask,
+        model,
+        name=config.model,
+        seed=config.seed,
+        recipe=config.to_json(),
+        calibration=start.corpus.to_json(),
+        **more,
+    )
 
 
 def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
@@ -447,10 +441,6 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
             raise GraspError(
                 f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
             )
-    if config.seq_len > longest(model):
-        raise GraspError(
-            f"--seq-len {config.seq_len} is more than this model takes: at most {longest(model)}"
-        )
     family = model.config.model_type.removeprefix("grasp_")
     if family not in CONFIG_MAPPING:
         raise GraspError(f"{family} is not in this transformers: its result could not be saved")

@@ -12,32 +12,37 @@ from transformers import PreTrainedModel
 
 from grasp.budget.pattern import Pattern
 from grasp.budget.projection import Mask
-from grasp.checkpoint.verify import check_sparsity
+from grasp.checkpoint.record import Record
+from grasp.checkpoint.save import try_saving
 from grasp.config import SparsifyConfig
-from grasp.errors import GraspError
 from grasp.gates.fidelity import check_layers
-from grasp.machine import memory_errors
+from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device
-from grasp.report.results import add_results
-from grasp.report.summary import read_summary
+from grasp.model.units import UnitSpace
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.prune import (
     finish,
     load_dense,
     measure_dense,
     read_texts,
-    summary_of,
+    run_record,
 )
+from grasp.run.ready import check_run
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
 from grasp.sparsity.methods import method_of
 
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """What `sparsify` made. `summary` is the content of the checkpoint's grasp.json."""
+    """What `sparsify` made."""
 
     folder: Path
-    summary: dict[str, Any]
+    record: Record
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of the checkpoint's grasp.json."""
+        return self.record.to_json()
 
 
 def sparsify(
@@ -54,8 +59,8 @@ def sparsify(
     any moment, the same call goes on behind the last finished block and ends in the same weights.
     `show` receives each log record. Raises GraspError.
     """
-    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    config = SparsifyConfig(os.fspath(model), **plain)
+    config = SparsifyConfig.of(model, **options)
+    check_run(config, out)
     config = replace(config, device=pick_device(config.device))
     fix = (
         f"lower --samples (now {config.samples}) or --seq-len (now {config.seq_len}), and start "
@@ -75,6 +80,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
         "weights": sum(linear.weight.numel() for linear in linears.values()),
         "zeros_before": _zeros(model),
     }
+    try_saving(model, tokenizer, run.checkpoint, UnitSpace.of(model))
     start = read_texts(config, model, tokenizer, run)
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)
@@ -92,16 +98,14 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     )
     sparsity["zeros_after"] = _zeros(model)
     everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
-    summary = {**summary_of(config, start, everything), "sparsity": sparsity}
-    summary = finish(model, everything, summary, start, run, run.checkpoint)
-    written = check_sparsity(run.checkpoint, sparsity)
-    if not written.passed:
-        raise GraspError(f"{run.checkpoint} is not as written ({written.detail}): check the disk")
-    summary["results"] |= {"dense": dense, "seconds": run.seconds()}
-    add_results(run.checkpoint, summary)
-    run.log(event="finished", folder=str(run.out), **summary["results"])
+    record = run_record(config, start, everything, model, sparsity=sparsity)
+    record = finish(model, record, start, run, run.checkpoint)
+    record = record.measured(dense=dense, seconds=run.seconds())
+    with disk_errors(run.checkpoint):
+        record.write(run.checkpoint)
+    run.log(event="finished", folder=str(run.out), **record.results)
     run.publish()
-    return SparsifyResult(run.out, read_summary(run.out))
+    return SparsifyResult(run.out, Record.read(run.out))
 
 
 def _zeros(model: PreTrainedModel) -> int:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grasp_kernels._checks import span
 from grasp_kernels._triton.launch import Config, config, launch
 
 
@@ -85,7 +86,7 @@ def delta(grad: Tensor, raw: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     partial = grad.new_empty(batch, heads, blocks, dtype=torch.float32)
     launch(
         _delta,
-        (blocks * batch * heads,),  # a second axis ends at 65,535
+        (batch * heads, blocks),  # a second axis ends at 65,535
         tile,
         *(grad, raw, row_sums, partial, heads, length, *grad.stride()[:3], *raw.stride()[:3]),
         D=size,
@@ -107,8 +108,7 @@ def _tile(
 
 def _unit(x: Tensor) -> Tensor:
     """x [B, H, S, D] with unit stride along D, within 2^31 values a sequence: a copy where not."""
-    span = sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    return x if x.stride(-1) == 1 and span < 2**31 else x.contiguous()
+    return x if x.stride(-1) == 1 and span(x) < 2**31 else x.contiguous()
 
 
 def _heads_last(x: Tensor) -> Tensor:
@@ -225,16 +225,18 @@ def _delta(
     grad, raw, row_sums, partial, heads, length, gb, gh, gs, rb, rh, rs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(length, BLOCK_M)
-    sequence = tl.program_id(0) // blocks  # a head of one
-    batch = (sequence // heads).to(tl.int64)
-    head = sequence % heads
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    g = _load_tile(grad + batch * gb + head * gh, row, gs, length, D, BLOCK_D).to(tl.float32)
-    o = _load_tile(raw + batch * rb + head * rh, row, rs, length, D, BLOCK_D).to(tl.float32)
+    pair = tl.program_id(0).to(tl.int64)  # of a sequence and a head
+    batch, head = pair // heads, pair % heads
+    first = tl.program_id(1).to(tl.int64) * BLOCK_M  # int64 up to the tile: of any span
+    left = length - first
+    row = tl.arange(0, BLOCK_M)
+    g_base = grad + batch * gb + head * gh + first * gs
+    o_base = raw + batch * rb + head * rh + first * rs
+    g = _load_tile(g_base, row, gs, left, D, BLOCK_D).to(tl.float32)
+    o = _load_tile(o_base, row, rs, left, D, BLOCK_D).to(tl.float32)
     sums = tl.sum(g * o, 1)
-    tl.store(row_sums + sequence.to(tl.int64) * length + row, sums, row < length)
-    tl.store(partial + tl.program_id(0), tl.sum(sums, 0))
+    tl.store(row_sums + pair * length + first + row, sums, row < left)
+    tl.store(partial + pair * tl.num_programs(1) + tl.program_id(1), tl.sum(sums, 0))
 
 
 @triton.jit

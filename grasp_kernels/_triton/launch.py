@@ -26,7 +26,8 @@ class Config(NamedTuple):
     num_stages: int = 1
 
 
-# A kernel, or (kernel, bits of the dtype, size of a head or a row up to): "kernel" or "kernel 16 128" in a file.
+# A kernel, or (kernel, bits of the dtype, size of a head or a row up to); "kernel" or
+# "kernel 16 128" in a file.
 Key = str | tuple[str, int, int]
 Table = dict[Key, Config]
 

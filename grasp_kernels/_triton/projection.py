@@ -67,13 +67,15 @@ def _add_costs(row, digit, cost):
     """Add the costs of a block, by digit, to a row of 256 bins.
 
     A histogram counts, so each bit of the costs is counted alone and weighted after; most blocks
-    hold FFN channels only, whose cost has two bits.
+    hold FFN channels only, whose cost has two bits, at any multiple that is a power of two.
     """
     top = tl.max(cost, 0)
     bins = tl.zeros([256], tl.int64)
     bit = 0
     while (top >> bit) > 0:
-        bins += tl.histogram(digit, 256, mask=((cost >> bit) & 1) == 1).to(tl.int64) << bit
+        has_bit = (cost >> bit) & 1
+        if tl.max(has_bit, 0) == 1:
+            bins += tl.histogram(digit, 256, mask=has_bit == 1).to(tl.int64) << bit
         bit += 1
     at = tl.arange(0, 256)
     tl.atomic_add(row + at, bins, mask=bins > 0, sem="relaxed")
@@ -147,15 +149,16 @@ def _narrow(
         tl.store(row + 256, prefix)
         tl.store(row + 257, left)
 
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    unit = tl.load(order + i, i < count, other=-1)
-    shift = 8 * (PASSES - 1 - step % PASSES)
-    counts = (i < count) & (unit < bound) & (unit >> (shift + 8) == prefix)
-    if tl.max(counts.to(tl.int32), 0) > 0:
-        cost = tl.load(costs + i, counts, other=0).to(tl.int64)
-        is_floor = tl.load(floor + i, counts, other=1) != 0
-        cost = tl.where(is_floor | (cost > most), 0, cost)
-        _add_costs(row, (unit >> shift).to(tl.int32) & 255, cost)
+    if prefix >= 0:  # else all units of the round fit: nothing is left to find
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        unit = tl.load(order + i, i < count, other=-1)
+        shift = 8 * (PASSES - 1 - step % PASSES)
+        counts = (i < count) & (unit < bound) & (unit >> (shift + 8) == prefix)
+        if tl.max(counts.to(tl.int32), 0) > 0:
+            cost = tl.load(costs + i, counts, other=0).to(tl.int64)
+            is_floor = tl.load(floor + i, counts, other=1) != 0
+            cost = tl.where(is_floor | (cost > most), 0, cost)
+            _add_costs(row, (unit >> shift).to(tl.int32) & 255, cost)
 
 
 @triton.jit

@@ -4,8 +4,6 @@
 TRITON_INTERPRET=1, which `test_processes.py` does.
 """
 
-import os
-
 import pytest
 import torch
 from oracle import INTERPRETED, KERNELS_RUN
@@ -16,12 +14,6 @@ collect_ignore = [] if KERNELS_RUN else ["on_device"]
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-
-# `SEEDS=50 pytest tests/kernels` runs every test with 50 seeds.
-@pytest.fixture(autouse=True, params=range(int(os.environ.get("SEEDS", "1"))))
-def seed(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
 """How the ops behave inside PyTorch: the same on the CPU path, in the interpreter and on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
-from oracle import INTERPRETED, gradients
+from oracle import INTERPRETED, assert_accurate, gradients
+from planted import ERRORS, computes_in_bf16
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +32,11 @@ class Op(NamedTuple):
     run: Callable[..., Tensor]
     plain: Callable[..., Tensor]
     inputs: list[Tensor]
+    names: list[str]
+
+    def check(self, kernel: Callable[..., Tensor]) -> None:
+        z = self.inputs[-1] if self.names[-1] in ("dz", "d_scale") else None
+        assert_accurate(kernel, self.plain, self.inputs, self.names, z)
 
 
 def make(name: str, device: str, batch: int = 2) -> Op:
@@ -39,7 +46,7 @@ def make(name: str, device: str, batch: int = 2) -> Op:
     if name == "attention":
         z = torch.tensor([0.0, 0.7], device=device)
         inputs = [randn(batch, 4, 9, 16), randn(batch, 2, 9, 16), randn(batch, 2, 9, 16), z]
-        return Op(gated_attention, reference.gated_attention, inputs)
+        return Op(gated_attention, reference.gated_attention, inputs, ["dq", "dk", "dv", "dz"])
     if name == "loss":
         weight, targets = randn(24, 8), torch.arange(9, device=device)
 
@@ -49,10 +56,11 @@ def make(name: str, device: str, batch: int = 2) -> Op:
         def definition(x):
             return reference.linear_cross_entropy(x, weight.to(x.dtype), targets)
 
-        return Op(loss, definition, [randn(9, 8)])
+        return Op(loss, definition, [randn(9, 8)], ["dx"])
     z = (torch.arange(24, device=device) % 3 > 0).float() * 0.8
     if name == "scale":
-        return Op(channel_scale, reference.channel_scale, [randn(batch, 5, 24), z])
+        inputs = [randn(batch, 5, 24), z]
+        return Op(channel_scale, reference.channel_scale, inputs, ["dx", "d_scale"])
     if name == "norm":
         weight = randn(24)
 
@@ -62,12 +70,14 @@ def make(name: str, device: str, batch: int = 2) -> Op:
         def normed(x, z):
             return reference.rms_norm_scale(x, weight, z, 1e-5)
 
-        return Op(norm, normed, [randn(batch, 5, 24), z])
+        return Op(norm, normed, [randn(batch, 5, 24), z], ["dx", "d_scale"])
     if name == "swiglu":
+        z = (torch.arange(24, device=device) % 3 > 0).float() * 0.8
         inputs = [randn(batch, 5, 24), randn(batch, 5, 24), z]
-        return Op(gated_swiglu, reference.gated_swiglu, inputs)
-    weights = randn(24, 8), randn(24, 8), randn(8, 24)
-    max_kept = 16 if name == "ffn, bound known" else None
+        return Op(gated_swiglu, reference.gated_swiglu, inputs, ["d_gate_pre", "d_up", "dz"])
+    z = (torch.arange(96, device=device) % 3 == 0).float() * 0.8  # 32 kept, 64 computed
+    weights = randn(96, 8), randn(96, 8), randn(8, 96)
+    max_kept = 40 if name == "ffn, bound known" else None
 
     def ffn(x, z):
         return gated_swiglu_ffn(x, *weights, z, max_kept=max_kept)
@@ -75,7 +85,7 @@ def make(name: str, device: str, batch: int = 2) -> Op:
     def plain(x, z):
         return reference.gated_swiglu_ffn(x, *(w.to(x.dtype) for w in weights), z)
 
-    return Op(ffn, plain, [randn(batch, 5, 8), z])
+    return Op(ffn, plain, [randn(batch, 5, 8), z], ["dx", "dz"])
 
 
 GATED = ["swiglu", "ffn", "ffn, bound known", "attention"]
@@ -83,26 +93,50 @@ SCALED = ["scale", "norm"]
 OPS = pytest.mark.parametrize("name", [*GATED, *SCALED, "loss"])
 
 
-def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
-
-
 @OPS
 def test_matches_the_definition(name, device):
     op = make(name, device)
-    grad = torch.randn_like(op.run(*op.inputs))
-    expected = gradients(op.plain, op.inputs, grad)
-    assert_same(gradients(op.run, op.inputs, grad), expected, rtol=1e-4, atol=1e-5)
+    op.check(op.run)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("name", GATED)
+def test_a_planted_error_is_found(name, error, device):
+    op = make(name, device)
+    with pytest.raises(AssertionError, match="what rounding allows"):
+        op.check(error(op.plain))
+
+
+def test_a_planted_error_is_found_in_the_loss(device):
+    op = make("loss", device)
+    with pytest.raises(AssertionError, match="what rounding allows"):
+        op.check(computes_in_bf16(op.plain))
 
 
 @OPS
 def test_non_contiguous(name, device):
+    def spread(x):  # its gradient is strided too
+        return torch.stack([x, x.detach()], -1)[..., 0]
+
     op = make(name, device)
-    strided = [torch.stack([x, x], -1)[..., 0] for x in op.inputs]
-    grad = torch.randn_like(op.run(*op.inputs))
-    expected = gradients(op.run, op.inputs, grad)
-    assert_same(gradients(op.run, strided, torch.stack([grad, grad], -1)[..., 0]), expected)
+    op.check(lambda *inputs: spread(op.run(*map(spread, inputs))))
+
+
+def test_down_projection_by_channel(device):
+    """The same FFN from a w_down that lies in memory as [F, d]; kept channels are rows of it."""
+    x, z = torch.randn(5, 8, device=device), (torch.arange(96, device=device) % 3 == 0).float()
+    up, down = torch.randn(96, 8, device=device), torch.randn(8, 96, device=device)
+
+    def run(x, z, down=down):
+        return gated_swiglu_ffn(x, up, up, down, z)
+
+    by_channel = down.t().contiguous().t()
+    grad = torch.randn_like(x)
+    expected = gradients(run, [x, z], grad)
+    for a, b in zip(gradients(partial(run, down=by_channel), [x, z], grad), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    kept = swiglu._columns(by_channel, torch.tensor([2, 5], device=device))
+    assert torch.equal(kept, down[:, [2, 5]]) and kept.T.is_contiguous()
 
 
 @pytest.mark.parametrize("name", [*GATED, *SCALED])
@@ -116,23 +150,15 @@ def test_empty_batch(name, device):
 
 @OPS
 def test_compiles_to_one_graph(name, device):
-    torch._dynamo.reset()
     op = make(name, device)
     backend = "inductor" if device == "cuda" else "aot_eager"
-    compiled = torch.compile(op.run, fullgraph=True, backend=backend)
-    grad = torch.randn_like(op.run(*op.inputs))
-    assert_same(gradients(compiled, op.inputs, grad), gradients(op.run, op.inputs, grad))
+    op.check(torch.compile(op.run, fullgraph=True, backend=backend))
 
 
 @OPS
 def test_checkpointing(name, device):
     op = make(name, device)
-
-    def checkpointed(*inputs):
-        return checkpoint(op.run, *inputs, use_reentrant=False)
-
-    grad = torch.randn_like(op.run(*op.inputs))
-    assert_same(gradients(checkpointed, op.inputs, grad), gradients(op.run, op.inputs, grad))
+    op.check(lambda *inputs: checkpoint(op.run, *inputs, use_reentrant=False))
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -162,10 +188,9 @@ def test_no_grad_and_frozen_inputs(name, device):
         expected = op.run(*op.inputs)
     z = op.inputs[-1].clone().requires_grad_()
     out = op.run(*op.inputs[:-1], z)
-    torch.testing.assert_close(out, expected)
+    assert torch.equal(out, expected)
     (dz,) = torch.autograd.grad(out.sum(), z)
-    expected = gradients(op.run, op.inputs, torch.ones_like(out))[-1]
-    torch.testing.assert_close(dz, expected)
+    assert torch.equal(dz, gradients(op.run, op.inputs, torch.ones_like(out))[-1])
 
 
 def test_opcheck(device):
@@ -175,16 +200,17 @@ def test_opcheck(device):
     check = torch.library.opcheck
     z = (torch.rand(24, device=device) < 0.5).float().requires_grad_()
     check(swiglu._swiglu, (leaf(5, 24), leaf(5, 24), z))
-    weights = [w.detach() for w in (leaf(24, 8), leaf(24, 8), leaf(8, 24))]
-    for max_kept in (None, 20, 24):
-        check(swiglu._ffn, (leaf(5, 8), *weights, z, max_kept))
+    weights = [w.detach() for w in (leaf(96, 8), leaf(96, 8), leaf(8, 96))]
+    channels = (torch.arange(96, device=device) % 3 == 0).float().requires_grad_()
+    for max_kept in (None, 40, 80, 96):  # computed: 64, 64, all, all
+        check(swiglu._ffn, (leaf(5, 8), *weights, channels, max_kept))
     weight = torch.randn(24, device=device)
     check(scale._scale, (leaf(5, 24), z))
     check(scale._norm, (leaf(5, 24), weight, z, 1e-5))
     q, k, v, gate = leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16), leaf(2)
-    triton = INTERPRETED or device == "cuda"
+    backend = "triton" if INTERPRETED or device == "cuda" else "sdpa"
     for key_mask in (None, torch.rand(2, 9, device=device) < 0.7):
-        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, triton))
+        check(attention._attention, (q, k, v, gate, True, 0.3, key_mask, None, backend))
     with torch.no_grad():
         grad = torch.randn(5, 24, device=device)
         check(swiglu._swiglu_backward, (grad, leaf(5, 24), leaf(5, 24), z))
@@ -192,11 +218,11 @@ def test_opcheck(device):
         _, inverse = scale._norm(grad, weight, z, 1e-5)
         check(scale._norm_backward, (grad, leaf(5, 24), inverse, weight, z))
         x, grad = leaf(5, 8), torch.randn(5, 8, device=device)
-        _, *saved = swiglu._ffn(x, *weights, z, 16)
-        check(swiglu._ffn_backward, (grad, *saved, *weights, z))
-        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, triton)
+        _, *saved = swiglu._ffn(x, *weights, channels, 40)
+        check(swiglu._ffn_backward, (grad, *saved, *weights, channels))
+        _, *saved = attention._attention(q, k, v, gate, True, 0.3, None, None, backend)
         tensors = (torch.randn_like(q), q, k, v, gate, *saved, None)
-        check(attention._attention_backward, (*tensors, True, 0.3, None, triton))
+        check(attention._attention_backward, (*tensors, True, 0.3, None, backend))
         check(attention._gate_backward, (torch.randn_like(q), torch.randn_like(q), gate))
     targets = torch.arange(5, device=device)
     for gradient in (True, False):
@@ -214,10 +240,10 @@ def test_opcheck(device):
 
 
 def test_projection_compiles_and_takes_an_empty_problem(device):
-    torch._dynamo.reset()
     scores, costs = torch.randn(50, device=device), torch.randint(1, 9, (50,), device=device)
     compiled = torch.compile(budget_topk, fullgraph=True, backend="aot_eager")
-    assert_same([*compiled(scores, costs, 77)], [*budget_topk(scores, costs, 77)])
+    for a, b in zip(compiled(scores, costs, 77), budget_topk(scores, costs, 77), strict=True):
+        assert torch.equal(a, b)
     empty = budget_topk(scores[:0], costs[:0], 5)
     assert empty.mask.shape == empty.indices.shape == (0,)
     assert empty.n_kept == 0 and empty.cost == 0

@@ -26,6 +26,7 @@ if not KERNELS_RUN:
         f"interpret {path}": [*PYTEST, f"tests/kernels/{path}"]
         for path in (
             "on_device/test_attention.py",
+            "on_device/test_cross_entropy.py",
             "on_device/test_projection.py",
             "on_device/test_scale.py",
             "on_device/test_swiglu.py",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import INTERPRETED, MASKS, greedy, mask
+from oracle import INTERPRETED, MASKS, assert_accurate, greedy, mask
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +18,7 @@ from grasp_kernels import (
     linear_cross_entropy,
     reference,
     rms_norm_scale,
+    swiglu,
 )
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the CPU path is off in the interpreter")
@@ -34,11 +35,11 @@ def test_swiglu_gradients(kind):
     assert gradcheck(reference.gated_swiglu, (wide(2, 3, 7), wide(2, 3, 7), z))
 
 
-@pytest.mark.parametrize("max_kept", [None, 15])
+@pytest.mark.parametrize("max_kept", [None, 96])
 @pytest.mark.parametrize("kind", MASKS)
 def test_ffn_gradients(kind, max_kept):
-    z = mask(kind, 15).double().requires_grad_()
-    x, *weights = wide(2, 3, 5), wide(15, 5), wide(15, 5), wide(5, 15)
+    z = mask(kind, 96).double().requires_grad_()
+    x, *weights = wide(2, 3, 5), wide(96, 5), wide(96, 5), wide(5, 96)
     frozen = [w.detach() for w in weights]
 
     def ffn(x, z):
@@ -48,8 +49,19 @@ def test_ffn_gradients(kind, max_kept):
     torch.testing.assert_close(ffn(x, z), reference.gated_swiglu_ffn(x, *frozen, z))
 
 
+@pytest.mark.parametrize(("kept", "computed"), [(0, 0), (1, 64), (64, 64), (65, 128), (173, 200)])
+def test_ffn_computes_aligned_widths(kept, computed):
+    """Dropped channels fill a matrix up to 64; all are computed where few are left out."""
+    z = torch.zeros(200)
+    z[torch.randperm(200)[:kept]] = 0.7
+    weights = torch.randn(200, 8), torch.randn(200, 8), torch.randn(8, 200)
+    for max_kept in (None, kept):
+        _, gate_pre, up, dropped, _ = swiglu._ffn(torch.randn(5, 8), *weights, z, max_kept)
+        assert gate_pre.shape == up.shape == (5, computed) and dropped.shape == (5, 200 - computed)
+
+
 def test_ffn_saves_only_what_backward_needs():
-    tokens, width, size, kept = 64, 96, 8, 32
+    tokens, width, size, kept = 64, 192, 8, 64
     z = torch.zeros(width)
     z[torch.randperm(width)[:kept]] = 1
     z.requires_grad_()
@@ -138,24 +150,18 @@ def test_cross_entropy(rows, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_cross_entropy_in_bf16(scale):
-    """As exact as PyTorch in bf16, sharp distributions included; without a gradient, the same."""
-    x, weight = torch.randn(64, 32), torch.randn(500, 32) * scale / 32
+    """Sharp distributions included; without a gradient, the same bits."""
+    x, weight = torch.randn(64, 32).bfloat16(), (torch.randn(500, 32) * scale / 32).bfloat16()
     targets = torch.randint(500, (64,))
 
-    def outcome(loss, dtype):
-        leaf = x.to(dtype).requires_grad_()
-        value = loss(leaf, weight.to(dtype), targets)
-        return value.double(), torch.autograd.grad(value, leaf)[0].double()
+    def ours(x):
+        return linear_cross_entropy(x, weight, targets)
 
-    exact = outcome(reference.linear_cross_entropy, torch.float64)
-    plain, ours = (
-        outcome(loss, torch.bfloat16)
-        for loss in (reference.linear_cross_entropy, linear_cross_entropy)
-    )
-    for a, b, want in zip(ours, plain, exact, strict=True):
-        assert (a - want).norm() <= 1.1 * (b - want).norm() + 1e-5 * want.norm()
-    with torch.no_grad():
-        assert linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets).double() == ours[0]
+    def plain(x):
+        return reference.linear_cross_entropy(x, weight.to(x.dtype), targets)
+
+    assert_accurate(ours, plain, [x], ["dx"], None)
+    assert torch.equal(ours(x), ours(x.requires_grad_()))
 
 
 @pytest.mark.parametrize("scores", ["random", "tied", "two values", "rounded"])
@@ -198,7 +204,7 @@ def problems(draw):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems())
 def test_projection_is_sequential_greedy(problem):
     scores, costs, budget, floor, rank = problem

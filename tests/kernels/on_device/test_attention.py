@@ -1,10 +1,12 @@
 import pytest
 import torch
 from oracle import DTYPES, INTERPRETED, MASKS, assert_accurate, gradients, mask
+from planted import ERRORS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grasp_kernels import gated_attention, reference
+from grasp_kernels import attention, gated_attention, reference
 from grasp_kernels._triton import attention as kernels
+from grasp_kernels._triton import sdpa
 
 NAMES = ["dq", "dk", "dv", "dz"]
 
@@ -20,6 +22,8 @@ def check(heads, kv_heads, length, size, dtype, device, kind="random", causal=Tr
         k = k.where(key_mask[:, None, :, None], 1e4 * k)
     z = mask(kind, kv_heads, device)
 
+    error = options.pop("error", None)
+
     def ours(q, k, v, z):
         return gated_attention(q, k, v, z, causal, **{"backend": "triton", **options})
 
@@ -28,7 +32,15 @@ def check(heads, kv_heads, length, size, dtype, device, kind="random", causal=Tr
 
     # flash attention's backward adds up dq with atomics on a GPU
     atomic = ("dq",) if options.get("backend") == "sdpa" and device == "cuda" else ()
-    assert_accurate(ours, plain, [q, k, v, z], NAMES, z, atomic)
+    kernel = error(plain) if error else ours
+    assert_accurate(kernel, plain, [q, k, v, z], NAMES, z, atomic)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_planted_error_is_found(dtype, error, device):
+    with pytest.raises(AssertionError, match="what rounding allows"):
+        check(6, 3, 70, 64, dtype, device, error=error)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -86,7 +98,32 @@ def test_strides(device):
     assert ours(q, k, v, z).transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("max_kept", [None, 2])
+def test_a_gradient_of_any_span(device, tmp_path):
+    """Offsets within a sequence are int32: what spans more is copied, or not taken."""
+    shape, strides = (1, 2, 130, 16), (0, 16, 2**24, 1)
+    size = 129 * 2**24 + 32
+    if device == "cpu":  # a sparse file: nobody touches most of it
+        memory = torch.from_file(str(tmp_path / "memory"), True, size, dtype=torch.float16)
+    else:
+        memory = torch.empty(size, dtype=torch.float16, device=device)
+    grad = memory.as_strided(shape, strides).copy_(torch.randn(shape))
+    q, k, v = (torch.randn(1, n, 130, 16, device=device).half() for n in (2, 1, 1))
+    z = torch.ones(1, device=device)
+
+    def run(q, k, v, z):
+        return gated_attention(q, k, v, z, backend="triton")
+
+    wanted = gradients(run, [q, k, v, z], grad.contiguous())
+    for a, b in zip(gradients(run, [q, k, v, z], grad), wanted, strict=True):
+        assert torch.equal(a, b)
+    dz = attention._gate_backward(grad, wanted[0], z)
+    assert torch.equal(dz, attention._gate_backward(grad.contiguous(), wanted[0], z))
+    wide = torch.zeros(1, 1, 1, 128, device=device).expand(1, 2**10, 2**14, 128)
+    with pytest.raises(ValueError, match=r"2\^31 values in a sequence"):
+        gated_attention(wide, wide, wide, torch.ones(2**10, device=device), backend="triton")
+
+
+@pytest.mark.parametrize("max_kept", [None, 2, 4])
 def test_sdpa_composition(max_kept, device):
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     check(8, 4, 66, 64, dtype, device, "one", backend="sdpa", max_kept=max_kept)
@@ -107,3 +144,49 @@ def test_a_sequence_that_spans_too_much_is_copied():
     assert kernels._unit(apart).is_contiguous()
     near = torch.empty(1, 8, 2, 64, device="meta").transpose(1, 2)
     assert kernels._unit(near) is near
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("max_kept", [None, 2, 4])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_cudnn_composition(queries, max_kept, device):
+    """Within the errors of bf16; two runs may differ in the last bits."""
+    size, z = 128, mask("one", 4, device)
+    q = torch.randn(2, 4 * queries, 130, size, device=device)
+    k, v = (torch.randn(2, 4, 130, size, device=device) for _ in range(2))
+    grad = torch.randn_like(q)
+
+    def ours(q, k, v, z):
+        return gated_attention(q, k, v, z, backend="cudnn", max_kept=max_kept)
+
+    exact = gradients(reference.gated_attention, [x.double() for x in (q, k, v, z)], grad.double())
+    got = gradients(ours, [x.bfloat16() for x in (q, k, v)] + [z], grad.bfloat16())
+    for a, b in zip(got, exact, strict=True):
+        assert (a.double() - b).norm() <= 2e-2 * b.norm()
+    assert not got[1][:, : 2 * queries].count_nonzero()  # dq of a dropped group
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3, 5])
+@pytest.mark.parametrize(("queries", "size"), [(1, 64), (3, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_around_sdpa(dtype, queries, size, kept, device):
+    """Gating, packing, unpacking against their definition; 2 of 5 groups kept, up to 5 packed."""
+    z = torch.tensor([0, 0.7, 0, 0, -1.2], device=device) * (kept > 0)
+    heads = 5 * queries
+
+    def heads_last(count):
+        return torch.randn(2, 70, count, size, device=device, dtype=dtype).transpose(1, 2)
+
+    grad, q, raw = (heads_last(heads) for _ in range(3))
+    k, v = heads_last(5).contiguous(), torch.randn(2, 5, size, 70, device=device).to(dtype).mT
+    lse = torch.randn(2, heads, 70, device=device)
+    assert torch.equal(sdpa.gate_heads(raw, z), reference.gate_heads(raw, z))
+    *ours, dz = sdpa.pack_heads(grad, q, k, v, z, raw, lse, kept)
+    *wanted, dz_wanted = reference.pack_heads(grad, q, k, v, z, raw, lse, kept)
+    for a, b in zip(ours, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    torch.testing.assert_close(dz, dz_wanted, rtol=1e-4, atol=1e-4)
+    _, dq, dk, dv, *_ = wanted
+    ours, wanted = (m.unpack_heads(dq, dk, dv, z, heads) for m in (sdpa, reference))
+    for a, b in zip(ours, wanted, strict=True):
+        assert torch.equal(a, b) and a.transpose(1, 2).is_contiguous()

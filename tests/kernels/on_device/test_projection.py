@@ -6,9 +6,9 @@ from grasp_kernels import budget_topk
 from grasp_kernels._triton import launch
 
 
-def check(scores, costs, budget, floor, rank, device):
+def check(scores, costs, budget, floor, rank, device, select=budget_topk):
     arguments = [x.to(device) for x in (scores, costs)]
-    chosen = budget_topk(*arguments, budget, floor=floor.to(device), tie_rank=rank.to(device))
+    chosen = select(*arguments, budget, floor=floor.to(device), tie_rank=rank.to(device))
     expected = greedy(scores, costs, int(budget), floor, rank)
     assert torch.equal(chosen.mask.cpu(), expected)
     assert torch.equal(chosen.indices.cpu(), torch.argsort(~expected, stable=True))
@@ -52,13 +52,29 @@ def test_a_7b_model(scores, device, monkeypatch):
     check(value, costs, int(costs.sum()) // 2 + 77, floor, torch.randperm(units), device)
 
 
-def test_many_blocks(device, monkeypatch):
+@pytest.fixture
+def blocks(monkeypatch, device):
+    """A problem of several blocks: scores, costs, budget, floor and rank."""
     small = launch.Config({"BLOCK": 64}, num_warps=4)
     monkeypatch.setitem(launch.table(torch.empty(0, device=device).device), "projection", small)
     size = 300
     costs = torch.randint(1, 9, (size,))
     floor = torch.rand(size) < 0.05
-    check(torch.randn(size), costs, 500, floor, torch.randperm(size), device)
+    return torch.randn(size), costs, 500, floor, torch.randperm(size)
+
+
+def test_many_blocks(blocks, device):
+    check(*blocks, device)
+
+
+def test_a_skipped_block_is_found(blocks, device):
+    def skip(scores, *others, **options):
+        scores = scores.clone()
+        scores[64:128] = float("nan")
+        return budget_topk(scores, *others, **options)
+
+    with pytest.raises(AssertionError):
+        check(*blocks, device, select=skip)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")

@@ -43,11 +43,17 @@ def test_rows_of_a_program(tokens, device):
     assert_accurate(*norm(weight), [x, z], NAMES, z)
 
 
-@pytest.mark.parametrize("width", [1, 64, 4100])  # 4100: of the configuration for long rows
-def test_widths(width, device):
+# a row of one number is normed to its sign, which has no derivative to compare with
+@pytest.mark.parametrize("width", [8, 64, 4100])  # 4100: of the configuration for long rows
+def test_widths_of_a_norm(width, device):
     x, weight = torch.randn(9, width, device=device), torch.randn(width, device=device)
     z = mask("ones", width, device) * 0.7
     assert_accurate(*norm(weight), [x, z], NAMES, z)
+
+
+@pytest.mark.parametrize("width", [1, 64, 4100])
+def test_widths_of_a_scale(width, device):
+    x, z = torch.randn(9, width, device=device), mask("ones", width, device) * 0.7
     assert_accurate(channel_scale, reference.channel_scale, [x, z], NAMES, z)
 
 

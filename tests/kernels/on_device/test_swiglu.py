@@ -1,18 +1,27 @@
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
-from oracle import DTYPES, MASKS, assert_accurate, mask
+from oracle import DTYPES, INTERPRETED, MASKS, assert_accurate, mask
+from planted import ERRORS
 
 from grasp_kernels import gated_swiglu, gated_swiglu_ffn, reference
 
 NAMES = ["d_gate_pre", "d_up", "dz"]
 
 
+def check_elementwise(dtype, kind, device, kernel=gated_swiglu):
+    gate_pre, up = (torch.randn(3, 47, 203, device=device, dtype=dtype) for _ in range(2))
+    z = mask(kind, 203, device)
+    assert_accurate(kernel, reference.gated_swiglu, [gate_pre, up, z], NAMES, z)
+
+
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_elementwise(dtype, kind, device):
-    gate_pre, up = (torch.randn(3, 47, 203, device=device, dtype=dtype) for _ in range(2))
-    z = mask(kind, 203, device)
-    assert_accurate(gated_swiglu, reference.gated_swiglu, [gate_pre, up, z], NAMES, z)
+    check_elementwise(dtype, kind, device)
 
 
 def test_halves_of_a_merged_projection(device):
@@ -34,11 +43,8 @@ def test_column_major_inputs(transposed, device):
     assert_accurate(gated_swiglu, reference.gated_swiglu, [gate_pre, up, z], NAMES, z)
 
 
-@pytest.mark.parametrize("max_kept", [None, 190])  # 190 of 203 computes all channels
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_ffn(dtype, kind, max_kept, device):
-    tokens, size, width = 150 if kind == "random" else 37, 32, 203  # 150: more than ROWS
+def check_ffn(dtype, kind, device, max_kept=None, error=None):
+    tokens, size, width = 150 if kind == "random" else 37, 32, 331  # 150: more than ROWS
     if kind == "ones" and max_kept is not None:
         max_kept = width
     z = mask(kind, width, device)
@@ -54,4 +60,40 @@ def test_ffn(dtype, kind, max_kept, device):
     def plain(x, z):
         return reference.gated_swiglu_ffn(x, *(w.to(x.dtype) for w in weights), z)
 
-    assert_accurate(ours, plain, [x, z], ["dx", "dz"], z)
+    assert_accurate(error(plain) if error else ours, plain, [x, z], ["dx", "dz"], z)
+
+
+@pytest.mark.parametrize("max_kept", [None, 300])  # 300 of 331 computes all channels
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ffn(dtype, kind, max_kept, device):
+    check_ffn(dtype, kind, device, max_kept)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_planted_error_is_found(dtype, error, device):
+    with pytest.raises(AssertionError, match="what rounding allows"):
+        check_elementwise(dtype, "random", device, error(reference.gated_swiglu))
+    with pytest.raises(AssertionError, match="what rounding allows"):
+        check_ffn(dtype, "random", device, error=error)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_more_channels_than_the_bound_end_the_process():
+    """In a process of its own: a failed assertion on the device ends its use of the GPU."""
+    code = """
+        import torch
+        from grasp_kernels import gated_swiglu_ffn
+        x, up, down = (torch.ones(s, device="cuda") for s in ((4, 8), (256, 8), (8, 256)))
+        z = torch.ones(256, device="cuda")
+        gated_swiglu_ffn(x, up, up, down, z, max_kept=256)
+        torch.cuda.synchronize()
+        print("a bound that holds")
+        gated_swiglu_ffn(x, up, up, down, z, max_kept=64)
+        torch.cuda.synchronize()
+        print("lost in silence")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "a bound that holds\n" and "assert" in done.stderr, done

@@ -1,0 +1,134 @@
+"""The probe: what a model computed when it was saved, to compare with what reads from there.
+
+This file stands alone: `grasp verify` also runs its source where grasp cannot be imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
+PROBE = Path("verify", "probe.safetensors")
+PROBE_TOKENS = 32
+TEXT = "The naïve café in 東京 costs 3.14 €:\n    def f(x): return x**2  # <s>"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids and their logits, a text and its tokens, and where they were computed."""
+
+    input_ids: Tensor  # int64 [1, 32]
+    logits: Tensor  # [1, 32, vocabulary] in the model's dtype, on the CPU
+    text: str  # empty in a checkpoint of an older release
+    text_ids: list[int]
+    environment: dict[str, str]  # torch, transformers, device, processor, threads
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, tokenizer: Any, environment: dict[str, str], seed: int = 0) -> Probe:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, PROBE_TOKENS)
+        input_ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+        logits = model(input_ids.to(model.device), use_cache=False).logits.cpu().contiguous()
+        return cls(input_ids, logits, TEXT, tokenizer(TEXT).input_ids, environment)
+
+    @classmethod
+    def read(cls, folder: Path) -> Probe:
+        tensors = load_file(folder / PROBE)
+        with safe_open(folder / PROBE, framework="pt") as file:
+            metadata = file.metadata()
+        text, text_ids = metadata.pop("text", ""), tensors.get("text_ids", torch.tensor([]))
+        return cls(tensors["input_ids"], tensors["logits"], text, text_ids.tolist(), metadata)
+
+    def write(self, folder: Path) -> None:
+        (folder / PROBE).parent.mkdir()
+        tensors = {"input_ids": self.input_ids, "logits": self.logits}
+        tensors["text_ids"] = torch.tensor(self.text_ids)
+        save_file(tensors, folder / PROBE, metadata={**self.environment, "text": self.text})
+
+    def compare(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """What a model and tokenizer that were read from disk are, and compute. Plain values."""
+        with torch.no_grad():
+            logits = model(self.input_ids.to(model.device), use_cache=False).logits.cpu()
+        error = (logits.float() - self.logits.float()).abs().max() / self.logits.float().abs().max()
+        shapes = {
+            part: [p.shape for n, p in model.named_parameters() if n.endswith(f".{part}.weight")]
+            for part in ("down_proj", "k_proj", "qkv_proj", "o_proj")
+        }
+        fused = zip(shapes["qkv_proj"], shapes["o_proj"], strict=False)
+        keys = [k[0] for k in shapes["k_proj"]] or [(qkv[0] - o[1]) // 2 for qkv, o in fused]
+        return {
+            "class": f"{type(model).__module__.split('.')[-1]}.{type(model).__name__}",
+            "device": model.device.type,
+            "dtype": str(self.logits.dtype),
+            "finite": all(values.isfinite().all() for values in (logits, self.logits)),
+            "bit_equal": torch.equal(logits, self.logits),
+            "difference": error.item(),
+            "ffn": [columns for _, columns in shapes["down_proj"]],
+            "kv": [rows // model.config.head_dim for rows in keys],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "same_tokens": not self.text or tokenizer(self.text).input_ids == self.text_ids,
+            "environment": self.environment,
+        }
+
+
+def load_and_compare(folder: str, way: str) -> dict[str, Any]:
+    """`Probe.compare` of what a user loads, and greedy tokens with a cache and without."""
+    if way == "grasp":
+        import grasp  # noqa: F401
+    else:
+        sys.modules["grasp"] = None  # type: ignore[assignment]  # importing it fails
+    probe = Probe.read(Path(folder))
+    torch.set_num_threads(int(probe.environment["threads"]))  # the order of sums depends on it
+
+    auto: Any = AutoModelForCausalLM
+    model, loading = auto.from_pretrained(
+        folder,
+        dtype=probe.logits.dtype,
+        use_safetensors=True,
+        trust_remote_code=way == "remote",
+        output_loading_info=True,
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[problem]:
+            return {"error": f"{problem}: {sorted(loading[problem])}"}
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=way == "remote")
+    model.to(probe.environment["device"] if torch.cuda.is_available() else "cpu").eval()
+    found = probe.compare(model, tokenizer)
+    # In fp32: in bf16 the two ways round differently and near-ties may fall either way.
+    model.float()
+    first = probe.input_ids[:, :8].to(model.device)
+    for name, use_cache in (("cached", True), ("uncached", False)):
+        with torch.no_grad():
+            found[name] = model.generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                do_sample=False,
+                max_new_tokens=16,
+                min_new_tokens=16,
+                use_cache=use_cache,
+            )[0].tolist()
+    return found
+
+
+def main() -> None:
+    folder, way, result = sys.argv[1:]
+    try:
+        found = load_and_compare(folder, way)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    Path(result).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""grasp.json: how a checkpoint was made, what is in it, and what was measured on it.
+
+Free of torch. `format` counts changes that an older release could not read; a newer release reads
+every older format, and the changelog says what a new one changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import GraspError
+
+FORMAT = 1
+FILE = "grasp.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of a checkpoint's grasp.json."""
+
+    grasp_version: str
+    model: str  # as it was named
+    seed: int
+    recipe: dict[str, Any]  # the options of the run; empty for a model that a program saved
+    versions: dict[str, str]  # python, torch, transformers
+    params: dict[str, int]  # prunable_before, prunable_after, total_before, total_after
+    kv_cache_bytes_per_token: dict[str, int]  # before, after; 16 bit
+    widths: dict[str, list[list[int]]]  # before, after: [FFN channels, KV groups] of each layer
+    mask_sha256: str
+    kept: list[dict[str, list[int]]]  # ffn, kv: original indices of what each layer keeps
+    calibration: dict[str, Any] | None = None  # name, split, tokens, sha256 of the text
+    budget: dict[str, Any] | None = None  # kind, asked, limit, obtained, of, chosen_for
+    sparsity: dict[str, Any] | None = None  # pattern, weights, zeros_before, zeros_after, errors
+    results: dict[str, Any] = field(default_factory=dict)  # dense, pruned, seconds, speed, ...
+    sha256: dict[str, str] = field(default_factory=dict)  # of the weight files, by their names
+    format: int = FORMAT
+
+    @property
+    def kept_part(self) -> float:
+        """Of the prunable parameters."""
+        return self.params["prunable_after"] / self.params["prunable_before"]
+
+    def measured(self, **results: Any) -> Record:
+        """With more results."""
+        return replace(self, results={**self.results, **results})
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Record:
+        """Raises ValueError where something is missing, or of a format of a newer release."""
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format {content.get('format')}, and this release reads {FORMAT}")
+        known = {f.name for f in fields(cls)}
+        try:
+            record = cls(**{name: value for name, value in content.items() if name in known})
+            record.params["total_after"], record.widths["after"], record.sha256.items()
+            [(layer["ffn"], layer["kv"]) for layer in record.kept]
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(str(error)) from None
+        return record
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Raises GraspError if `folder` is no checkpoint of grasp."""
+        try:
+            return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise GraspError(f"{folder} is not a grasp checkpoint: it has no {FILE}") from None
+        except (OSError, ValueError, AttributeError) as error:
+            raise GraspError(f"{folder} is not a grasp checkpoint: {FILE}: {error}") from None
+
+    def write(self, folder: Path) -> None:
+        """One line per field: the kept indices would otherwise take one line each."""
+        lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self.to_json().items())
+        beside = folder / f"{FILE}.new"
+        beside.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+        os.replace(beside, folder / FILE)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Which RMSNorm feeds which linear layers: a scale on what enters them can join its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from grasp_kernels import rms_norm_scale
+
+Linears = tuple[nn.Linear, ...]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A module that computes x / sqrt(mean(x^2) + eps) * weight, and learns nothing."""
+
+    module: nn.Module
+    weight: Tensor  # as it multiplies, [d]: Gemma's is 1 + what it stores
+    eps: float
+
+    @contextmanager
+    def scaled(self, scale: Callable[[], Tensor]) -> Iterator[None]:
+        """Its output times what `scale` returns, [d], by one op; as it was on leaving."""
+        module: Any = self.module
+        before = vars(module).get("forward")
+        module.forward = lambda x: rms_norm_scale(x, self.weight, scale(), self.eps)
+        try:
+            yield
+        finally:
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+
+@torch.no_grad()
+def norms_before(model: PreTrainedModel, groups: Sequence[Linears]) -> dict[Linears, Norm]:
+    """For groups of linear layers the norm whose output all of them read, and nothing else does.
+
+    Found by running the decoder on one token. Groups without such a norm are left out.
+    """
+    if not groups:
+        return {}
+    decoder = model.get_decoder()
+    norms = [norm for module in decoder.modules() if (norm := _rms_norm(module))]
+    readers = _Readers()
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.module.register_forward_hook(readers.watch))
+        with readers:
+            decoder(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    fed = {frozenset(map(id, readers.of.get(norm.module, ()))): norm for norm in norms}
+    weights = {group: frozenset(id(linear.weight) for linear in group) for group in groups}
+    return {group: fed[ids] for group, ids in weights.items() if ids in fed}
+
+
+class _Readers(TorchFunctionMode):
+    """What reads the outputs of watched modules: linear layers, by their weights, and functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[nn.Module, list[Any]] = {}
+        self._outputs: dict[int, tuple[Tensor, list[Any]]] = {}  # by id, which is theirs while held
+
+    def watch(self, module: nn.Module, _: Any, output: Tensor) -> None:
+        self._outputs[id(output)] = output, self.of.setdefault(module, [])
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) for x in tree_leaves(out)):  # no shape or the like
+            for x in tree_leaves((args, kwargs)):
+                if id(x) in self._outputs:
+                    self._outputs[id(x)][1].append(args[1] if func is F.linear else func)
+        return out
+
+
+def _rms_norm(module: Any) -> Norm | None:
+    """`module` as a norm, if it is a plain RMSNorm: tried out in fp32, down to where eps counts."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    if weight.requires_grad:
+        return None
+    size = torch.logspace(-4, 1, 6, device=weight.device)[:, None]
+    x = size * (torch.arange(6.0 * len(weight), device=weight.device).sin().view(6, -1) + 0.5)
+    wide = {name: parameter.float() for name, parameter in module.named_parameters()}
+    want, one = functional_call(module, wide, (x,)), torch.ones_like(x[0])
+    for factor in (weight, 1 + weight.float()):
+        if torch.allclose(rms_norm_scale(x, factor, one, eps), want, rtol=1e-5, atol=0):
+            return Norm(module, factor, eps)
+    return None

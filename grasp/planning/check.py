@@ -1,0 +1,81 @@
+"""What can be refused at once: by the options, the file system and a config.json, without torch.
+
+`plan` and every verb that works on a model ask here first, so that a mistake costs no minutes and
+what is planned is what can be made.
+"""
+
+from __future__ import annotations
+
+from grasp.config import PruneConfig, SparsifyConfig
+from grasp.data.reading import find_source
+from grasp.errors import GraspError
+from grasp.model.header import Header, read_header
+from grasp.model.load import check_device
+from grasp.model.source import check_readable, read_config, resolve
+from grasp.planning.layouts import check_layout
+
+
+def check(config: PruneConfig | SparsifyConfig) -> Header:
+    """The header of the model that `config` names, if all that it asks for can be had.
+
+    Raises GraspError: texts that are not there, a model that is not supported or whose weights are
+    quantised, a sequence longer than it takes, a budget or layout that it cannot meet, a pattern
+    that does not fit it.
+    """
+    if config.calibration != "self":
+        find_source(config.calibration)
+    if config.eval_text is not None:
+        find_source(config.eval_text, "test")
+    header = read_header(config.model)
+    check_plain(config.model, header)
+    check_fit(config, header)
+    return header
+
+
+def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
+    """Refuse what the model of `header` cannot do or meet. Raises GraspError."""
+    if header.longest is not None and config.seq_len > header.longest:
+        raise GraspError(
+            f"--seq-len {config.seq_len} is more than this model takes: at most {header.longest}"
+        )
+    if isinstance(config, SparsifyConfig):
+        return
+    biased = config.compensate == "bias"
+    if biased and not header.facts.carries_biases:
+        raise GraspError(
+            f"--compensate bias: {header.family} has no class with biases in o_proj and down_proj "
+            "(llama has): use --compensate refit"
+        )
+    config.budget.check_multiples(header.space)
+    check_layout(header, config.budget, biased=biased)
+    config.budget.limit(header.space)
+
+
+def check_plain(model: str, header: Header, done: str = "cut") -> None:
+    """Refuse weights that are packed in a way of their own. Raises GraspError."""
+    if header.quantised:
+        raise GraspError(
+            f"{model} is quantised ({header.quantised}), and its weights cannot be {done}: name "
+            "the original checkpoint"
+        )
+
+
+def check_export(model: str) -> None:
+    """Refuse what cannot be loaded, or not written in another format. Raises GraspError."""
+    check_readable(resolve(model))
+    check_plain(model, read_header(model), "converted")
+
+
+def check_reading(
+    model: str, *, text: str | None = None, seq_len: int | None = None, device: str = "auto"
+) -> None:
+    """Refuse what cannot be loaded and run, or not in that length. Raises GraspError."""
+    check_device(device)
+    if text is not None:
+        find_source(text, "test")
+    source = resolve(model)
+    check_readable(source)
+    longest = None if source.kind == "gguf" else read_config(source).get("max_position_embeddings")
+    if seq_len is not None and not 2 <= seq_len <= (longest or seq_len):
+        takes = f"2 to {longest}" if longest else "at least 2"
+        raise GraspError(f"--seq-len {seq_len} is outside what this model takes: {takes}")

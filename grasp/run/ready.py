@@ -1,0 +1,41 @@
+"""What a run needs before anything is loaded, without torch: a free `--out`, a model, its texts."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from grasp.config import PruneConfig, SparsifyConfig
+from grasp.errors import GraspError
+from grasp.model.header import Header
+from grasp.model.source import check_readable, resolve
+from grasp.planning.check import check
+
+
+def check_run(config: PruneConfig | SparsifyConfig, out: str | os.PathLike[str]) -> Header:
+    """The model's header, where the options and the files allow the run. Raises GraspError."""
+    check_out(Path(out))
+    check_readable(resolve(config.model))
+    return check(config)
+
+
+def check_out(out: Path) -> None:
+    """Raises GraspError where the result is there already; what is left of its run is removed."""
+    if os.path.lexists(out):
+        _remove_published(out)
+        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+
+
+def run_folder(out: Path) -> Path:
+    """Where the run works until its result is whole."""
+    return out.with_name(out.name + ".run")
+
+
+def _remove_published(out: Path) -> None:
+    """The run folder that a kill right after the result's renaming leaves behind."""
+    with suppress(OSError, ValueError):
+        if filecmp.cmp(out / "log.jsonl", run_folder(out) / "log.jsonl", shallow=False):
+            shutil.rmtree(run_folder(out))

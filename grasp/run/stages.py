@@ -1,0 +1,115 @@
+"""The stages of `grasp.prune` one by one, on a live model: for a program that puts its own between.
+
+`learn`, `refit` and `calibrate` freeze their model and change its weights; copy it first
+(`copy.deepcopy`) where it is needed as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Mask, Projection
+from grasp.compress.calibrate import learn_scales
+from grasp.compress.refit import refit as refit_columns
+from grasp.config import PruneConfig, ScaleKind
+from grasp.data.blocks import token_blocks
+from grasp.data.corpus import read_corpus
+from grasp.evaluate import perplexity as measure
+from grasp.gates.scales import fold_scales
+from grasp.gates.training import TrainSettings
+from grasp.journal import Journal
+from grasp.model.units import UnitSpace
+from grasp.select import select
+
+
+def blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+    text_field: str = "text",
+) -> Tensor:
+    """Blocks of a text that is named as on the command line: int64 [samples, seq_len]."""
+    corpus = read_corpus(text, tokenizer, text_field=text_field)
+    return token_blocks(corpus, seq_len=seq_len, samples=samples, seed=seed)
+
+
+def learn(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    *,
+    keep: float | None = None,
+    params: float | None = None,
+    kv_cache: float | None = None,
+    ffn_multiple: int = 32,
+    kv_multiple: int = 1,
+    layout: Any = "per-layer",
+    **options: Any,
+) -> Mask:
+    """The mask of gates that learn under the budget (GRASPrune, arXiv 2604.19398).
+
+    `options` are fields of `PruneConfig`: `epochs`, `lr`, `method` for another criterion and so on.
+    Scales that learn along are multiplied into the weights of `model`. Raises GraspError.
+    """
+    budget = Budget.of(
+        keep=keep,
+        params=params,
+        kv_cache=kv_cache,
+        ffn_multiple=ffn_multiple,
+        kv_multiple=kv_multiple,
+        layout=layout,
+    )
+    config = PruneConfig(model.name_or_path or "", budget, device=str(model.device), **options)
+    projection = Projection(UnitSpace.of(model), budget, seed=config.seed, device=config.device)
+    _freeze(model)
+    choice = select(model, projection, blocks, config, lambda stage: Journal())
+    if choice.scales is not None:
+        fold_scales(model, config.scales, choice.scales)
+    return projection.mask(choice.scores)
+
+
+def refit(model: PreTrainedModel, mask: Mask, blocks: Tensor) -> None:
+    """Let what `mask` keeps take over from what it drops, by least squares, before `fold`."""
+    _freeze(model)
+    refit_columns(model, mask, blocks)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    *,
+    scales: ScaleKind = "channel",
+    epochs: int = 1,
+    lr: float = 1e-2,
+    seed: int = 0,
+) -> None:
+    """Learn scales of the folded model on the text and multiply them into its weights."""
+    _freeze(model)
+    settings = TrainSettings(epochs, lr=lr, schedule="cosine", decay=1.0, seed=seed)
+    fold_scales(model, scales, learn_scales(model, scales, blocks, settings, Journal()))
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    text_field: str = "text",
+    **how: Any,
+) -> measure.Perplexity:
+    """Perplexity on a text that is named as on the command line, in fp32.
+
+    `how`: `seq_len`, `windows`, `batch_size` and `bos` of `grasp.evaluate.perplexity.perplexity`.
+    """
+    corpus = read_corpus(text, tokenizer, text_field=text_field, split="test")
+    return measure.perplexity(model, corpus, **how)
+
+
+def _freeze(model: PreTrainedModel) -> None:
+    model.eval().requires_grad_(False)

@@ -1,0 +1,94 @@
+"""The ops as modules, and one call that gates a model.
+
+Gates and scales are parameters; everything else is frozen.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels._checks import expect
+from grasp_kernels.attention import gated_attention
+from grasp_kernels.scale import channel_scale
+from grasp_kernels.swiglu import gated_swiglu_ffn
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class GatedSwiGLUFFN(nn.Module):
+    """((silu(x Wg^T) * (x Wu^T)) * gate) Wd^T, with the linear layers of an FFN, frozen.
+
+    `gate` is fp32 [F], ones at the start. `max_kept`, an upper bound on its non-zero entries, saves
+    a GPU the wait for their count; see `gated_swiglu_ffn`.
+    """
+
+    def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear):
+        super().__init__()
+        for name, linear in zip(NAMES, (gate_proj, up_proj, down_proj), strict=True):
+            expect(linear.bias is None, f"{name} has a bias, which gated_swiglu_ffn does not add")
+        self.gate_proj = gate_proj.requires_grad_(False)
+        self.up_proj = up_proj.requires_grad_(False)
+        self.down_proj = down_proj.requires_grad_(False)
+        width, device = gate_proj.out_features, gate_proj.weight.device
+        self.gate = nn.Parameter(torch.ones(width, device=device))
+        self.max_kept: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return gated_swiglu_ffn(x, *weights, self.gate, max_kept=self.max_kept)
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with a gate per KV group: `gate` is fp32 [K], ones at the start."""
+
+    def __init__(self, kv_heads: int, *, causal: bool = True, scale: float | None = None):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(kv_heads))
+        self.causal, self.scale = causal, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, S, D], k and v [B, K, S, D] -> [B, H, S, D]."""
+        return gated_attention(q, k, v, self.gate, causal=self.causal, scale=self.scale)
+
+
+class ChannelScale(nn.Module):
+    """x * scale: `scale` is fp32 [channels], ones at the start."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., channels] -> the same."""
+        return channel_scale(x, self.scale)
+
+
+def apply(model: nn.Module) -> dict[str, GatedSwiGLUFFN]:
+    """Gate every SwiGLU FFN of `model` in place; returns the gated modules by their names.
+
+    An FFN is a module with linear layers gate_proj, up_proj and down_proj without biases, and SiLU
+    as act_fn, as Llama, Mistral and Qwen have it. Its parameters keep their names, and `gate` joins
+    them. The whole model is frozen but for the gates.
+
+    Raises:
+        ValueError: the model has no such FFN.
+    """
+    found = {name: module for name, module in model.named_modules() if _is_swiglu(module)}
+    expect(bool(found), f"{type(model).__name__} has no FFN of gate_proj, up_proj, down_proj, SiLU")
+    model.requires_grad_(False)
+    gated = {}
+    for name, ffn in found.items():
+        parent, _, child = name.rpartition(".")
+        gated[name] = GatedSwiGLUFFN(*(getattr(ffn, linear) for linear in NAMES))
+        setattr(model.get_submodule(parent), child, gated[name])
+    return gated
+
+
+def _is_swiglu(module: Any) -> bool:
+    linears = [getattr(module, name, None) for name in NAMES]
+    if not all(type(linear) is nn.Linear and linear.bias is None for linear in linears):
+        return False
+    activation = type(getattr(module, "act_fn", None)).__name__
+    return activation.startswith("SiLU") and len(list(module.children())) <= len(NAMES) + 1

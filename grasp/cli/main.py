@@ -243,6 +243,8 @@ def prune_command(
     options = dict(locals())
     del options["as_json"]
     ratios = parse_ratios(keep) if keep else [None]
+    if len(ratios) > 1 and (params, kv_cache) != (None, None):
+        raise typer.BadParameter("several --keep go without --params and --kv-cache")
     _check(PruneConfig, options, [{"keep": ratio} for ratio in ratios])
     from grasp.report.summary import measured_on, size_rows
     from grasp.run.prune import prune, prune_each
@@ -250,11 +252,9 @@ def prune_command(
     with _progress() as show:
         if len(ratios) == 1:
             results = [prune(**options | {"keep": ratios[0]}, show=show)]
-        elif params is None and kv_cache is None:
+        else:
             del options["params"], options["kv_cache"]
             results = prune_each(**options | {"keep": ratios}, show=show)
-        else:
-            raise typer.BadParameter("several --keep go without --params and --kv-cache")
     if as_json:
         summaries = [result.summary for result in results]
         print(json.dumps(summaries if len(ratios) > 1 else summaries[0], indent=2))

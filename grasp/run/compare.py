@@ -38,6 +38,7 @@ from grasp.run.prune import (
     Start,
     begin,
     check_budget,
+    check_fidelity,
     finish,
     load_dense,
     measure_dense,
@@ -148,6 +149,7 @@ def compare(
         dense, start = begin(base, run)
         for cell in cells:
             check_budget(cell.config, dense)
+        check_fidelity([cell.config for cell in cells], dense, start, run)
         if start.ruler is None:
             raise GraspError("the samples leave no text to evaluate on: give --eval-text")
         perplexity = measure_dense(dense, start, run)

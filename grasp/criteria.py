@@ -43,6 +43,7 @@ class Criterion:
     learns: bool = False  # takes --epochs passes over the blocks
     per_budget: bool = False  # its scores hold for one budget only
     updates_weights: bool = False  # fits weights as it chooses: nothing is left to compensate
+    layerwise: bool = False  # runs decoder layers one by one
 
     def __call__(self, **offered: Any) -> Any:
         """Call the function with those of `offered` that its parameters name."""
@@ -95,6 +96,7 @@ OURS = (
         GREEDY,
         per_budget=True,
         updates_weights=True,
+        layerwise=True,
     ),
     Criterion(
         "greedy-head-similarity",
@@ -103,6 +105,7 @@ OURS = (
         GREEDY,
         per_budget=True,
         updates_weights=True,
+        layerwise=True,
     ),
     Criterion(
         "flap",
@@ -121,6 +124,7 @@ OURS = (
         "grasp.select.wanda_plus_plus:wanda_plus_plus_scores",
         "Wanda with the gradient of each decoder block",
         "arXiv 2503.04992",
+        layerwise=True,
     ),
     Criterion(
         "magnitude", "grasp.select.magnitude:magnitude_scores", "mean square of a unit's weights"

@@ -37,8 +37,10 @@ SMALL = {
     "sparsify": {"samples": 4, "seq_len": 32, "rounds": 1},
 }
 BLOCK = re.compile(
-    r"(?:^<!-- skip: (?P<skip>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+    r"(?:^<!-- skip: (?P<skip>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -148,8 +150,10 @@ def test_snippets_that_do_not_run_here_compile(page):
 
 def headings(page: Path) -> set[str]:
     """Anchors, as GitHub and mkdocs name them."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    text = re.sub(
+        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", title.lower()) for title in titles)
     return {title.strip().replace(" ", "-") for title in plain}
 
@@ -157,7 +161,7 @@ def headings(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", LINKING, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
-    for file, anchor in LINK.findall(re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)):
+    for file, anchor in LINK.findall(FENCED.sub("", text)):
         target = (page.parent / file).resolve() if file else page
         assert target.exists(), f"{page.name} links to {file}"
         if anchor:

@@ -325,7 +325,7 @@ def by_regex(pattern, **options):
 
 
 TOKENIZERS = {
-    "gpt-2": lambda: byte_level(),
+    "gpt-2": byte_level,
     "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
     "llama-bpe": lambda: by_regex(LLAMA3, ignore_merges=True),
     "smaug-bpe": lambda: by_regex(LLAMA3),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from families import FAMILIES, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import GraspError
 from grasp.model import source
@@ -202,6 +204,53 @@ def test_an_ffn_without_a_gate_is_refused():
     sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=64, num_hidden_layers=1)
     model = Starcoder2ForCausalLM(Starcoder2Config(**sizes, num_attention_heads=2))
     with pytest.raises(GraspError, match="up_proj, down_proj or gate_up_proj, down_proj, found 0"):
+        UnitSpace.of(model)
+
+
+class Packed(nn.Module):
+    """A quantised linear layer, whose weight has another name and shape."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("qweight", linear.weight.to(torch.int8))
+
+
+class Wrapped(nn.Module):
+    """A linear layer with an adapter, which shows the weight of what it wraps."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer = linear
+        self.weight = linear.weight
+
+
+class More(nn.Linear):
+    """A linear layer that quantises what enters it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+
+
+def conv(linear):
+    return Conv1D(linear.out_features, linear.in_features)
+
+
+@pytest.mark.parametrize("replace", [Packed, Wrapped, More, conv])
+@pytest.mark.parametrize("name", ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"])
+def test_what_is_not_a_plain_linear_layer_is_refused_by_name(name, replace):
+    model = tiny_model("llama")
+    layer = model.model.layers[1]
+    other = replace(layer.get_submodule(name))
+    layer.set_submodule(name, other)
+    kind = type(other).__name__
+    with pytest.raises(GraspError, match=rf"model\.layers\.1\.{name} is a {kind}, not a plain"):
+        UnitSpace.of(model)
+
+
+def test_parameters_of_an_ffn_beside_its_linear_layers_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.sub_norm = nn.LayerNorm(96)  # BitNet has one like it
+    with pytest.raises(GraspError, match=r"LlamaMLP is not supported: sub_norm.weight has 96"):
         UnitSpace.of(model)
 
 

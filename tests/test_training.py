@@ -261,7 +261,7 @@ def test_the_driver_runs_our_ops_at_real_sizes(device, dtype, length, batch, mon
 def test_a_captured_step_runs_our_kernels():
     """Of the replay itself, which is all that most steps are."""
     with one_step("cuda") as step:
-        replayed = CapturedStep(step, lambda note: pytest.fail(note))
+        replayed = CapturedStep(step, pytest.fail)
         ids, progress = BLOCKS[:2].cuda(), at(0.5).cuda()
         for _ in range(CapturedStep.WARM_UP + 1):
             replayed(ids, progress)

@@ -38,7 +38,7 @@ PAGES = {  # repository path -> page of the site that shows it
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "results.md",
 }
-REQUEST = re.compile(r"^<!-- (include|cli|api|plan|plans)(?:: (.+))? -->$", re.M)
+REQUEST = re.compile(r"^<!-- (include|cli|api|plan|plans)(?:: (.+))? -->$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 FOREIGN = re.compile(
     r"<(?:script|img)\b[^>]*\bsrc=[\"']?https?:|<link\b[^>]*stylesheet[^>]*https?:"

@@ -94,7 +94,7 @@ class Projection:
         seed: int = 0,
         device: torch.device | str = "cpu",
         tie_rank: Tensor | None = None,
-    ):
+    ) -> None:
         """`tie_rank`: int [units], lower wins among equal scores; default a permutation by seed."""
         generator = torch.Generator().manual_seed(seed)
         if tie_rank is None:

@@ -122,6 +122,7 @@ def load_and_compare(folder: str, way: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """`python probe.py FOLDER WAY RESULT`: write what `load_and_compare` finds as JSON."""
     folder, way, result = sys.argv[1:]
     try:
         found = load_and_compare(folder, way)

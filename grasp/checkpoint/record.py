@@ -85,6 +85,7 @@ class Record:
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -29,6 +29,8 @@ TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 5e-2, "torch.float16": 1e-
 
 @dataclass(frozen=True)
 class Check:
+    """One thing that was checked, and what was found."""
+
     name: str
     passed: bool
     detail: str
@@ -36,6 +38,8 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
+    """All checks of one checkpoint."""
+
     folder: str
     checks: tuple[Check, ...]
 

@@ -22,6 +22,8 @@ from grasp.model.units import decoder_layers
 
 
 class Edit(Protocol):
+    """A change of a model's weights."""
+
     def apply(self, model: PreTrainedModel) -> None:
         """Change the weights of `model` in place."""
 

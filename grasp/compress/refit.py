@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
 from grasp.config import TOKENS_PER_CHANNEL
 from grasp.errors import GraspError
-from grasp.model.layerwise import first_hidden, inputs_of, layer_options
+from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.units import decoder_layers
 
 RIDGE = 1e-2
@@ -52,10 +51,7 @@ def refit(
         layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
     )
     for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
-
-        def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
-            return layer(x, **kwargs)
-
+        run = runner(layer, kwargs)
         down_proj, o_proj = modules.outputs
         heads = expand(kv, units.group_size * units.head_dim)
         own = {}

@@ -22,7 +22,7 @@ def builtin_rows() -> list[str]:
 
     docstrings = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                docstrings.append(ast.get_docstring(node) or "")
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef
+        docstrings += [ast.get_docstring(n) for n in nodes if isinstance(n, documented)]
     return [*topics.values(), *filter(None, docstrings)]

@@ -45,6 +45,8 @@ class Benched:
 
 
 class Run(NamedTuple):
+    """One repetition of a shape."""
+
     prefill: float  # seconds until every sequence of the batch has its first token
     decode: float  # seconds a token of each
 
@@ -60,7 +62,7 @@ class Transformers:
 
     def __init__(
         self, name: str, dtype: Dtype, device: str, trust_remote_code: bool, compiled: bool = False
-    ):
+    ) -> None:
         kind = best_dtype(device) if dtype == "auto" else dtype
         self.name, self.source = name, resolve(name)
         self.header = read_header(name)
@@ -182,7 +184,7 @@ class LlamaCpp:
 
     packages = ("xllamacpp",)
 
-    def __init__(self, name: str, device: str, batch: int, longest: int):
+    def __init__(self, name: str, device: str, batch: int, longest: int) -> None:
         self.name, self.path = name, Path(name).expanduser()
         self.header = read_header(name)
         try:

@@ -338,7 +338,7 @@ def _describe(
 class _Bar:
     """What lm-eval asks of a tqdm bar, reported to `progress` instead."""
 
-    def __init__(self, progress: Progress | None, items: Any = (), **options: Any):
+    def __init__(self, progress: Progress | None, items: Any = (), **options: Any) -> None:
         self.items, self.done, self.total = items, 0, options.get("total") or len(items)
         self.progress = None if options.get("disable") else progress
 

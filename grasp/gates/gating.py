@@ -33,7 +33,7 @@ SDPA, EAGER = "grasp_gated", "grasp_gated_eager"
 class Gates:
     """The gates of a patched model. Values keep their graph, so gradients reach every unit."""
 
-    def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite):
+    def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite) -> None:
         self._modules = decoder_layers(model)
         self._sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
         self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0) - 1

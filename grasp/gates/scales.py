@@ -42,7 +42,7 @@ class End:
 class Scales:
     """Gates, and behind them scales. Values keep their graph, so gradients reach all of them."""
 
-    def __init__(self, gates: Gates, units: int, places: list[End]):
+    def __init__(self, gates: Gates, units: int, places: list[End]) -> None:
         self._gates, self._units = gates, units
         self._sizes = [end.channels for end in places]
         self._pieces: tuple[Tensor, ...] = ()
@@ -97,7 +97,7 @@ def _on_output(scale: Callable[[], Tensor]) -> Callable[..., Tensor]:
 class _OnInput:
     """A hook before modules that share their input: it multiplies once, for all of them."""
 
-    def __init__(self, scale: Callable[[], Tensor], readers: int):
+    def __init__(self, scale: Callable[[], Tensor], readers: int) -> None:
         self._scale, self._readers = scale, readers
         self._left = 0
         self._of: tuple[Tensor, Tensor] | None = None  # the input and its product, while needed

@@ -28,6 +28,8 @@ GRAPH_TOKENS = 2048  # at once; up to here launching kernels takes a GPU longer 
 
 @dataclass(frozen=True)
 class TrainSettings:
+    """How gates and scales are trained; `lr` is that of AdamW."""
+
     epochs: int
     batch_size: int = 1
     accumulate: int = 1
@@ -169,7 +171,7 @@ class CapturedStep:
 
     WARM_UP = 3  # kernels compile, the optimiser makes its state
 
-    def __init__(self, step: Step, note: Callable[[str], None]):
+    def __init__(self, step: Step, note: Callable[[str], None]) -> None:
         self._step, self._note = step, note
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None

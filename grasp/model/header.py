@@ -70,6 +70,8 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignor
 
 @dataclass(frozen=True)
 class Header:
+    """What a config.json or a GGUF header says of a model."""
+
     space: UnitSpace
     family: str  # model_type, without the prefix of grasp's own classes
     facts: Family

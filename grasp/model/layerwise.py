@@ -65,5 +65,15 @@ def layer_options(model: PreTrainedModel, block: Tensor) -> list[dict[str, Any]]
     return options
 
 
+def runner(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A decoder layer as a function of hidden states [samples, seq_len, hidden]."""
+    return lambda x: output_of(layer(x, **options))
+
+
+def output_of(output: Any) -> Tensor:
+    """The hidden states of what a module returns: some families put them into a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _forward(model: PreTrainedModel) -> Callable[[Tensor], Any]:
     return lambda ids: model(input_ids=ids.to(model.device), use_cache=False)

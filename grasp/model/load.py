@@ -130,6 +130,18 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+@contextlib.contextmanager
+def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """`cast` for the time being, to a `dtype` that can hold what is stored."""
+    stored = [parameter.dtype for parameter in model.parameters()]
+    cast(model, dtype)
+    try:
+        yield
+    finally:
+        for parameter, own in zip(model.parameters(), stored, strict=True):
+            parameter.data = parameter.data.to(own)
+
+
 def move(model: Any, device: str) -> PreTrainedModel:
     """`model.to(device)`, which transformers declares for dtypes only."""
     moved: PreTrainedModel = model.to(device)

@@ -20,6 +20,7 @@ CLASSES = "grasp.model.modeling_grasp"
 
 
 def register() -> None:
+    """Register now, or when the Auto classes load."""
     if AUTO in sys.modules:
         importlib.import_module(CLASSES)
     else:

@@ -197,6 +197,7 @@ def decoder_layers(model: Any) -> list[LayerModules]:
     for index, layer in enumerate(model.get_decoder().layers):
         attention = _only_child(layer, ATTENTION_NAMES, kind, index)
         mlp = _only_child(layer, FFN_NAMES, kind, index)
+        _check_linears(model, (attention, ATTENTION_NAMES), (mlp, FFN_NAMES))
         found.append(LayerModules(attention, mlp, *_qkv(attention), *_gate_up(mlp)))
     if not found:
         raise GraspError(f"{kind} is not supported: its list of decoder layers is empty")
@@ -222,7 +223,26 @@ def _only_child(layer: Any, forms: tuple[tuple[str, ...], ...], kind: str, index
 
 
 def _has(module: Any, names: tuple[str, ...]) -> bool:
-    return all(getattr(getattr(module, name, None), "weight", None) is not None for name in names)
+    return all(name in module._modules for name in names)
+
+
+def _check_linears(model: Any, *parts: tuple[Any, tuple[tuple[str, ...], ...]]) -> None:
+    """Refuse what is more than a linear layer, and would be cut as one."""
+    from torch import nn  # here, so that a plan from config.json alone needs no torch
+
+    for module, forms in parts:
+        for child, linear in module.named_children():
+            # a subclass may compute more, or pack its weight
+            if child in _linear_names(forms) and type(linear) is not nn.Linear:
+                name = next(name for name, m in model.named_modules() if m is linear)
+                raise GraspError(
+                    f"{type(model).__name__} is not supported: {name} is a {type(linear).__name__},"
+                    " not a plain nn.Linear: name a model that is neither quantised nor wrapped"
+                )
+
+
+def _linear_names(forms: tuple[tuple[str, ...], ...]) -> set[str]:
+    return {name for names in forms for name in names}
 
 
 def _qkv(attention: Any) -> tuple[Rows, ...]:
@@ -250,6 +270,11 @@ def _parts(linear: Any, sizes: tuple[int, ...]) -> tuple[Rows, ...]:
 
 def _layer_units(modules: LayerModules) -> LayerUnits:
     head_dim = _head_dim(modules)
+    for name, parameter in _beside(modules.mlp, FFN_NAMES):
+        raise GraspError(
+            f"{type(modules.mlp).__name__} is not supported: {name} has {parameter.numel()} values "
+            "beside the linear layers, and channels cannot be removed from it"
+        )
     q, k, v = modules.q, modules.k, modules.v
     kv_groups = k.size // head_dim
     group_size = q.size // head_dim // kv_groups
@@ -271,11 +296,16 @@ def _head_dim(modules: LayerModules) -> int:
             f"{kind} is not supported: {queries} query, {keys} key and {modules.v.size} value rows "
             f"with {attention.o_proj.weight.shape[1]} output columns are no grouped heads"
         )
-    cut = {name for names in ATTENTION_NAMES for name in names}
-    for name, parameter in attention.named_parameters():
-        if name.split(".")[0] not in cut and parameter.numel() != head_dim:
+    for name, parameter in _beside(attention, ATTENTION_NAMES):
+        if parameter.numel() != head_dim:
             raise GraspError(
                 f"{kind} is not supported: {name} has {parameter.numel()} values, one head has "
                 f"{head_dim}, so heads cannot be removed one by one"
             )
     return head_dim
+
+
+def _beside(module: Any, forms: tuple[tuple[str, ...], ...]) -> list[tuple[str, Any]]:
+    """The parameters of a module, by name, that are not of its linear layers."""
+    linears = _linear_names(forms)
+    return [(n, p) for n, p in module.named_parameters() if n.split(".")[0] not in linears]

@@ -71,10 +71,10 @@ def check_reading(
 ) -> None:
     """Refuse what cannot be loaded and run, or not in that length. Raises GraspError."""
     check_device(device)
+    if text is not None:  # on disk, while a model on the hub takes seconds to look up
+        find_source(text, "test")
     source = resolve(model)
     check_readable(source)
-    if text is not None:
-        find_source(text, "test")
     longest = None if source.kind == "gguf" else read_config(source).get("max_position_embeddings")
     if seq_len is not None and not 2 <= seq_len <= (longest or seq_len):
         takes = f"2 to {longest}" if longest else "at least 2"

@@ -41,6 +41,8 @@ class Range(NamedTuple):
 
 
 class Size(NamedTuple):
+    """A number of the dense model, and its bounds for the pruned one."""
+
     before: int
     after: Range
 
@@ -74,6 +76,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Runtime:
+    """Whether a runtime loads the result, and why."""
+
     name: str
     loads: bool
     why: str

@@ -85,6 +85,7 @@ def accuracy_table(summary: Summary, task: str, metric: str) -> tuple[list[str],
 
 
 def published_table() -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the published figures of Llama-2-7B."""
     budgets = list(PUBLISHED["GRASPrune"])
     rows = [
         [name, *(f"{by[part]:g}, {by[part] / PUBLISHED_DENSE:.2f} ×" for part in budgets)]
@@ -187,6 +188,7 @@ def _accuracy(records: list[Record], task: str, metric: str) -> str:
 
 
 def span(values: list[float]) -> str:
+    """The mean of several seeds, with the least and the most."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"

@@ -193,4 +193,4 @@ def _svg(figure: Any) -> str:
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "grasp", "font.family": "sans-serif"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.S)
+    return re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.DOTALL)

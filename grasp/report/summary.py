@@ -188,5 +188,6 @@ def layer_figure(record: Record) -> Figure:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lines of a Markdown table."""
     lines = [tuple(head), tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -38,6 +38,7 @@ from grasp.run.prune import (
     Start,
     begin,
     check_budget,
+    check_fidelity,
     finish,
     load_dense,
     measure_dense,
@@ -148,6 +149,7 @@ def compare(
         dense, start = begin(base, run)
         for cell in cells:
             check_budget(cell.config, dense)
+        check_fidelity([cell.config for cell in cells], dense, start, run)
         if start.ruler is None:
             raise GraspError("the samples leave no text to evaluate on: give --eval-text")
         perplexity = measure_dense(dense, start, run)
@@ -210,7 +212,7 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
 class _Grid:
     """Measures cells of one run, each once, and computes what they share once."""
 
-    def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score):
+    def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score) -> None:
         self._run, self._start, self._score = run, start, score
         self._dense = move(dense, "cpu")  # the device is for the model that is worked on
         self._chosen: dict[str, tuple[Choice, Cost]] = {}

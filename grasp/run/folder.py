@@ -37,7 +37,7 @@ Show = Callable[[dict[str, Any]], None]
 class Run:
     """One resumable run. Use `open_run`."""
 
-    def __init__(self, out: Path, folder: Path, show: Show, part: str | None = None):
+    def __init__(self, out: Path, folder: Path, show: Show, part: str | None = None) -> None:
         self.out, self.folder, self._show, self._part = out, folder, show, part
         self.checkpoint = folder / "checkpoint"
 
@@ -164,7 +164,7 @@ def _drop_cut_line(log: Path) -> None:
 class StageJournal(Journal):
     """Logs a training stage and keeps its state: every SAVE_EVERY seconds and at its end."""
 
-    def __init__(self, run: Run, name: str):
+    def __init__(self, run: Run, name: str) -> None:
         self._run, self._name = run, name
         self._path = run.path("state", f"{name}.safetensors")
         self._began = self._saved = self._seen = time.monotonic()

@@ -32,6 +32,12 @@ from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.sampling import sample_corpus
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
+from grasp.gates.fidelity import (
+    check_cut,
+    check_gates,
+    check_layers,
+    gated_outputs,
+)
 from grasp.gates.memory import memory_mode
 from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors, memory_errors
@@ -45,6 +51,7 @@ from grasp.model.load import (
     longest,
     move,
     pick_device,
+    widened,
 )
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
@@ -176,6 +183,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     model, start = begin(config, run)
     for budget in budgets.values():
         check_budget(replace(config, budget=budget), model)
+    check_fidelity([config], model, start, run)
     if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
     dense = measure_dense(model, start, run)
@@ -286,6 +294,29 @@ def read_texts(
     return start
 
 
+def check_fidelity(
+    configs: Sequence[PruneConfig], model: PreTrainedModel, start: Start, run: Run
+) -> None:
+    """Refuse a model that gates, or passes layer by layer, would make another function of.
+
+    Tried in the dtype that gates learn in, unless what is stored does not fit into it.
+    """
+    config, ids = configs[0], start.blocks(configs[0])[:1]
+    stored, working = model.dtype, working_dtype(config)
+    with widened(model, working if torch.promote_types(stored, working) == working else stored):
+        found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
+        if needed_by := next(filter(None, map(_runs_layers, configs)), None):
+            found["layers"] = check_layers(model, ids, needed_by)
+        run.log(event="fidelity", **found)
+
+
+def _runs_layers(config: PruneConfig) -> str | None:
+    """The option, if any, that runs decoder layers one by one."""
+    if criteria.get(config.method).layerwise:
+        return f"--method {config.method}"
+    return "--compensate refit" if config.compensate == "refit" else None
+
+
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
     """Bind the run to its inputs and measure the model."""
     run.same_inputs(_inputs(model, start.corpus, start.ruler))
@@ -325,7 +356,10 @@ def shrink(
     elif config.compensate == "refit":
         columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
         compensation = [Refit(columns)]
-    for found in (Cut(mask), *compensation):
+    gated = gated_outputs(model, mask, blocks)
+    edit(Cut(mask))
+    run.log(event="fidelity", cut=check_cut(model, gated, blocks))
+    for found in compensation:
         edit(found)
     last: list[Edit] = []
     if config.scale_epochs:

@@ -15,6 +15,7 @@ from grasp.budget.projection import Mask
 from grasp.checkpoint.record import Record
 from grasp.checkpoint.save import try_saving
 from grasp.config import SparsifyConfig
+from grasp.gates.fidelity import check_layers
 from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device
 from grasp.model.units import UnitSpace
@@ -81,6 +82,8 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     }
     try_saving(model, tokenizer, run.checkpoint, UnitSpace.of(model))
     start = read_texts(config, model, tokenizer, run)
+    found = check_layers(model, start.blocks(config), "grasp sparsify")
+    run.log(event="fidelity", layers=found)
     if start.ruler is None:
         run.log(event="note", text="no text is left to evaluate on: give --eval-text")
     dense = measure_dense(model, start, run)

@@ -25,7 +25,7 @@ from grasp.compress.fold import expand
 from grasp.compress.refit import ridge_solve
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
-from grasp.model.layerwise import first_hidden, inputs_of, layer_options
+from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.units import Rows, decoder_layers
 from grasp.select.choice import Choice
 from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
@@ -143,7 +143,7 @@ class _Pair:
         return cls(layer, copy.deepcopy(layer), kwargs, pruned, dense)
 
     def run(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda x: layer(x, **self.kwargs)
+        return runner(layer, self.kwargs)
 
     def recover(self, linears: list[nn.Linear]) -> _Inputs:
         """Fit linears that share their input, in place, to the outputs of their dense copies.

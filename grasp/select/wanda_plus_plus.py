@@ -8,8 +8,6 @@ regional optimisation belongs to sparse weights and is left out.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
-from grasp.model.layerwise import first_hidden, layer_options
+from grasp.model.layerwise import first_hidden, layer_options, runner
 from grasp.model.load import cast
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.select.ratio import uniform_ratio
@@ -43,11 +41,7 @@ def wanda_plus_plus_scores(
     dense = torch.empty_like(hidden)
     raw = []
     for index, (layer, kwargs, modules) in enumerate(zip(layers, options, modules_of, strict=True)):
-        kwargs = tree_map(fp32, kwargs)
-
-        def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
-            return layer(x, **kwargs)
-
+        run = runner(layer, tree_map(fp32, kwargs))
         cast(layer, torch.float32)
         linears = {"down_proj": modules.mlp.down_proj, "o_proj": modules.attention.o_proj}
         factors = regional_factors(Block(linears, run, hidden, dense))

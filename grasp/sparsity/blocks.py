@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
 from grasp.journal import Journal
-from grasp.model.layerwise import first_hidden, layer_options
+from grasp.model.layerwise import first_hidden, layer_options, runner
 from grasp.model.load import cast
 
 
@@ -79,17 +79,19 @@ Method = Callable[[Block, Pattern, torch.Generator], None]
 
 def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The linears of all decoder blocks by their names in the model. Raises GraspError where a
-    block holds a matrix that is no linear."""
+    block holds a matrix of anything else."""
     layers = model.get_decoder().layers
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found = {
         f"{prefix}.{name}": module
         for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear)
+        if type(module) is nn.Linear  # a subclass may compute more, or pack its weight
     }
     matrices = {f"{prefix}.{name}" for name, p in layers.named_parameters() if p.dim() > 1}
     if others := sorted(matrices - {f"{name}.weight" for name in found}):
-        raise GraspError(f"{type(model).__name__} is not supported: {others[0]} is no linear")
+        raise GraspError(
+            f"{type(model).__name__} is not supported: {others[0]} belongs to no plain nn.Linear"
+        )
     return found
 
 
@@ -114,13 +116,9 @@ def sparsify_blocks(
     dense = torch.empty_like(hidden)
     errors: list[float] = []
     for index, (layer, kwargs) in enumerate(zip(layers, options, strict=True)):
-        journal, kwargs = stage(f"block {index}"), tree_map(fp32, kwargs)
+        journal, run = stage(f"block {index}"), runner(layer, tree_map(fp32, kwargs))
         cast(layer, torch.float32)
-
-        def run(x: Tensor, layer: Any = layer, kwargs: Any = kwargs) -> Tensor:
-            return layer(x, **kwargs)
-
-        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        linears = {name: m for name, m in layer.named_modules() if type(m) is nn.Linear}
         block, done = Block(linears, run, hidden, dense), journal.load()
         if done is None:
             method(block, pattern, torch.Generator().manual_seed(1_000_003 * seed + index))
@@ -146,4 +144,5 @@ def sparsify_blocks(
 
 
 def fp32(value: Any) -> Any:
+    """Floating tensors in fp32, anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -27,6 +27,7 @@ ALPHA = 100.0  # Wanda++'s weight of gradients beside activations
 
 
 def method_of(config: SparsifyConfig) -> Method:
+    """The function behind `config.method`."""
     methods: dict[str, Method] = {
         "magnitude": by_magnitude,
         "wanda": by_wanda,
@@ -37,12 +38,14 @@ def method_of(config: SparsifyConfig) -> Method:
 
 
 def by_magnitude(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
+    """Prune the smallest weights."""
     block.run_dense()
     for linear in block.linears.values():
         _prune(linear.weight, pattern, linear.weight.abs())
 
 
 def by_wanda(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
+    """Prune the smallest |W_ij| ||X_j|| (arXiv 2306.11695)."""
     powers = {name: torch.zeros_like(m.weight[0]) for name, m in block.linears.items()}
     block.run_dense(lambda name, x: powers[name].add_(x.square().sum(0)))
     for name, linear in block.linears.items():
@@ -50,6 +53,7 @@ def by_wanda(block: Block, pattern: Pattern, generator: torch.Generator) -> None
 
 
 def by_sparsegpt(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
+    """Prune and update by `sparsegpt` (arXiv 2301.00774)."""
     grams = {n: m.weight.new_zeros(2 * m.weight.shape[1:]) for n, m in block.linears.items()}
     block.run_dense(lambda name, x: grams[name].addmm_(x.T, x))
     for name, linear in block.linears.items():

@@ -291,7 +291,7 @@ def _backward_kv(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     queries = heads // kv_heads
-    for i in range(0, queries):
+    for i in range(queries):
         head = group * queries + i
         q_head = q + batch * qb + head * qh
         g_head = grad + batch * gb + head * gh

@@ -153,7 +153,7 @@ def _norm_backward(
     sums = tl.zeros([BLOCK], tl.float32)
     each = tl.cdiv(tokens, PROGRAMS)
     first = tl.program_id(0).to(tl.int64) * each
-    for row in range(0, tl.minimum(each, tokens - first)):
+    for row in range(tl.minimum(each, tokens - first)):
         r = tl.load(inverse + first + row)
         g_at = grad + first * g_stride + row * g_stride + column
         x_at = x + first * x_stride + row * x_stride + column

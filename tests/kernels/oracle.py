@@ -50,8 +50,7 @@ def assert_accurate(
     """Output and every gradient against fp64; a second run gives the same bits, but for `atomic`.
 
     `names` lists the gradients in the order of the inputs. `z` is the last input where that is a
-    gate in which the output is linear, else None. Errors are relative to what was summed, never to
-    a sum that may cancel: for each gate the norm of its terms, for other tensors their norm.
+    gate in which the output is linear, else None.
     """
     grad = torch.randn_like(plain(*inputs))
     *wide, wide_grad = (x.double() for x in (*inputs, grad))
@@ -62,15 +61,14 @@ def assert_accurate(
     for name, a, b, c, d in zip(["out", *names], ours, again, theirs, exact, strict=True):
         assert name in atomic or torch.equal(a, b), f"{name} differs between two runs"
         assert a.shape == d.shape and a.dtype == c.dtype, name
-        error, plains = a.double() - d, c.double() - d
         if z is not None and name == names[-1]:
             terms = gate_terms(plain, wide, wide_grad)
             summed, count = terms.norm(dim=1), terms.count_nonzero(1)
-        else:  # one number a tensor; a sum runs over one dimension
-            error, plains, summed, count = error.norm(), plains.norm(), d.norm(), side
+        else:  # a sum runs over one dimension
+            summed, count = d.norm(), side
             if summed < 1e-9 * wide_grad.norm():  # zero, as a difference of numbers like grad's
                 summed = wide_grad.norm()
-        _assert_close(name, error, plains, summed, count, inputs[0].dtype)
+        assert_close(name, a, c, d, summed, count, inputs[0].dtype)
 
 
 def gate_terms(plain: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> Tensor:
@@ -80,17 +78,28 @@ def gate_terms(plain: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor)
     return torch.stack([(grad * plain(*rest, unit)).flatten() for unit in units])
 
 
-def _assert_close(
-    name: str, error: Tensor, plain: Tensor, summed: Tensor, count: Tensor | int, dtype: torch.dtype
+def assert_close(
+    name: str,
+    ours: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    summed: Tensor,
+    count: Tensor | int,
+    dtype: torch.dtype,
 ) -> None:
-    """fp32: each error by rounding's own bound. 16 bit: the whole tensor by plain PyTorch's."""
-    eps = torch.finfo(dtype).eps
+    """Errors relative to what was summed, never to a sum that may cancel.
+
+    `summed` is the norm of the `count` terms of each number, or of the whole tensor. fp32 has
+    rounding's own bound; 16 bit has twice the error of plain PyTorch over the whole tensor.
+    """
+    error, allowed, eps = ours.double() - exact, plain.double() - exact, torch.finfo(dtype).eps
     if dtype == torch.float32:
+        error = error.abs() if summed.dim() else error.norm()
         bound = 2 * eps * torch.as_tensor(count).sqrt() * summed
     else:
-        error, bound = error.norm(), torch.maximum(2 * plain.norm(), 2 * eps * summed.norm())
-    worst = (error.abs() / bound).max()
-    assert (error.abs() <= bound).all(), f"{name}: {worst:.1f} times what rounding allows"
+        error, bound = error.norm(), torch.maximum(2 * allowed.norm(), 2 * eps * summed.norm())
+    worst = (error / bound).max()
+    assert (error <= bound).all(), f"{name}: {worst:.1f} times what rounding allows"
 
 
 def greedy(scores: Tensor, costs: Tensor, budget: int, floor: Tensor, tie_rank: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from oracle import DTYPES, MASKS, assert_accurate, mask
+from planted import ERRORS
 
 from grasp_kernels import channel_scale, reference, rms_norm_scale
 
@@ -34,6 +35,15 @@ def test_norm(dtype, kind, device):
     weight = torch.randn(203, device=device).to(dtype)
     z = mask(kind, 203, device)
     assert_accurate(*norm(weight), [x, z], NAMES, z)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_planted_error_is_found(dtype, error, device):
+    x, z = torch.randn(3, 47, 203, device=device, dtype=dtype), mask("random", 203, device)
+    for plain in (reference.channel_scale, norm(torch.randn(203, device=device))[1]):
+        with pytest.raises(AssertionError, match="what rounding allows"):
+            assert_accurate(error(plain), plain, [x, z], NAMES, z)
 
 
 @pytest.mark.parametrize("tokens", [1, 256, 600])  # a program has one row, or some and a rest

@@ -178,10 +178,14 @@ def try_saving(
         )
     logits = Probe.of(model, tokenizer, environment(model.device)).logits
     if not logits.isfinite().all():
-        raise GraspError(
-            f"the model's logits are not finite in {logits.dtype}, in which it is stored: store it "
-            "in bf16 or fp32 first"
-        )
+        raise GraspError(f"the model's logits are {not_finite(str(logits.dtype))}")
+
+
+def not_finite(dtype: str) -> str:
+    """What is wrong with logits that are not, of finite weights, and what helps."""
+    if dtype == "torch.float16":
+        return f"not finite in {dtype}: store the model in bf16 or fp32 first"
+    return f"not finite in {dtype}: the weights are damaged: get them anew"
 
 
 def write_pretrained(

@@ -230,13 +230,12 @@ def _check_logits(name: str, found: dict[str, Any], *, exact: bool = True) -> Ch
     """Bit-equal to the probe, if `exact`, where processor and torch are those that computed it."""
     import torch
 
-    from grasp.checkpoint.save import environment
+    from grasp.checkpoint.save import environment, not_finite
 
     then, now = found["environment"], environment(torch.device(found["device"]))
     dtype, difference = found["dtype"], found["difference"]
     if not found["finite"]:
-        fix = "store the model in bf16 or fp32 first" if dtype == "torch.float16" else "get it anew"
-        return Check(name, False, f"not finite in {dtype}: {fix}")
+        return Check(name, False, not_finite(dtype))
     place = f"{then['processor']}, torch {then['torch']}, transformers {then['transformers']}"
     same = all(now[key] == then[key] for key in ("torch", "transformers", "device", "processor"))
     if exact and same:

@@ -117,7 +117,7 @@ def workplace(dense, text, tmp_path, monkeypatch):
 @with_pages(("sh", "console", "python"))
 def test_a_page_runs_as_written(page, workplace, pruned, call, monkeypatch):
     run = [block for block in blocks(page) if not block.skip and block.kind != "console"]
-    if not any(re.search(r'--out DIR\s|out="DIR"', block.text) for block in run):
+    if not any(re.search(r'--out DIR\s|(out=|save\(.*)"DIR"', block.text) for block in run):
         shutil.copytree(pruned, "DIR")
     names: dict[str, object] = {"__name__": "docs"}
     for block in run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -30,13 +31,15 @@ def rope(model):
     return getattr(sys.modules[type(decoder_layers(model)[0].attention).__module__], ROPE)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_the_same_loss_and_gradients():
     model, notes = tiny_model("qwen3"), []  # with norms on q and k
     eager, own = loss_and_gradient(model), rope(model)
     torch._dynamo.utils.counters.clear()
     with compiled(model, notes.append):
         assert rope(model) is not own
-        torch.testing.assert_close(loss_and_gradient(model), eager)
+        for a, b in zip(loss_and_gradient(model), eager, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
     counted = torch._dynamo.utils.counters
     # a norm of each shape, with and without a gradient for what enters, and RoPE: no more than that
     assert 2 <= counted["stats"]["unique_graphs"] <= 9 and not counted["graph_break"]

@@ -9,10 +9,12 @@ import torch
 from families import FAMILIES, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import FalconH1Config, FalconH1ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import GraspError
-from grasp.model import source
+from grasp.gates.fidelity import check_gates
+from grasp.model import source, units
 from grasp.model.load import cast, load_model
 from grasp.model.source import Source, resolve
 from grasp.model.units import UnitSpace
@@ -252,6 +254,22 @@ def test_parameters_of_an_ffn_beside_its_linear_layers_are_refused():
     model.model.layers[0].mlp.sub_norm = nn.LayerNorm(96)  # BitNet has one like it
     with pytest.raises(GraspError, match=r"LlamaMLP is not supported: sub_norm.weight has 96"):
         UnitSpace.of(model)
+
+
+@pytest.mark.parametrize(("gate", "down"), [(0.5, 1.0), (1.0, 2.0)])
+def test_multipliers_in_an_ffn_are_refused_by_name(gate, down, monkeypatch):
+    """By what the module says, and where that is not seen by what it computes."""
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=256)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, mamba_d_ssm=16, mamba_n_heads=4)
+    heads |= dict(mamba_d_head=4, mamba_d_state=8)
+    config = FalconH1Config(**sizes, **heads, mlp_multipliers=[gate, down])
+    model = FalconH1ForCausalLM(config).eval().requires_grad_(False)
+    name, value = ("gate", gate) if gate != 1 else ("down", down)
+    with pytest.raises(GraspError, match=f"FalconH1MLP .* by {name}_multiplier, which is {value}"):
+        UnitSpace.of(model)
+    monkeypatch.setattr(units, "_check_ffn", lambda mlp: None)
+    with pytest.raises(GraspError, match=r"layers\.0\.feed_forward \(FalconH1MLP\) computes more"):
+        check_gates(model, "unit", "output", torch.arange(3, 60)[None])
 
 
 def test_images_are_refused():

@@ -494,8 +494,8 @@ def test_what_verify_would_fail_is_not_published(tiny, text, tmp_path, verb, mon
             return grasp.prune(tiny, out, **options).folder
         return grasp.prune_each(tiny, out, keep=(0.7, 0.5), **options)[1].folder
 
-    def save_damaged(model, tokenizer, folder, **options):
-        saved = save(model, tokenizer, folder, **options)
+    def save_damaged(model, tokenizer, folder, record):
+        saved = save(model, tokenizer, folder, record)
         tensors = load_file(folder / "model.safetensors")
         tensors["model.norm.weight"] = tensors["model.norm.weight"].roll(1)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -546,8 +546,7 @@ def test_what_cannot_be_saved_is_refused_before_the_work(tiny, text, tmp_path, v
     large.save_pretrained(tmp_path / "large")
     tiny_tokenizer().save_pretrained(tmp_path / "large")
     assert refusal(tmp_path / "large") == (
-        "the model's logits are not finite in torch.float16, in which it is stored: store it in "
-        "bf16 or fp32 first"
+        "the model's logits are not finite in torch.float16: store the model in bf16 or fp32 first"
     )
 
 

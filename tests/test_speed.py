@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def test_a_step_is_one_graph(family, tmp_path):
     torch.testing.assert_close(out.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_compiled_decoding(tmp_path, monkeypatch):
     """The tokens of generate; a repetition compiles nothing; the static cache is counted whole."""
     folder = save(tmp_path / "small", [(64, 2)], tiny_tokenizer(), layers=1)

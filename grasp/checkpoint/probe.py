@@ -67,6 +67,8 @@ class Probe:
         }
         fused = zip(shapes["qkv_proj"], shapes["o_proj"], strict=False)
         keys = [k[0] for k in shapes["k_proj"]] or [(qkv[0] - o[1]) // 2 for qkv, o in fused]
+        # of each attention: a config whose layers differ refuses to name one for all
+        head_dims = [m.head_dim for m in model.modules() if hasattr(m, "head_dim")]
         return {
             "class": f"{type(model).__module__.split('.')[-1]}.{type(model).__name__}",
             "device": model.device.type,
@@ -75,7 +77,7 @@ class Probe:
             "bit_equal": torch.equal(logits, self.logits),
             "difference": error.item(),
             "ffn": [columns for _, columns in shapes["down_proj"]],
-            "kv": [rows // model.config.head_dim for rows in keys],
+            "kv": [rows // size for rows, size in zip(keys, head_dims, strict=False)],
             "parameters": sum(p.numel() for p in model.parameters()),
             "same_tokens": not self.text or tokenizer(self.text).input_ids == self.text_ids,
             "environment": self.environment,

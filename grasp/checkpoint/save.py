@@ -28,7 +28,7 @@ from grasp import __version__
 from grasp.budget.projection import Mask
 from grasp.checkpoint.probe import TEXT, Probe
 from grasp.checkpoint.record import Record, sha256
-from grasp.checkpoint.verify import check_saved
+from grasp.checkpoint.verify import check_saved, not_finite
 from grasp.errors import GraspError, reason
 from grasp.model.classes import as_saved, without_weights
 from grasp.model.load import environment, load_model, quiet
@@ -178,10 +178,7 @@ def try_saving(
         )
     logits = Probe.of(model, tokenizer, environment(model.device)).logits
     if not logits.isfinite().all():
-        raise GraspError(
-            f"the model's logits are not finite in {logits.dtype}, in which it is stored: store it "
-            "in bf16 or fp32 first"
-        )
+        raise GraspError(f"the model's logits are {not_finite(str(logits.dtype))}")
 
 
 def write_pretrained(

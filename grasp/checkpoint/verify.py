@@ -239,8 +239,7 @@ def _check_logits(name: str, found: dict[str, Any], *, exact: bool = True) -> Ch
     then, now = found["environment"], environment(torch.device(found["device"]))
     dtype, difference = found["dtype"], found["difference"]
     if not found["finite"]:
-        fix = "store the model in bf16 or fp32 first" if dtype == "torch.float16" else "get it anew"
-        return Check(name, False, f"not finite in {dtype}: {fix}")
+        return Check(name, False, not_finite(dtype))
     place = f"{then['processor']}, torch {then['torch']}, transformers {then['transformers']}"
     same = all(now[key] == then[key] for key in ("torch", "transformers", "device", "processor"))
     if exact and same:
@@ -250,6 +249,13 @@ def _check_logits(name: str, found: dict[str, Any], *, exact: bool = True) -> Ch
     limit = TOLERANCE[dtype]
     detail = f"differ by {difference:.1e} (limit {limit:.0e}) from those computed on {place}"
     return Check(name, difference <= limit, detail)
+
+
+def not_finite(dtype: str) -> str:
+    """Why logits are not finite though the weights are, and the fix."""
+    if dtype == "torch.float16":
+        return f"not finite in {dtype}: store the model in bf16 or fp32 first"
+    return f"not finite in {dtype}: the weights are damaged: get them anew"
 
 
 def _check_tokens(name: str, found: dict[str, Any]) -> Check:

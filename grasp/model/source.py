@@ -124,7 +124,7 @@ def read_config(source: Source) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises GraspError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except FileNotFoundError:
         raise GraspError(f"{path} does not exist: expected a model's {path.name}") from None
     except (OSError, ValueError) as error:
@@ -132,6 +132,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise GraspError(f"{path} holds no JSON object: expected a model's {path.name}")
     return found
+
+
+def _number(found: dict[str, Any]) -> Any:
+    """What transformers writes for an infinite number, made that number; all else as it is."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:

@@ -270,11 +270,7 @@ def _parts(linear: Any, sizes: tuple[int, ...]) -> tuple[Rows, ...]:
 
 def _layer_units(modules: LayerModules) -> LayerUnits:
     head_dim = _head_dim(modules)
-    for name, parameter in _beside(modules.mlp, FFN_NAMES):
-        raise GraspError(
-            f"{type(modules.mlp).__name__} is not supported: {name} has {parameter.numel()} values "
-            "beside the linear layers, and channels cannot be removed from it"
-        )
+    _check_ffn(modules.mlp)
     q, k, v = modules.q, modules.k, modules.v
     kv_groups = k.size // head_dim
     group_size = q.size // head_dim // kv_groups
@@ -283,6 +279,19 @@ def _layer_units(modules: LayerModules) -> LayerUnits:
         group_size * (q.bias is not None) + (k.bias is not None) + (v.bias is not None)
     )
     return LayerUnits(modules.gate.size, kv_groups, group_size, head_dim, channel_bias, group_bias)
+
+
+def _check_ffn(mlp: Any) -> None:
+    """Refuse an FFN that shows that it computes more than its linear layers. Raises GraspError."""
+    kind = type(mlp).__name__
+    for name, parameter in _beside(mlp, FFN_NAMES):
+        raise GraspError(
+            f"{kind} is not supported: {name} has {parameter.numel()} values beside the linear "
+            "layers, and channels cannot be removed from it"
+        )
+    for name, value in vars(mlp).items():  # whether it is used, a short run tells before learning
+        if name.endswith("multiplier") and value != 1:
+            raise GraspError(f"{kind} is not supported: it multiplies by {name}, which is {value}")
 
 
 def _head_dim(modules: LayerModules) -> int:

@@ -12,13 +12,17 @@ from grasp_kernels import ChannelScale, GatedAttention, GatedSwiGLUFFN, referenc
 IDS = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
+def close(a, b):
+    return (a - b).norm() <= 1e-5 * b.norm()
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_model_with_open_gates_is_the_model(family):
     model = tiny_model(family)
     expected, before = model(IDS).logits, dict(model.state_dict())
     gated = grasp_kernels.apply(model)
     assert len(gated) == model.config.num_hidden_layers
-    torch.testing.assert_close(model(IDS).logits, expected)
+    assert close(model(IDS).logits, expected)
     assert model.state_dict().keys() - before.keys() == {f"{name}.gate" for name in gated}
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
@@ -42,7 +46,7 @@ def test_a_closed_channel_is_a_channel_that_is_not_there():
     with torch.no_grad():
         ffn.gate[5] = 0
         cut.get_submodule(name).down_proj.weight[:, 5] = 0
-    torch.testing.assert_close(model(IDS).logits, cut(IDS).logits)
+    assert close(model(IDS).logits, cut(IDS).logits)
 
 
 def test_the_other_modules():
@@ -52,8 +56,8 @@ def test_the_other_modules():
         attention.gate[1] = 0.3
         scale.scale[:] = torch.rand(16)
     expected = reference.gated_attention(q, k, v, attention.gate)
-    torch.testing.assert_close(attention(q, k, v), expected)
-    torch.testing.assert_close(scale(q), q * scale.scale)
+    assert close(attention(q, k, v), expected)
+    assert close(scale(q), q * scale.scale)
 
 
 def test_what_is_no_swiglu():

@@ -170,7 +170,10 @@ def test_the_model_comes_back_as_it_was():
         ({"seq_len": 1}, "`seq_len` must be between 2 and 256 for this model, got 1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"seq_len": 64, "windows": 0}, "`windows` must be at least 1, got 0"),
-        ({"seq_len": 64, "windows": 9}, "300 tokens, 4 windows of 64; 9 need 576 tokens: ask for"),
+        (
+            {"seq_len": 64, "windows": 9},
+            "300 tokens, 4 windows of 64; 9 need 576 tokens: use fewer",
+        ),
     ],
 )
 def test_bad_settings(options, message):

@@ -114,7 +114,8 @@ class Budget:
         self.check_multiples(space)
         if self.layout == "uniform" and len(set(space.layers)) > 1:
             raise GraspError(
-                "`layout='uniform'` needs layers of equal widths, and this model's differ"
+                "`layout='uniform'` needs layers of equal widths, and this model's differ: "
+                "use `layout='per-layer'`"
             )
         total, floor = self.cost(space), self.floor(space)
         if not math.isfinite(self.asked):

@@ -68,7 +68,6 @@ _HOMES = {
     "load": "grasp.model.load",
     "plan": "grasp.planning.plan",
     "prune": "grasp.run.prune",
-    "prune_each": "grasp.run.prune",
     "sparsify": "grasp.run.sparsify",
     "verify": "grasp.checkpoint.verify",
 }

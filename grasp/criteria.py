@@ -1,7 +1,7 @@
 """Criteria by name: how units are scored, where that comes from, and what it needs.
 
 Ours are listed below, each with the function that it names. Anybody else's comes in by one of two
-doors, and then works in `--method`, `compare` and reports like ours:
+doors, and then works in `prune`, `compare` and reports like ours:
 
     @grasp.criterion("mine", help="my scores")          # in a program
     def my_scores(model, units): ...
@@ -40,7 +40,7 @@ class Criterion:
     help: str
     reference: str = ""  # the paper
     samples: int | None = None  # blocks that it reads; None: all
-    learns: bool = False  # takes --epochs passes over the blocks
+    learns: bool = False  # takes `epochs` passes over the blocks
     per_budget: bool = False  # its scores hold for one budget only
     updates_weights: bool = False  # fits weights as it chooses: nothing is left to compensate
     layerwise: bool = False  # runs decoder layers one by one
@@ -129,7 +129,7 @@ OURS = (
     Criterion(
         "magnitude", "grasp.select.magnitude:magnitude_scores", "mean square of a unit's weights"
     ),
-    Criterion("random", "grasp.select.random:random_scores", "chance, drawn by --seed"),
+    Criterion("random", "grasp.select.random:random_scores", "drawn at random"),
 )
 _known = {criterion.name: criterion for criterion in OURS}
 
@@ -157,7 +157,7 @@ def criterion(name: str, *, help: str = "", **traits: Any) -> Callable[[Scores],
 
 
 def names() -> tuple[str, ...]:
-    """All criteria that `--method` accepts; nothing is imported for it."""
+    """All criteria that `method` accepts; nothing is imported for it."""
     return tuple(dict.fromkeys([*_known, *_installed()]))
 
 
@@ -166,7 +166,7 @@ def get(name: str) -> Criterion:
     if name not in _known:
         entry = _installed().get(name)
         if entry is None:
-            raise GraspError(f"method {name!r}: choose {', '.join(names())}")
+            raise GraspError(f"`method` must be one of {', '.join(names())}, got {name!r}")
         try:
             function = entry.load()
         except Exception as error:

@@ -54,7 +54,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_room(path: Path, what: str, needed: int, fix: str = "choose another --out") -> None:
+def check_room(path: Path, what: str, needed: int, fix: str = "choose another `out`") -> None:
     """Refuse to begin on `path`, as `what` of `needed` bytes, where the disk cannot hold it."""
     free = shutil.disk_usage(path.parent).free
     if needed > free:

@@ -88,7 +88,9 @@ def _answer(what: str, about: str, page: Page) -> str:
     if what == "api":
         return _api(about)
     if what == "plan":
-        return "```text\n" + str(_plan(*shlex.split(about))) + "\n```"
+        from grasp.cli.main import as_options
+
+        return "```text\n" + as_options(str(_plan(*shlex.split(about)))) + "\n```"
     return _plans(about.split(", "))
 
 

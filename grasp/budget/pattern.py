@@ -32,19 +32,19 @@ class Pattern:
             zeros = 1 - Fraction(int(kept), int(of)) if colon else Fraction(text)
         except (ValueError, ZeroDivisionError):
             raise GraspError(
-                f"--pattern {text!r} is no pattern: write 2:4, 4:8, or 0.5 for a part of each row"
+                f"`pattern` must be N:M, as 2:4, or a part of each row, as 0.5, got {text!r}"
             ) from None
         if not 0 < zeros < 1 or (group or 1) < 1:
-            expected = "N:M keeps N of M, with 0 < N < M" if colon else "choose a part in (0, 1)"
-            raise GraspError(f"--pattern {text} is impossible: {expected}")
+            expected = "N:M with 0 < N < M" if colon else "N:M or a part between 0 and 1"
+            raise GraspError(f"`pattern` must be {expected}, got {text}")
         return cls(text, zeros, group)
 
     def check(self, name: str, inputs: int) -> None:
         """Raises GraspError if the rows of a matrix cannot be cut into groups."""
         if inputs % (self.group or 1):
             raise GraspError(
-                f"--pattern {self.text} does not fit {name}: its {inputs} inputs are no multiple "
-                f"of {self.group}; choose another pattern, or a part of each row as 0.5"
+                f"`pattern` {self.text} does not fit {name}, whose {inputs} inputs are not a "
+                f"multiple of {self.group}: choose another, or a part of each row, as 0.5"
             )
 
     def keep(self, scores: Tensor, start: int = 0) -> Tensor:

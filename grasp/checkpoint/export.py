@@ -45,16 +45,20 @@ def export(
     """
     out = Path(out)
     if to not in ("gguf", "hf-uniform"):
-        raise GraspError(f"--to {to} is unknown: write gguf or hf-uniform")
+        raise GraspError(f"`to` must be gguf or hf-uniform, got {to!r}")
     if to == "gguf":
         if out.suffix != ".gguf":
-            raise GraspError(f"--out {out} does not end in .gguf, by which tools know such a file")
+            raise GraspError(f"`out` must end in .gguf, by which tools know such a file, got {out}")
     elif type is not None:
-        raise GraspError(f"--type {type} is for --to gguf: a folder keeps the type it has")
+        raise GraspError(
+            f"`type` is for `to='gguf'`, got {type!r}: leave it out, a folder keeps its type"
+        )
     if os.path.lexists(out):
-        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+        raise GraspError(f"{out} exists already: choose another `out` or remove it first")
     if not out.parent.is_dir():
-        raise GraspError(f"--out {out} is in no folder that exists: make {out.parent} first")
+        raise GraspError(
+            f"`out` must be in a folder that exists, got {out}: make {out.parent} first"
+        )
     check_export(os.fspath(model))
 
     from grasp.checkpoint.gguf import check_type, write_gguf  # and with them torch: seconds

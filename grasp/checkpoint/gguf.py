@@ -43,10 +43,10 @@ def check_type(type: str, out: Path) -> None:
     if f"MOSTLY_{type.upper()}" in FILE_TYPES:
         f16 = out.with_name(f"{out.stem}-f16.gguf")
         raise GraspError(
-            f"--type {type} is packed by llama.cpp's own tool: export with --type f16 --out {f16}, "
-            f"then run `llama-quantize {f16} {out} {type.upper()}`"
+            f"`type={type!r}` is packed by llama.cpp's own tool: export with `type='f16'` and "
+            f"`out={str(f16)!r}`, then run `llama-quantize {f16} {out} {type.upper()}`"
         )
-    raise GraspError(f"--type {type} is unknown: write {', '.join(TYPES)}")
+    raise GraspError(f"`type` must be one of {', '.join(TYPES)}, got {type!r}")
 
 
 def write_gguf(
@@ -82,7 +82,7 @@ def write_gguf(
     if odd:
         notes.append(f"{odd} matrices stay f16: their rows are no multiple of 32, as {type} needs")
     # numpy's own error names no reason
-    check_room(file, "file needs", needed, "choose another --out or --type")
+    check_room(file, "file needs", needed, "choose another `out` or `type`")
 
     try:
         writer.write_header_to_file()
@@ -135,7 +135,7 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
         return family.gguf
     if family.deci_lacks:
         why = f"rope_type {rope['rope_type']}" if uniform else "widths that differ by layer"
-        fix = "" if uniform else ": prune with --layout uniform"
+        fix = "" if uniform else ": prune with `layout='uniform'`"
         raise GraspError(
             f"{name} with {why} cannot be exported: that takes llama.cpp's architecture deci, "
             f"which has no {family.deci_lacks}{fix}"
@@ -297,5 +297,5 @@ def _tensor_type(tensor: Tensor, asked: Ggml) -> Ggml:
 def _packed(name: str, tensor: Tensor, kind: Ggml) -> np.ndarray:
     values = tensor.float().cpu().numpy()
     if kind == Ggml.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-        raise GraspError(f"{name} has values that f16 cannot hold: use --type bf16 or f32")
+        raise GraspError(f"{name} has values that f16 cannot hold: use `type='bf16'` or f32")
     return gguf.quantize(values, kind)

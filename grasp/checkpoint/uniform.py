@@ -1,7 +1,7 @@
 """A model whose layers differ in width as a stock checkpoint: padded with zeros to equal widths.
 
 Zero channels and heads add zeros to the residual stream, so the model computes what it did; it only
-gets larger. Pruning with `--layout uniform` pays nothing for the same.
+gets larger. Pruning with `layout="uniform"` pays nothing for the same.
 """
 
 from __future__ import annotations

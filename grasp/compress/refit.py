@@ -76,7 +76,7 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     """
     known = gram[kept]
     if not known.isfinite().all():
-        raise GraspError("activations are not finite: use --dtype fp32, or --compensate none")
+        raise GraspError("activations are not finite: use `dtype='fp32'` or `compensate='none'`")
     dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     dropped[kept] = False
     lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
@@ -101,4 +101,4 @@ def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             return torch.cholesky_solve(target, factor)
-    raise GraspError("refit found no solution: give more --samples, or use --compensate none")
+    raise GraspError("refit found no solution: use more `samples` or `compensate='none'`")

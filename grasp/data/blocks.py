@@ -19,19 +19,19 @@ def token_blocks(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Te
     GraspError if there are too few.
     """
     if seq_len < 2:
-        raise GraspError(f"--seq-len {seq_len} leaves nothing to predict: ask for at least 2")
+        raise GraspError(f"`seq_len` must be at least 2, got {seq_len}")
     if samples < 1:
-        raise GraspError(f"--samples {samples} is no sample: ask for at least 1")
+        raise GraspError(f"`samples` must be at least 1, got {samples}")
     available = corpus.tokens // seq_len
     if samples > available:
         fix = (
-            f"pass --samples {available}, a shorter --seq-len"
+            f"use `samples={available}`, a shorter `seq_len`"
             if available
-            else "a shorter --seq-len"
+            else "use a shorter `seq_len`"
         )
         raise GraspError(
             f"too little text: {corpus.name} has {corpus.tokens:,} tokens, {available:,} blocks of "
-            f"{seq_len}; --samples {samples} needs {samples * seq_len:,} tokens: {fix} or more text"
+            f"{seq_len}; `samples={samples}` needs {samples * seq_len:,} tokens: {fix} or more text"
         )
     blocks, held_out = _held_out(corpus, seq_len, samples)
     rest = blocks[len(held_out) :]

@@ -18,7 +18,7 @@ def builtin_rows() -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise GraspError("this Python has no pydoc_data: give --calibration") from None
+        raise GraspError("this Python has no pydoc_data: give `calibration`") from None
 
     docstrings = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

@@ -101,7 +101,7 @@ def read_text(source: Source, tokenizer: Any, text_field: str) -> tuple[str, tup
     if len(empty) > len(rows):
         raise GraspError(
             f"{named} has no text in {len(empty):,} of {len(empty) + len(rows):,} records "
-            f"({empty[0]}): name the right field with --text-field"
+            f"({empty[0]}): name the right field as `text_field`"
         )
     text = ROW_SEPARATOR.join(rows)
     if not text.strip():

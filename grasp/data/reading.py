@@ -1,4 +1,4 @@
-"""What `--calibration` and `--eval-text` name, and the rows that are there; torch is not needed.
+"""What `calibration` and `eval_text` name, and the rows that are there; torch is not needed.
 
 A row is a text or a conversation. Files of rows are read as they stream in, gzip and zstd included;
 data sets of the hub or of a folder are read by `datasets`.
@@ -78,7 +78,9 @@ def find_source(spec: str, split: str = "train") -> Source:
     if not spec.strip():
         raise GraspError(f"{spec!r} names no text: expected {SOURCES}, or builtin")
     if spec == "self":
-        raise GraspError(f"self is only for --calibration, the model writes it: expected {SOURCES}")
+        raise GraspError(
+            f"only `calibration` may be self (the model's own text): expected {SOURCES}"
+        )
     if os.path.exists(spec) and not os.path.isdir(spec):
         _check_file(Path(spec))
         return Source(spec, file=Path(spec))
@@ -317,7 +319,7 @@ def _column(source: str, text_field: str, columns: Sequence[str], *, chat: bool 
     if field is None:
         raise GraspError(
             f"{source} has no column '{text_field}' (found: {_clipped(', '.join(columns))}): "
-            "name the right one with --text-field"
+            "name the right one as `text_field`"
         )
     if list(columns).count(field) > 1:
         raise GraspError(f"{source} has two columns named '{field}': rename one of them")
@@ -332,8 +334,8 @@ def _row(where: str, what: str, value: Any, asked_for: bool = True) -> Row:
         return value
     wanted = "a text or a list of messages" if asked_for else "a list of messages"
     raise GraspError(
-        f"{where}: {what} holds {type(value).__name__}, not {wanted}: name the right field with "
-        "--text-field"
+        f"{where}: {what} holds {type(value).__name__}, not {wanted}: name the right field as "
+        "`text_field`"
     )
 
 

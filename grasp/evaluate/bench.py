@@ -148,25 +148,25 @@ def bench(
     compile for, memory that runs out.
     """
     numbers: dict[str, Sequence[int]] = {
-        "--batch-sizes": batch_sizes,
-        "--prompt-lens": prompt_lens,
-        "--tokens": [tokens],
-        "--repetitions": [repetitions],
+        "batch_sizes": batch_sizes,
+        "prompt_lens": prompt_lens,
+        "tokens": [tokens],
+        "repetitions": [repetitions],
     }
-    for option, counts in numbers.items():
+    for name, counts in numbers.items():
         if not counts or min(counts) < 1:
-            given = ",".join(map(str, counts)) or "is empty"
-            raise GraspError(f"{option} {given}: choose whole numbers from 1")
+            given = ",".join(map(str, counts)) or "none"
+            raise GraspError(f"`{name}` must be at least 1, got {given}")
     plot = _plot_path(plot)
     if record:
         check_record(Path(model))
     names = [model] if against is None else [model, against]
     for name in names if compile else ():
         if is_for_llama_cpp(name):
-            raise GraspError(f"--compile: {name} runs in llama.cpp, not in torch: leave it out")
+            raise GraspError(f"`compile` is for torch, and {name} runs in llama.cpp: leave it out")
     device = pick_device(device)
     longest = max(prompt_lens) + tokens
-    fix = "lower --batch-sizes, --prompt-lens or --tokens, or use --dtype bf16"
+    fix = "lower `batch_sizes`, `prompt_lens` or `tokens`, or use `dtype='bf16'`"
     with memory_errors(f"device {device}", fix):
         runners: list[Transformers | LlamaCpp] = []
         for name in names:
@@ -177,8 +177,8 @@ def bench(
         for runner in runners:
             if longest > runner.limit:
                 raise GraspError(
-                    f"--prompt-lens {max(prompt_lens)} and --tokens {tokens} are more than "
-                    f"{runner.name} takes: at most {runner.limit} together"
+                    f"`prompt_lens` and `tokens` must be at most {runner.limit} together for "
+                    f"{runner.name}, got {max(prompt_lens)} and {tokens}"
                 )
         shapes = [(b, p) for b in dict.fromkeys(batch_sizes) for p in dict.fromkeys(prompt_lens)]
         cases, cache = [], [0.0 for _ in runners]
@@ -274,9 +274,9 @@ def _plot_path(plot: str | Path | None) -> Path | None:
     """Raises GraspError where no PNG can be written, before anything is timed."""
     path = Path(plot) if plot is not None else None
     if path and path.suffix != ".png":
-        raise GraspError(f"--plot {path} is no PNG: name a file that ends in .png")
+        raise GraspError(f"`plot` must name a file that ends in .png, got {path}")
     if path and not path.parent.is_dir():
-        raise GraspError(f"--plot {path} is in no folder that exists: make {path.parent} first")
+        raise GraspError(f"`plot` {path} must be in a folder that exists: make {path.parent} first")
     return path
 
 

@@ -79,7 +79,7 @@ def perplexity(
     a loss that is not finite.
     """
     if batch_size < 1:
-        raise GraspError(f"--batch-size {batch_size} is too small: choose at least 1")
+        raise GraspError(f"`batch_size` must be at least 1, got {batch_size}")
     inputs, available = _windows(model, corpus, seq_len, windows, bos)
     count, length = inputs.shape
     was_training = model.training
@@ -158,7 +158,7 @@ def _windows(
     limit = longest(model)
     length = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
     if not 2 <= length <= limit:
-        raise GraspError(f"--seq-len {length} is outside what this model takes: 2 to {limit}")
+        raise GraspError(f"`seq_len` must be between 2 and {limit} for this model, got {length}")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if corpus.tokens and int(corpus.ids.max()) >= vocabulary:
         raise GraspError(
@@ -166,22 +166,22 @@ def _windows(
             f"{vocabulary}: use the tokenizer that belongs to the model"
         )
     if windows is not None and windows < 1:
-        raise GraspError(f"--windows {windows} is no window: ask for at least 1")
+        raise GraspError(f"`windows` must be at least 1, got {windows}")
     step = length - bos
     available = corpus.tokens // step
     if available < (windows or 1):
         raise GraspError(
             f"too little text: {corpus.name} has {corpus.tokens:,} tokens, {available:,} windows "
             f"of {length}; {windows or 1} need {(windows or 1) * step:,} tokens: "
-            "ask for fewer --windows, a shorter --seq-len (of prune: --eval-windows, "
-            "--eval-seq-len) or give more text"
+            "use fewer `windows`, a shorter `seq_len` (of prune: `eval_windows`, "
+            "`eval_seq_len`) or more text"
         )
     count = min(available, windows or available)
     inputs = corpus.ids[: count * step].view(count, step)
     if bos:
         token = model.config.bos_token_id
         if token is None:
-            raise GraspError("--bos: this model has no BOS token; evaluate without it")
+            raise GraspError("`bos` needs a BOS token, which this model has not: leave it out")
         inputs = F.pad(inputs, (1, 0), value=token)
     return inputs, available
 

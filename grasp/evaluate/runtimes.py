@@ -97,8 +97,8 @@ class Transformers:
                     _, sequence, logits = self._run(ids, tokens)
         except torch._dynamo.exc.TorchDynamoException as failed:
             raise GraspError(
-                f"--compile: torch cannot compile {self.name} ({reason(failed)}): install a C++ "
-                "compiler such as g++ if that is what it lacks, or leave --compile out"
+                f"`compile`: torch cannot compile {self.name} ({reason(failed)}): install a C++ "
+                "compiler such as g++ if that is what it lacks, or leave `compile` out"
             ) from failed
         whole = self.model(sequence, use_cache=False, logits_to_keep=1).logits.float()
         error = ((logits.float() - whole).norm() / whole.norm()).item()
@@ -201,8 +201,8 @@ class LlamaCpp:
         ]
         if device != "cpu" and not gpus:
             raise GraspError(
-                f"--device {device}: the installed xllamacpp sees no GPU; install its build for "
-                "yours, or use --device cpu"
+                f"the installed xllamacpp sees no GPU for `device={device!r}`: install its build "
+                "for yours, or use `device='cpu'`"
             )
         self._folder = tempfile.TemporaryDirectory()  # for the caches that are measured
         params = xllamacpp.CommonParams()

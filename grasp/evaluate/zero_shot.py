@@ -108,7 +108,7 @@ def evaluate_tasks(
     tasks: str | Sequence[str],
     *,
     against: str | None = None,
-    data: str | Path | None = None,
+    tasks_data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 1,
     device: str = "auto",
@@ -118,7 +118,7 @@ def evaluate_tasks(
 ) -> ZeroShot:
     """Score `model`, and `against` if given, on tasks of lm-eval ("piqa,arc_easy" or a list).
 
-    `data` is a folder of local documents, for the tasks in tasks/; without it they come from
+    `tasks_data` is a folder of local documents, for the tasks in tasks/; without it they come from
     the hub and any task of lm-eval may be named. `limit` takes the first so many documents of each.
     Models load as everywhere in grasp, in fp32 on a CPU and as stored on a GPU; log-probabilities
     are fp32 on both. No chat template is used. `record` adds the scores to the files of `model`, a
@@ -128,9 +128,9 @@ def evaluate_tasks(
     damaged or too long, a model that does not load or whose scores are not numbers.
     """
     if limit is not None and limit < 1:
-        raise GraspError(f"--limit {limit} is no document: ask for at least 1")
+        raise GraspError(f"`limit` must be at least 1, got {limit}")
     if batch_size < 1:
-        raise GraspError(f"--batch-size {batch_size} is too small: choose at least 1")
+        raise GraspError(f"`batch_size` must be at least 1, got {batch_size}")
     device = pick_device(device)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     models = [name for name in (model, against) if name is not None]
@@ -139,14 +139,14 @@ def evaluate_tasks(
     if record:
         check_record(Path(model))
     with _reported(progress):
-        loaded = _load_tasks([name.strip() for name in names], data)
+        loaded = _load_tasks([name.strip() for name in names], tasks_data)
         results = [
             _evaluate(name, loaded, limit, batch_size, device, trust_remote_code) for name in models
         ]
     scores = ZeroShot(
         models=tuple(scores for scores, _ in results),
         tasks={
-            name: _describe(name, task, results[0][1], data)
+            name: _describe(name, task, results[0][1], tasks_data)
             for name, task in loaded["tasks"].items()
         },
         settings={
@@ -174,8 +174,8 @@ def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> di
     path = Path(folder, file)
     if not path.is_file():
         raise GraspError(
-            f"--tasks-data {folder} has no {file}: put it there, a JSON record a line with the "
-            f"fields {', '.join(fields)}"
+            f"`tasks_data` {folder} has no {file}: put it there, one JSON record per line, with "
+            f"the fields {', '.join(fields)}"
         )
     records = []
     for where, record in json_records(path):
@@ -209,7 +209,7 @@ def _load_tasks(names: Sequence[str], data: str | Path | None) -> dict[str, Any]
         manager = TaskManager(
             include_path=LOCAL_TASKS, include_defaults=False, metadata={"folder": str(data)}
         )
-        place = f"those that read --tasks-data: there are {', '.join(manager.all_tasks)}"
+        place = f"those that read `tasks_data`: there are {', '.join(manager.all_tasks)}"
     for name in names:
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, 1)
@@ -227,7 +227,7 @@ def _load_tasks(names: Sequence[str], data: str | Path | None) -> dict[str, Any]
             fix = (
                 f"check the documents in {data}"
                 if data is not None
-                else "check the connection, or give local documents with --tasks-data"
+                else "check the connection, or give local documents as `tasks_data`"
             )
             raise GraspError(f"task {name} does not load: {reason(error)}: {fix}") from error
     for task in loaded["tasks"].values():
@@ -365,7 +365,7 @@ def _reported(progress: Progress | None) -> Iterator[None]:
         import lm_eval.api.task as preparing
         import lm_eval.models.huggingface as running
     except ImportError:
-        raise GraspError(f"--tasks needs lm-eval: {install('tasks')}") from None
+        raise GraspError(f"`tasks` needs lm-eval: {install('tasks')}") from None
     import datasets
 
     with contextlib.ExitStack() as undo:

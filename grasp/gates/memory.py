@@ -32,7 +32,7 @@ def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryM
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
-    fix = f"run the same with --memory low (now {mode}): it goes on where it stopped"
+    fix = f"run the same with `memory='low'` (now {mode}) to resume"
     try:
         with memory_errors(config.device, fix) if mode != "low" else nullcontext():
             yield mode

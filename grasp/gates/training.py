@@ -265,7 +265,7 @@ def finite_mean(losses: list[Tensor], step: int) -> float:
     for back, value in enumerate(reversed(values)):
         if not math.isfinite(value):
             raise GraspError(
-                f"the loss is {value} at step {step - back}: try a smaller --lr or --dtype fp32, "
+                f"the loss is {value} at step {step - back}: try a smaller `lr` or `dtype='fp32'`, "
                 "and check that the dense model's own loss is finite"
             )
     return sum(values) / len(values)

@@ -156,7 +156,7 @@ def best_dtype(device: str) -> Literal["fp32", "bf16"]:
 def check_device(device: str) -> None:
     """Refuse a name that no machine has for a device, without torch. Raises GraspError."""
     if not DEVICE.fullmatch(device):
-        raise GraspError(f"--device {device} is no device: write cpu, cuda, cuda:1 or auto")
+        raise GraspError(f"`device` must be cpu, cuda, cuda:1 or auto, got {device!r}")
 
 
 def pick_device(device: str) -> str:
@@ -178,7 +178,7 @@ def pick_device(device: str) -> str:
     if (capability := torch.cuda.get_device_capability(asked)) < (8, 0):
         raise GraspError(
             f"{torch.cuda.get_device_name(asked)} has compute capability "
-            f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use --device cpu"
+            f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use `device='cpu'`"
         )
     return device
 

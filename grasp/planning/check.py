@@ -36,15 +36,15 @@ def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
     """Refuse what the model of `header` cannot do or meet. Raises GraspError."""
     if header.longest is not None and config.seq_len > header.longest:
         raise GraspError(
-            f"--seq-len {config.seq_len} is more than this model takes: at most {header.longest}"
+            f"`seq_len` must be at most {header.longest} for this model, got {config.seq_len}"
         )
     if isinstance(config, SparsifyConfig):
         return
-    biased = config.compensate == "bias"
+    biased = config.compensation == "bias"
     if biased and not header.facts.carries_biases:
         raise GraspError(
-            f"--compensate bias: {header.family} has no class with biases in o_proj and down_proj "
-            "(llama has): use --compensate refit"
+            f"`compensate='bias'` needs a class with biases in o_proj and down_proj, and "
+            f"{header.family} has none (llama has): use `compensate='refit'`"
         )
     config.budget.check_multiples(header.space)
     check_layout(header, config.budget, biased=biased)
@@ -77,5 +77,5 @@ def check_reading(
     check_readable(source)
     longest = None if source.kind == "gguf" else read_config(source).get("max_position_embeddings")
     if seq_len is not None and not 2 <= seq_len <= (longest or seq_len):
-        takes = f"2 to {longest}" if longest else "at least 2"
-        raise GraspError(f"--seq-len {seq_len} is outside what this model takes: {takes}")
+        expected = f"between 2 and {longest}" if longest else "at least 2"
+        raise GraspError(f"`seq_len` must be {expected} for this model, got {seq_len}")

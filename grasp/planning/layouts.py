@@ -27,7 +27,9 @@ def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> Non
         return
     fixes = _fixes(header, budget, biased)
     fix = f"use {' or '.join(fixes)}" if fixes else "grasp cannot prune this model"
-    raise GraspError(f"--layout {budget.layout} is not open to {header.family}: {why}: {fix}")
+    raise GraspError(
+        f"`layout={budget.layout!r}` is not possible for {header.family}: {why}: {fix}"
+    )
 
 
 def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
@@ -35,8 +37,8 @@ def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
     (other,) = {*get_args(Layout)} - {budget.layout}
     groups = header.space.layers[0].kv_groups
     multiples = [m for m in range(budget.kv_multiple + 1, groups + 1) if groups % m == 0]
-    others = {f"--layout {other}": replace(budget, layout=other)}
-    others |= {f"--kv-multiple {m}": replace(budget, kv_multiple=m) for m in multiples}
+    others = {f"`layout={other!r}`": replace(budget, layout=other)}
+    others |= {f"`kv_multiple={m}`": replace(budget, kv_multiple=m) for m in multiples}
     fixes: list[str] = []
     for option, changed in others.items():
         with suppress(GraspError):  # a budget that these multiples cannot meet

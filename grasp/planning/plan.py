@@ -120,7 +120,7 @@ class Plan:
         if self.refit_memory is not None:
             stages.insert(1, ("refitting", self.refit_memory))
         peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
-        time = "give --tokens-per-second for the time"
+        time = "give `tokens_per_second` for the time"
         if self.learning_seconds is not None:
             time = f"{self.learning_seconds / 60:,.1f} minutes"
         facts = [
@@ -164,11 +164,11 @@ def plan(
     `prune` would refuse (see `check`).
     """
     if dtype not in DTYPE_BYTES:
-        raise GraspError(f"--dtype {dtype} cannot be planned: choose {' or '.join(DTYPE_BYTES)}")
+        raise GraspError(f"`dtype` of a plan must be {' or '.join(DTYPE_BYTES)}, got {dtype!r}")
     if memory not in ("fast", *RECOMPUTE_EVERY):
-        raise GraspError(f"--memory {memory} cannot be planned: choose fast, balanced or low")
+        raise GraspError(f"`memory` of a plan must be fast, balanced or low, got {memory!r}")
     if tokens_per_second is not None and not tokens_per_second > 0:
-        raise GraspError(f"--tokens-per-second {tokens_per_second} is no speed: choose one above 0")
+        raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
     config = PruneConfig.of(spec, **options)
     budget, header = config.budget, check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
@@ -195,7 +195,7 @@ def plan(
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
         refit_memory=(
             refit_memory(header, config.samples, config.seq_len, width)
-            if config.compensate == "refit"
+            if config.compensation == "refit"
             else None
         ),
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
@@ -323,7 +323,7 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         ]
     if header.facts.deci_lacks:
         no_gguf = f"deci, its per-layer architecture, has no {header.facts.deci_lacks}"
-        no_gguf += ": needs --layout uniform"
+        no_gguf += ": needs `layout='uniform'`"
     gguf = "grasp export --to gguf writes its per-layer architecture, deci"
     return [
         Runtime("transformers, after import grasp", True, "grasp's class"),
@@ -335,16 +335,16 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         Runtime(
             "vLLM, Transformers backend",
             True,
-            f"sizes each layer by its own config; tensor parallelism by divisors of --kv-multiple "
+            f"sizes each layer by its own config; tensor parallelism by divisors of `kv_multiple` "
             f"({budget.kv_multiple})",
         ),
         Runtime("llama.cpp", no_gguf is None, no_gguf or gguf),
         Runtime(
-            "transformers, stock class", False, "one width for all layers: needs --layout uniform"
+            "transformers, stock class", False, "one width for all layers: needs `layout='uniform'`"
         ),
         Runtime(
             "SGLang, TensorRT-LLM, MLX",
             False,
-            "their per-layer models cannot drop query heads: needs --layout uniform",
+            "their per-layer models cannot drop query heads: needs `layout='uniform'`",
         ),
     ]

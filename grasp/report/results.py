@@ -36,7 +36,7 @@ def check_record(folder: Path) -> None:
     """Before anything is measured: raises GraspError where it could not be added."""
     Record.read(folder)
     if not os.access(folder, os.W_OK):
-        raise GraspError(f"--record: {folder} cannot be written to: check its permissions")
+        raise GraspError(f"`record`: {folder} cannot be written to: check its permissions")
 
 
 def add_measured(folder: Path, name: str, measured: Measured) -> None:

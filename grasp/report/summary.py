@@ -65,7 +65,7 @@ def weight_bytes(record: Record) -> tuple[int, int]:
 
 
 def recorded(record: Record) -> list[tuple[str, dict[str, Any]]]:
-    """(title, what --record has stored) of the tasks and the speed that were measured since."""
+    """(title, what `record` has stored) of the tasks and the speed that were measured since."""
     titles = {"zero_shot": "Zero-shot tasks", "speed": "Speed"}
     results = record.results
     return [(title, results[name]) for name, title in titles.items() if name in results]

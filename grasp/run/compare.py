@@ -13,7 +13,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp import criteria
-from grasp.budget.budget import Layout
 from grasp.budget.projection import Projection
-from grasp.config import PruneConfig
+from grasp.config import COMPARED_WIDTHS, KEEP, SEEDS, SET_BY_COMPARE, PruneConfig
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
@@ -55,8 +54,6 @@ from grasp.select.choice import Choice
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
-KEEP = (0.8, 0.5, 0.4)
-SEEDS = (0, 1, 2)
 METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
 TASK_BATCH = 16  # requests at a time: they are short, and answers hardly depend on it
 
@@ -97,12 +94,9 @@ def compare(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    keep: Sequence[float] = KEEP,
+    keep: float | Sequence[float] = KEEP,
     methods: Sequence[str] = METHODS,
     seeds: Sequence[int] = SEEDS,
-    ffn_multiple: int = 1,
-    kv_multiple: int = 1,
-    layout: Layout = "per-layer",
     tasks: str | None = None,
     tasks_data: str | os.PathLike[str] | None = None,
     limit: int | None = None,
@@ -111,24 +105,23 @@ def compare(
 ) -> Comparison:
     """Perplexity, and accuracy on `tasks`, of each of `methods` at each budget with each seed.
 
-    A method is one of `--method`, with `+refit` or `+bias` where that is wanted. `options` are the
-    fields of `PruneConfig` that all share; `tasks`, `tasks_data` and `limit` are those of
-    `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
-    which is complete or absent. Interrupted, the same call goes on, with the same methods, budgets
+    A method is a name in `grasp.criteria`, with `+refit` or `+bias` where that is wanted. `options`
+    are the fields of `PruneConfig` and of its budget that all share; widths are multiples of 1
+    unless they say otherwise; `tasks`, `tasks_data` and `limit` are those of `evaluate_tasks`.
+    Writes README.md (tables), compare.json and compare.png into the folder `out`, which is
+    complete or absent. Interrupted, the same call goes on, with the same methods, budgets
     and seeds or with others. Methods that fit weights as they choose run in fp32 whatever the
     `dtype`. A GPU holds one model at a time, the host's memory another. Raises GraspError.
     """
-    for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
+    parts = [*keep] if isinstance(keep, Iterable) else [keep]
+    for name, values in (("keep", parts), ("methods", methods), ("seeds", seeds)):
         if not values:
-            raise GraspError(f"{name}=[] leaves nothing to compare: give one at least")
-    base = PruneConfig.of(
-        model,
-        keep=keep[0],
-        ffn_multiple=ffn_multiple,
-        kv_multiple=kv_multiple,
-        layout=layout,
-        **options,
-    )
+            raise GraspError(f"`{name}` must name at least one, got none")
+    if own := options.keys() & SET_BY_COMPARE:
+        raise GraspError(
+            f"`{min(own)}` is set for each cell of compare: use `keep`, `methods` and `seeds`"
+        )
+    base = PruneConfig.of(model, keep=parts[0], **COMPARED_WIDTHS | options)
     header = check_run(base, out)
     base = on_device(base)
     cells = [
@@ -137,7 +130,7 @@ def compare(
         )
         for seed in dict.fromkeys(seeds)  # one seed of everything first
         for method in dict.fromkeys(methods)
-        for part in dict.fromkeys(keep)
+        for part in dict.fromkeys(parts)
     ]
     for cell in cells:
         check_fit(cell.config, header)
@@ -151,7 +144,7 @@ def compare(
             check_budget(cell.config, dense)
         check_fidelity([cell.config for cell in cells], dense, start, run)
         if start.ruler is None:
-            raise GraspError("the samples leave no text to evaluate on: give --eval-text")
+            raise GraspError("the samples leave no text to evaluate on: give `eval_text`")
         perplexity = measure_dense(dense, start, run)
         cast(dense, working_dtype(base))
 
@@ -161,7 +154,7 @@ def compare(
             return evaluate_tasks(
                 name,
                 tasks,
-                data=None if tasks_data is None else Path(tasks_data),
+                tasks_data=None if tasks_data is None else Path(tasks_data),
                 limit=limit,
                 batch_size=TASK_BATCH,
                 device=base.device,
@@ -192,17 +185,19 @@ def compare(
 
 
 def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
-    """`config` with what `name` is in --methods, as fisher or fisher+refit. Raises GraspError."""
+    """`config` with what `name` is in `methods`, as fisher or fisher+refit. Raises GraspError."""
     more = next((option for option in ("refit", "bias") if name.endswith(f"+{option}")), "")
     method = name.removesuffix(f"+{more}") if more else name
     if method not in criteria.names():
         raise GraspError(
-            f"--methods {name!r}: choose from {', '.join(criteria.names())}, each as it is, with "
-            "+refit or with +bias"
+            f"`methods` must be among {', '.join(criteria.names())}, each alone or with +refit or "
+            f"+bias, got {name!r}"
         )
     updates = criteria.get(method).updates_weights
     if more and updates:
-        raise GraspError(f"--methods {name!r}: {method} has fitted weights already: name it alone")
+        raise GraspError(
+            f"`methods` must name {method} alone, which fits weights as it chooses, got {name!r}"
+        )
     choice: Any = {"method": method, "compensate": more or "none"}
     if updates:
         choice["dtype"] = "fp32"  # a narrower one would round what is fitted

@@ -121,7 +121,7 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
     missing = [parent for parent in folder.parents if not parent.exists()]
     with disk_errors(folder):
         if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
-            raise GraspError(f"{folder} holds files that are not grasp's: choose another --out")
+            raise GraspError(f"{folder} holds files that are not grasp's: choose another `out`")
         for part in (folder / "state", folder / "facts"):
             part.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
@@ -132,7 +132,7 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
             raise GraspError(f"{folder} is in use by another grasp process: wait for it") from None
         except OSError as error:
             raise GraspError(
-                f"{folder} cannot be locked ({error.strerror}): choose an --out on a local disk"
+                f"{folder} cannot be locked ({error.strerror}): choose an `out` on a local disk"
             ) from None
         resumed = (folder / "config.json").exists()
         if resumed:
@@ -241,7 +241,7 @@ def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     if changed:
         raise GraspError(
             f"{folder} holds an unfinished run of another configuration ({'; '.join(changed)}): "
-            "restore that to resume it, remove the folder, or choose another --out"
+            "restore that to resume it, remove the folder, or choose another `out`"
         )
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp import __version__, criteria
-from grasp.budget.budget import Budget, Layout
+from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.record import Record
 from grasp.checkpoint.save import record_of, save_checkpoint, try_saving
@@ -57,7 +57,7 @@ from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
 from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
-from grasp.run.ready import check_run
+from grasp.run.ready import ready
 from grasp.select import select
 
 
@@ -75,82 +75,54 @@ class PruneResult:
         return self.record.to_json()
 
 
+@overload
 def prune(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    keep: float | None = None,
-    params: float | None = None,
-    kv_cache: float | None = None,
-    ffn_multiple: int = 32,
-    kv_multiple: int = 1,
-    layout: Layout = "per-layer",
-    as_published: bool = False,
-    show: Show = lambda record: None,
+    keep: Sequence[float],
+    show: Show = ...,
     **options: Any,
-) -> PruneResult:
-    """Select, refit, calibrate, fold, save, evaluate. The folder `out` is complete or absent.
-
-    `keep` (default 0.5), `params` or `kv_cache` is the budget (see `Budget`); `options` are the
-    other fields of `PruneConfig`; `as_published` sets those that the paper sets. Interrupted at any
-    moment, the same call resumes and ends in the same mask. `show` receives each log record.
-    Raises GraspError.
-    """
-    config = PruneConfig.of(
-        model,
-        keep=keep,
-        params=params,
-        kv_cache=kv_cache,
-        ffn_multiple=ffn_multiple,
-        kv_multiple=kv_multiple,
-        layout=layout,
-        as_published=as_published,
-        **options,
-    )
-    check_run(config, out)
-    config = on_device(config)
-    with open_job(config, out, config.to_json(), show) as run:
-        return _prune(config, {"": config.budget}, run)[0]
-
-
-def prune_each(
+) -> list[PruneResult]: ...
+@overload
+def prune(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    keep: Sequence[float],
-    ffn_multiple: int = 32,
-    kv_multiple: int = 1,
-    layout: Layout = "per-layer",
-    as_published: bool = False,
+    keep: float | None = ...,
+    show: Show = ...,
+    **options: Any,
+) -> PruneResult: ...
+def prune(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: float | Sequence[float] | None = None,
     show: Show = lambda record: None,
     **options: Any,
-) -> list[PruneResult]:
-    """`prune` for several budgets from one choice: out/keep-0.8 and so on, in the order given.
+) -> PruneResult | list[PruneResult]:
+    """Select, refit, calibrate, fold, save, evaluate. The folder `out` is complete or absent.
 
-    Units are scored once, learned gates under the smallest budget, and the scores are projected
-    to each, as are scales that learned along with gates; refit, the scales after the mask and
-    evaluation are each budget's own. A GPU holds one model at a time, the host's memory another.
-    All else as `prune`.
+    `keep` (default 0.5), `params` or `kv_cache` is the budget (see `Budget`); `options` are these,
+    the budget's multiples and layout, the other fields of `PruneConfig`, and `as_published`, which
+    sets those that the paper sets. Interrupted at any moment, the same call resumes and ends in the
+    same mask. `show` receives each log record.
+
+    Several budgets as `keep` give a list of results, out/keep-0.8 and so on, in the order given,
+    from one choice: units are scored once, learned gates under the smallest budget, and the scores
+    are projected to each, as are scales that learned along with gates; refit, the scales after the
+    mask and evaluation are each budget's own. A GPU holds one model at a time, the host's memory
+    another. Raises GraspError.
     """
-    asked = list(dict.fromkeys(keep))
-    if not asked:
-        raise GraspError("keep=[] names no budget: give one ratio at least")
-    config = PruneConfig.of(
-        model,
-        keep=min(asked),
-        ffn_multiple=ffn_multiple,
-        kv_multiple=kv_multiple,
-        layout=layout,
-        as_published=as_published,
-        **options,
-    )
-    budgets = {f"keep-{part}": replace(config.budget, asked=part) for part in asked}
-    header = check_run(config, out)
-    for budget in budgets.values():
-        check_fit(replace(config, budget=budget), header)
-    config = on_device(config)
+    configs = [on_device(config) for config in ready(model, out, keep, **options)]
+    config = min(configs, key=lambda config: config.budget.asked)
+    if not isinstance(keep, Iterable):
+        with open_job(config, out, config.to_json(), show) as run:
+            return _prune(config, {"": config.budget}, run)[0]
     if criteria.get(config.method).updates_weights:
-        raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
+        raise GraspError(f"{config.method} fits weights to one budget: give one number as `keep`")
+    budgets = {f"keep-{config.budget.asked}": config.budget for config in configs}
+    asked = [budget.asked for budget in budgets.values()]
     with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
         return _prune(config, budgets, run)
 
@@ -168,8 +140,8 @@ def open_job(
 ) -> Iterator[Run]:
     """`open_run`, where memory that runs out is one line with what to do about it."""
     fix = (
-        f"lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), or use "
-        f"--dtype bf16; with other options, start anew: remove {out}.run"
+        f"lower `batch_size` (now {config.batch_size}) or `seq_len` (now {config.seq_len}), or use "
+        f"`dtype='bf16'`; other options need a new start: remove {out}.run"
     )
     with memory_errors(config.device, fix), open_run(Path(out), asked, show) as run:
         yield run
@@ -185,13 +157,13 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         check_budget(replace(config, budget=budget), model)
     check_fidelity([config], model, start, run)
     if start.ruler is None:
-        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
+        run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
     cast(model, working_dtype(config))
     blocks = start.blocks(config)
     with memory_mode(model, config) as mode:
         if config.memory == "auto" and mode != "fast":
-            run.log(event="note", text=f"--memory {mode}, for what is free on {config.device}")
+            run.log(event="note", text=f"`memory={mode!r}`, for what is free on {config.device}")
         choice = select(model, start.projection(config), blocks, config, run.stage)
     if "" not in budgets:
         move(model, "cpu")  # the device is for the copy that is worked on
@@ -262,8 +234,7 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
     updates = criteria.get(config.method).updates_weights
     if updates and torch.promote_types(working, model.dtype) != working:
         raise GraspError(
-            f"--method {config.method} rewrites weights, which {config.dtype} would round: use "
-            "--dtype fp32"
+            f"{config.method} updates weights, which {config.dtype} would round: use `dtype='fp32'`"
         )
 
 
@@ -351,9 +322,9 @@ def shrink(
     if learned_along is not None:
         edit(Scale(config.scales, learned_along))
     compensation: list[Edit] = []
-    if config.compensate == "bias":
+    if config.compensation == "bias":
         compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
-    elif config.compensate == "refit":
+    elif config.compensation == "refit":
         columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
         compensation = [Refit(columns)]
     gated = gated_outputs(model, mask, blocks)
@@ -485,7 +456,7 @@ class Ruler:
 def _ruler(
     config: PruneConfig | SparsifyConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
 ) -> Ruler | None:
-    """--eval-text, or what is held out of the calibration text; None where nothing is."""
+    """`eval_text`, or what is held out of the calibration text; None where nothing is."""
     if eval_text:
         return Ruler(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
     rest = held_out_text(corpus, seq_len=config.seq_len, samples=config.samples)

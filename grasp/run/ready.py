@@ -1,18 +1,37 @@
-"""What a run needs before anything is loaded, without torch: a free `--out`, a model, its texts."""
+"""What a run needs before anything is loaded, without torch: a free `out`, a model, its texts."""
 
 from __future__ import annotations
 
 import filecmp
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.errors import GraspError
 from grasp.model.header import Header
 from grasp.model.source import check_readable, resolve
-from grasp.planning.check import check
+from grasp.planning.check import check, check_fit
+
+
+def ready(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    keep: float | Iterable[float] | None,
+    **options: Any,
+) -> list[PruneConfig]:
+    """One config per budget of `keep`, where options and files allow them. Raises GraspError."""
+    asked = [*dict.fromkeys(keep)] if isinstance(keep, Iterable) else [keep]
+    if not asked:
+        raise GraspError("`keep` must hold at least one number, got none")
+    configs = [PruneConfig.of(model, keep=part, **options) for part in asked]
+    header = check_run(configs[0], out)
+    for config in configs[1:]:
+        check_fit(config, header)
+    return configs
 
 
 def check_run(config: PruneConfig | SparsifyConfig, out: str | os.PathLike[str]) -> Header:
@@ -26,7 +45,7 @@ def check_out(out: Path) -> None:
     """Raises GraspError where the result is there already; what is left of its run is removed."""
     if os.path.lexists(out):
         _remove_published(out)
-        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+        raise GraspError(f"{out} exists already: choose another `out` or remove it first")
 
 
 def run_folder(out: Path) -> Path:

@@ -63,8 +63,8 @@ def sparsify(
     check_run(config, out)
     config = replace(config, device=pick_device(config.device))
     fix = (
-        f"lower --samples (now {config.samples}) or --seq-len (now {config.seq_len}), and start "
-        f"anew: remove {out}.run"
+        f"lower `samples` (now {config.samples}) or `seq_len` (now {config.seq_len}); other "
+        f"options need a new start: remove {out}.run"
     )
     with memory_errors(config.device, fix), open_run(Path(out), config.to_json(), show) as run:
         return _sparsify(config, run)
@@ -85,7 +85,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)
     if start.ruler is None:
-        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
+        run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
 
     sparsity["errors"] = sparsify_blocks(

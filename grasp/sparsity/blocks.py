@@ -133,7 +133,7 @@ def sparsify_blocks(
             if not math.isfinite(error):
                 raise GraspError(
                     f"activations are not finite in decoder block {index}: check that the dense "
-                    "model's own loss is finite, and use a smaller --lr"
+                    "model's own loss is finite, and use a smaller `lr`"
                 )
             done = {"error": torch.tensor(error, dtype=torch.float64)}
             done |= {name: linear.weight for name, linear in linears.items()}

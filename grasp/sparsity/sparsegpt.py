@@ -58,6 +58,6 @@ def _inverse_factor(gram: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     if failed or not factor.isfinite().all():
         raise GraspError(
-            "SparseGPT's Hessian has no inverse: give more --samples, or use another --method"
+            "SparseGPT's Hessian has no inverse: use more `samples` or another `method`"
         )
     return factor.float()

@@ -1,7 +1,7 @@
-"""Budget: how much may stay, in exact integers, and the widths that are allowed.
+"""Budget: how much is kept, in exact integers, and which widths are allowed.
 
-Free of torch, so that `grasp plan` can answer from a `config.json` at once. The projection that
-spends a budget on scores is in `grasp.projection`.
+This module imports no torch, so that `grasp plan` can answer from a `config.json` at once.
+`grasp.budget.projection` selects units by score within a budget.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ KINDS: dict[str, Option] = {
 
 
 class Segment(NamedTuple):
-    """One kind of unit in one layer (uniform layout: the first such segment stands for all)."""
+    """One kind of unit in one layer."""
 
     units: slice  # into the flat unit vector
     multiple: int
-    unit_cost: int  # in the budget's own measure
+    unit_cost: int  # in the budget's measure
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for.
+    """How much to keep, as `asked` of a `kind`, and the widths that are allowed.
 
-    `keep` is the part of the prunable parameters that may stay, `params` a number of parameters of
-    the whole model, `kv_cache` the part of the KV cache (then every FFN channel stays). Widths are
-    held to `ffn_multiple` channels and `kv_multiple` KV groups; layout "uniform" gives all layers
-    the same widths.
+    `keep` is the fraction of the prunable parameters to keep, `params` the number of parameters of
+    the whole model, `kv_cache` the fraction of the KV cache to keep (with every FFN channel).
+    Widths are multiples of `ffn_multiple` channels and `kv_multiple` KV groups. Layout "uniform"
+    gives all layers the same widths.
     """
 
     kind: Kind
@@ -79,7 +79,7 @@ class Budget:
         kv_cache: float | None = None,
         **widths: Any,
     ) -> Budget:
-        """A budget of exactly one kind, keep=0.5 where none is given. Raises GraspError."""
+        """A budget of exactly one kind, keep=0.5 if none is given. Raises GraspError."""
         kinds: dict[Kind, float | None] = {"keep": keep, "params": params, "kv_cache": kv_cache}
         given = [(kind, asked) for kind, asked in kinds.items() if asked is not None]
         if len(given) > 1:
@@ -104,7 +104,7 @@ class Budget:
         return sum(s.unit_cost * (s.units.stop - s.units.start) for s in self.segments(space))
 
     def floor(self, space: UnitSpace) -> int:
-        """Least cost that leaves every layer one block of each kind."""
+        """The lowest possible cost: one block of each kind in every layer."""
         return sum(s.unit_cost * s.multiple for s in self.segments(space))
 
     def step(self, space: UnitSpace) -> int:
@@ -143,7 +143,7 @@ class Budget:
         return limit
 
     def check_multiples(self, space: UnitSpace) -> None:
-        """Raises GraspError where a multiple does not divide a width."""
+        """Raise GraspError if a multiple does not divide a width."""
         for name, multiple, widths in (
             ("ffn_multiple", self.ffn_multiple, {layer.ffn for layer in space.layers}),
             ("kv_multiple", self.kv_multiple, {layer.kv_groups for layer in space.layers}),

@@ -1,4 +1,4 @@
-"""Blocks of tokens to learn on, and those that are held out to evaluate on."""
+"""Blocks of tokens for learning, and held-out blocks for evaluation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ HELD_OUT_BLOCKS = 64
 def token_blocks(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Tensor:
     """`samples` non-overlapping blocks of a corpus, chosen by seed: int64 [samples, seq_len].
 
-    The corpus is cut from its beginning into blocks of `seq_len` tokens (a shorter rest is left
-    out) and blocks are drawn without replacement, never those of `held_out_text`. Raises
+    The corpus is cut from its beginning into blocks of `seq_len` tokens (a shorter remainder is
+    left out). Blocks are drawn without replacement, never those of `held_out_text`. Raises
     GraspError if there are too few.
     """
     if seq_len < 2:
@@ -40,9 +40,9 @@ def token_blocks(corpus: Corpus, *, seq_len: int, samples: int, seed: int) -> Te
 
 
 def held_out_text(corpus: Corpus, *, seq_len: int, samples: int) -> Corpus | None:
-    """Up to 64 blocks that `token_blocks` never draws, the same for every seed, to evaluate on.
+    """Up to 64 blocks for evaluation, which `token_blocks` never draws; the same for every seed.
 
-    None where the samples need the whole corpus.
+    None if the samples need the whole corpus.
     """
     _, held_out = _held_out(corpus, seq_len, samples)
     if not len(held_out):
@@ -51,7 +51,7 @@ def held_out_text(corpus: Corpus, *, seq_len: int, samples: int) -> Corpus | Non
 
 
 def _held_out(corpus: Corpus, seq_len: int, samples: int) -> tuple[Tensor, Tensor]:
-    """All blocks of the corpus in one fixed order, and the first of them, set aside."""
+    """All blocks of the corpus in a fixed order, and the held-out ones, which come first."""
     available = corpus.tokens // seq_len
     order = torch.randperm(available, generator=torch.Generator().manual_seed(0))
     blocks = corpus.ids[: available * seq_len].view(available, seq_len)[order]

@@ -54,7 +54,7 @@ class Record:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Record:
-        """Read the content of grasp.json. Raises ValueError for missing fields or another format."""
+        """Read grasp.json's content. Raises ValueError for missing fields or another format."""
         if content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format')}, and this release reads {FORMAT}")
         known = {f.name for f in fields(cls)}

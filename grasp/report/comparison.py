@@ -51,8 +51,8 @@ def page(summary: Summary) -> str:
 
 Llama-2-7B on WikiText-2 at length 2048 (dense {PUBLISHED_DENSE}), without fine-tuning, as printed
 in GRASPrune (arXiv 2604.19398); × is the ratio to dense. The lowest published at 0.5 is 9.84, by
-DISP-LLM at length 4096 (dense 5.12, 1.92 ×); its models need index operations at run time. These
-perplexities are not comparable with other models or lengths; the ratios are, roughly.
+DISP-LLM at length 4096 (dense 5.12, 1.92 ×); its models need index operations at run time.
+Perplexities of different models or lengths cannot be compared; ratios only roughly.
 
 ## Settings
 

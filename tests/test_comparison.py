@@ -98,7 +98,7 @@ def test_methods_that_fit_weights_run_in_fp32(tiny, text, tmp_path):
     (cell,) = result.summary["cells"]
     assert cell["perplexity"] == alone["results"]["pruned"]
     assert cell["mask_sha256"] == alone["mask_sha256"]
-    assert "(those named greedy fit weights, in fp32)" in explained(result.summary)
+    assert "Greedy methods fit weights and run in fp32." in explained(result.summary)
 
 
 def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Structured pruning of large language models under an exact budget.",
 )
 FIELD = re.compile(r"`(\w+)(?:=([^`]+))?`")
 
@@ -35,7 +34,7 @@ def grasp_command(
         ),
     ] = False,
 ) -> None:
-    pass
+    """Structured pruning of large language models under an exact budget."""
 
 
 def as_options(text: str) -> str:

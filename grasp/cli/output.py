@@ -17,6 +17,7 @@ out_console = Console()
 
 
 def print_json(value: Any) -> None:
+    """Indented JSON."""
     print(json.dumps(value, indent=2, default=str))
 
 
@@ -28,6 +29,7 @@ def print_line(text: str | Text) -> None:
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: object = None) -> None:
+    """A table whose cells are printed as they are."""
     table = Table(*map(escape, head), title=None if title is None else Text(str(title)))
     for row in rows:
         table.add_row(*row)

@@ -1,10 +1,10 @@
-"""`grasp compare`: every method at every budget with every seed, on equal footing.
+"""`grasp compare`: every method at every budget with every seed, under equal conditions.
 
-A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed; a bare name makes up for
-nothing that is dropped, so `learned+refit` is what `grasp prune` does by default. All cells share
-the dense results and the calibration text, cells of a seed its blocks, and the budgets of a
-one-shot method its scores. Each cell ends as `grasp prune` does, in a checkpoint that is measured
-as it reads from disk; only the figures stay.
+A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed. A bare name means no
+compensation, so `learned+refit` is the default of `grasp prune`. All cells share the dense results
+and the calibration text. Cells of the same seed share its blocks, and all budgets of a one-shot
+method share its scores. Each cell ends like `grasp prune`, with a checkpoint that is measured after
+it is read back from disk; only the figures are kept.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model o
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
 METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
-TASK_BATCH = 16  # requests at a time: they are short, and answers hardly depend on it
+TASK_BATCH = 16  # requests per batch: they are short, and scores hardly depend on it
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method, as it was asked for, with one budget and one seed."""
+    """One method, as named by the user, with one budget and one seed."""
 
     method: str
     config: PruneConfig
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def choice(self) -> str:
-        """What its scores depend on."""
+        """Name of everything that its scores depend on."""
         method, seed = self.config.method, self.config.seed
         if criteria.get(method).per_budget:
             return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
@@ -84,7 +84,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `summary` is the content of compare.json."""
+    """The result of `compare`; `summary` is the content of compare.json."""
 
     folder: Path
     summary: dict[str, Any]
@@ -103,15 +103,14 @@ def compare(
     show: Show = lambda record: None,
     **options: Any,
 ) -> Comparison:
-    """Perplexity, and accuracy on `tasks`, of each of `methods` at each budget with each seed.
+    """Measure perplexity, and accuracy on `tasks`, of each method at each budget with each seed.
 
-    A method is a name in `grasp.criteria`, with `+refit` or `+bias` where that is wanted. `options`
-    are the fields of `PruneConfig` and of its budget that all share; widths are multiples of 1
-    unless they say otherwise; `tasks`, `tasks_data` and `limit` are those of `evaluate_tasks`.
-    Writes README.md (tables), compare.json and compare.png into the folder `out`, which is
-    complete or absent. Interrupted, the same call goes on, with the same methods, budgets
-    and seeds or with others. Methods that fit weights as they choose run in fp32 whatever the
-    `dtype`. A GPU holds one model at a time, the host's memory another. Raises GraspError.
+    A method is a criterion, optionally followed by `+refit` or `+bias`. `options` are the fields of
+    `PruneConfig` that all cells share; `tasks`, `tasks_data` and `limit` are passed to
+    `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
+    which is complete or absent. After an interruption, the same call resumes; methods, budgets and
+    seeds may differ. Methods that fit weights run in fp32 whatever the `dtype`. A GPU holds one
+    model at a time, host memory another. Raises GraspError.
     """
     parts = [*keep] if isinstance(keep, Iterable) else [keep]
     for name, values in (("keep", parts), ("methods", methods), ("seeds", seeds)):
@@ -128,7 +127,7 @@ def compare(
         Cell(
             method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
         )
-        for seed in dict.fromkeys(seeds)  # one seed of everything first
+        for seed in dict.fromkeys(seeds)  # all methods with the first seed, then the next
         for method in dict.fromkeys(methods)
         for part in dict.fromkeys(parts)
     ]
@@ -185,7 +184,7 @@ def compare(
 
 
 def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
-    """`config` with what `name` is in `methods`, as fisher or fisher+refit. Raises GraspError."""
+    """Return `config` for a method such as fisher or fisher+refit. Raises GraspError."""
     more = next((option for option in ("refit", "bias") if name.endswith(f"+{option}")), "")
     method = name.removesuffix(f"+{more}") if more else name
     if method not in criteria.names():
@@ -200,16 +199,16 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
         )
     choice: Any = {"method": method, "compensate": more or "none"}
     if updates:
-        choice["dtype"] = "fp32"  # a narrower one would round what is fitted
+        choice["dtype"] = "fp32"  # a narrower dtype would round the fitted weights
     return replace(config, seed=seed, **choice)
 
 
 class _Grid:
-    """Measures cells of one run, each once, and computes what they share once."""
+    """Measures each cell of a run once, and computes shared results once."""
 
     def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score) -> None:
         self._run, self._start, self._score = run, start, score
-        self._dense = move(dense, "cpu")  # the device is for the model that is worked on
+        self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Choice, Cost]] = {}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
@@ -218,7 +217,7 @@ class _Grid:
     def _choose(
         self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
     ) -> tuple[Choice, Cost]:
-        """What the cell's method chooses, and what that costs."""
+        """Return the choice of the cell's method, and its cost."""
         if cell.rewrites or cell.choice not in self._chosen:
             part = self._run.part(cell.choice)
             reset_peak_memory()
@@ -230,7 +229,7 @@ class _Grid:
         return self._chosen[cell.choice]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
-        """A copy of the dense model in the cell's dtype: from disk where that has been rounded."""
+        """Copy the dense model in the cell's dtype; load it again if it has another dtype."""
         dtype = working_dtype(config)
         if self._dense.dtype == dtype:
             return move(copy.deepcopy(self._dense), config.device)
@@ -272,13 +271,13 @@ class _Grid:
 
 
 def _cost(part: Run) -> Cost:
-    """Seconds and bytes of a part of the run that has just ended."""
+    """Return seconds and peak memory of a part of the run that has just ended."""
     part.log(event="done", peak_memory=peak_memory())
     return {"seconds": part.seconds(), "peak_memory": peak_memory()}
 
 
 def _shared(config: PruneConfig) -> dict[str, Any]:
-    """What is the same for all cells."""
+    """Return the options that are the same for all cells."""
     shared = config.to_json()
     for own in ("method", "compensate", "seed"):
         del shared[own]

@@ -1,4 +1,4 @@
-"""What a run needs before anything is loaded, without torch: a free `out`, a model, its texts."""
+"""Check, before anything is loaded and without torch: a free `out`, the model, its texts."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def ready(
 
 
 def check_run(config: PruneConfig | SparsifyConfig, out: str | os.PathLike[str]) -> Header:
-    """The model's header, where the options and the files allow the run. Raises GraspError."""
+    """Return the model's header if the options and files allow the run. Raises GraspError."""
     check_out(Path(out))
     check_readable(resolve(config.model))
     return check(config)
 
 
 def check_out(out: Path) -> None:
-    """Raises GraspError where the result is there already; what is left of its run is removed."""
+    """Raise GraspError if the result exists already, after removing what its run has left."""
     if os.path.lexists(out):
         _remove_published(out)
         raise GraspError(f"{out} exists already: choose another `out` or remove it first")
 
 
 def run_folder(out: Path) -> Path:
-    """Where the run works until its result is whole."""
+    """Return the folder where the run works until its result is complete."""
     return out.with_name(out.name + ".run")
 
 
 def _remove_published(out: Path) -> None:
-    """The run folder that a kill right after the result's renaming leaves behind."""
+    """Remove a run folder that was left by a kill right after the result was renamed."""
     with suppress(OSError, ValueError):
         if filecmp.cmp(out / "log.jsonl", run_folder(out) / "log.jsonl", shallow=False):
             shutil.rmtree(run_folder(out))

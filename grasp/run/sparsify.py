@@ -1,4 +1,4 @@
-"""`grasp sparsify` from end to end: the same model with zeros where the pattern wants them."""
+"""`grasp sparsify` from end to end: the same model with weights set to zero by a pattern."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from grasp.sparsity.methods import method_of
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """What `sparsify` made."""
+    """The result of `sparsify`."""
 
     folder: Path
     record: Record
@@ -52,12 +52,12 @@ def sparsify(
     show: Show = lambda record: None,
     **options: Any,
 ) -> SparsifyResult:
-    """Sparsify the linears of all decoder blocks, save, evaluate. `out` is complete or absent.
+    """Sparsify all linear layers of decoder blocks, save, evaluate. `out` is complete or absent.
 
-    `options` are the other fields of `SparsifyConfig`, first of all `pattern` and `method`. The
-    result is a checkpoint of the model's own class and config, with dense storage. Interrupted at
-    any moment, the same call goes on behind the last finished block and ends in the same weights.
-    `show` receives each log record. Raises GraspError.
+    `options` are the other fields of `SparsifyConfig`, above all `pattern` and `method`. The result
+    is a checkpoint of the model's own class and config, with dense storage. If the call is
+    interrupted at any moment, the same call resumes after the last finished block and ends with the
+    same weights. `show` receives each log record. Raises GraspError.
     """
     config = SparsifyConfig.of(model, **options)
     check_run(config, out)

@@ -42,7 +42,7 @@ class Criterion:
     samples: int | None = None  # blocks that it reads; None: all
     learns: bool = False  # makes `epochs` passes over the blocks
     per_budget: bool = False  # its scores hold for one budget only
-    updates_weights: bool = False  # refits weights while it selects: no --compensate
+    updates_weights: bool = False  # refits weights while it selects: `compensate` must be none
     layerwise: bool = False  # runs decoder layers one by one
 
     def __call__(self, **offered: Any) -> Any:

@@ -167,7 +167,7 @@ def _compare(model: PreTrainedModel, want: Outputs, got: Outputs, what: str) -> 
     for depth, name in enumerate(want, 1):
         if not want[name].isfinite().all():
             dtype = str(model.dtype).removeprefix("torch.")
-            raise GraspError(f"the model's own {name} is not finite in {dtype}: use --dtype fp32")
+            raise GraspError(f"the model's own {name} is not finite in {dtype}: use `dtype='fp32'`")
         error, limit = _error(want[name], got[name]), tolerance(model, depth)
         if not error <= limit:
             kind = "" if name == LOGITS else f" ({type(model.get_submodule(name)).__name__})"

@@ -65,7 +65,7 @@ def weight_bytes(record: Record) -> tuple[int, int]:
 
 
 def recorded(record: Record) -> list[tuple[str, dict[str, Any]]]:
-    """Return (title, table) for each result that --record has stored: tasks and speed."""
+    """Return (title, table) for each result that `record` has stored: tasks and speed."""
     titles = {"zero_shot": "Zero-shot tasks", "speed": "Speed"}
     results = record.results
     return [(title, results[name]) for name, title in titles.items() if name in results]

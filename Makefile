@@ -13,12 +13,16 @@ demo: .venv/demo
 	$(BIN)/grasp show $(DEMO)
 
 test: .venv/test
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n auto --dist worksteal
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; no network once the environment is there.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheels install in a clean environment, and prune there.
 wheel-test: WHEELS = build/wheels
@@ -33,6 +37,7 @@ wheel-test:
 		--epochs 1 --scale-epochs 0 --eval-windows 1 --out half && venv/bin/grasp verify half
 
 .venv/demo: WHAT = .
+.venv/docs: WHAT = .[docs]
 .venv/test: WHAT = .[test]
 .venv/%: pyproject.toml grasp_kernels/pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
@@ -44,4 +49,4 @@ wheel-test:
 clean:
 	rm -rf .venv build grasp_kernels/build out
 
-.PHONY: demo test lint wheel-test clean
+.PHONY: demo docs test lint wheel-test clean

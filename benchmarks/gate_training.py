@@ -370,14 +370,13 @@ def agreement(model: PreTrainedModel, ids: Tensor, keep: float) -> dict[str, dic
         "theirs": theirs(),
         "ours": {"logits": at_output["logits"], "gradient": at_kv["gradient"]},
     }
-    errors = {
+    return {
         what: {
             form: ((found[what] - exact[what]).norm() / exact[what].norm()).item()
             for form, found in forms.items()
         }
         for what in exact
     }
-    return errors
 
 
 def agree(errors: dict[str, dict[str, float]]) -> bool:

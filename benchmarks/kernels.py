@@ -195,11 +195,11 @@ def scale(models, tokens, _, device, dtype) -> Iterator[Setup]:
 
     contenders = {"grasp": channel_scale, "eager": eager, **_compiled(eager, device)}
     for (name, model), count in product(models.items(), tokens):
-        inputs = [*_leaves(device, dtype, (count, model.size)), _factor(model.size, device)]
+        inputs = (*_leaves(device, dtype, (count, model.size)), _factor(model.size, device))
         moved = count * model.size * dtype.itemsize
         work = {"forward": 2.0 * moved, "backward": 3.0 * moved, "both": 5.0 * moved}
         label = {"model": name, "tokens": count, "keep": 1.0}
-        yield Setup("scale", label, contenders, tuple(inputs), work, "GB/s")
+        yield Setup("scale", label, contenders, inputs, work, "GB/s")
 
 
 def norm(models, tokens, _, device, dtype) -> Iterator[Setup]:
@@ -214,11 +214,11 @@ def norm(models, tokens, _, device, dtype) -> Iterator[Setup]:
             return (F.rms_norm(x, weight.shape, weight, 1e-5) * factor).to(x.dtype)
 
         contenders = {"grasp": ours, "eager": eager, **_compiled(eager, device)}
-        inputs = [*_leaves(device, dtype, (count, model.size)), _factor(model.size, device)]
+        inputs = (*_leaves(device, dtype, (count, model.size)), _factor(model.size, device))
         moved = count * model.size * dtype.itemsize
         work = {"forward": 2.0 * moved, "backward": 3.0 * moved, "both": 5.0 * moved}
         label = {"model": name, "tokens": count, "keep": 1.0}
-        yield Setup("norm", label, contenders, tuple(inputs), work, "GB/s")
+        yield Setup("norm", label, contenders, inputs, work, "GB/s")
 
 
 def _factor(size: int, device: str) -> Tensor:

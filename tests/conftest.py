@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -90,3 +91,15 @@ def fresh_start(request):
 def one_thread():
     """More only get into each other's way on matrices this small."""
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What each file took, the slowest first: the suite is to stay under eight minutes."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("seconds by file")
+    for file, took in seconds.most_common():
+        terminalreporter.write_line(f"{took:7.1f} {file}")

@@ -27,6 +27,86 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {"query_pre_attn_scalar": 40, "sliding_window": 9}),
     "gemma3_text": ("Gemma3", {"query_pre_attn_scalar": 40, "sliding_window": 9}),
 }
+# What people bring besides: name -> (config class, what it says beyond SIZES). Of the same kind as
+# those above or not, each ends in a result or in one line.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+HEADS = {"head_dim": 8}
+EXPERTS = {
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, plain": ("Llama", HEADS),
+    "llama, heads wider than the hidden size": ("Llama", {"head_dim": 24}),
+    "llama, seven queries to a key": (
+        "Llama",
+        {"hidden_size": 112, "num_attention_heads": 14, **HEADS},
+    ),
+    "llama, one key head": ("Llama", {"num_key_value_heads": 1, **HEADS}),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True, **HEADS}),
+    "mistral": ("Mistral", HEADS),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", HEADS),
+    "phi3": ("Phi3", {}),
+    "gemma3": ("Gemma3Text", HEADS),
+    "gemma4": (
+        "Gemma4Text",
+        {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 256, "head_dim": 8},
+    ),
+    "smollm3": ("SmolLM3", {}),
+    "olmo2": ("Olmo2", {}),
+    "granite": ("Granite", {}),
+    "granite, hybrid": (
+        "GraniteMoeHybrid",
+        {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8, **EXPERTS},
+    ),
+    "starcoder2": ("Starcoder2", {}),
+    "glm4": ("Glm4", HEADS),
+    "seed-oss": ("SeedOss", HEADS),
+    "ernie 4.5": ("Ernie4_5", {}),
+    "helium": ("Helium", HEADS),
+    "stablelm": ("StableLm", {}),
+    "apertus": ("Apertus", {}),
+    "arcee": ("Arcee", {}),
+    "bitnet": ("BitNet", {}),
+    "nemotron": ("Nemotron", {}),
+    "nemotron-h": ("NemotronH", {"hybrid_override_pattern": "M*", **MAMBA, **HEADS}),
+    "gpt-2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "mixtral": ("Mixtral", EXPERTS),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, **HEADS}),
+    "gpt-oss": ("GptOss", {**EXPERTS, **HEADS}),
+    "deepseek v3": ("DeepseekV3", {"n_routed_experts": 4, "n_group": 2, **LATENT, **EXPERTS}),
+    "mamba": ("Mamba", {}),
+    "falcon-h1": ("FalconH1", MAMBA),
+    "falcon-h1, multipliers": ("FalconH1", {"mlp_multipliers": [0.5, 2.0], **MAMBA}),
+    "qwen3-next": ("Qwen3Next", {**EXPERTS, **LINEAR, **HEADS}),
+    "qwen3.5": ("Qwen3_5Text", {**LINEAR, **HEADS}),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+}
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
 
@@ -133,4 +213,16 @@ def save_tiny(folder: Path, family: str = "llama", **options: Any) -> Path:
     model = tiny_model(family, **options)
     model.save_pretrained(folder)
     tiny_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def save_brought(folder: Path, name: str) -> Path:
+    """Write a model of `BROUGHT`, with random weights as its class draws them, and a tokenizer."""
+    prefix, settings = BROUGHT[name]
+    config = getattr(transformers, f"{prefix}Config")(
+        vocab_size=256, pad_token_id=2, bos_token_id=1, eos_token_id=2, **SIZES | settings
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room may use itself and those before it.
 ROOMS = [
-    *("errors", "criteria", "journal", "machine", "model", "data", "budget", "config", "planning"),
-    *("gates", "compress", "sparsity", "select", "checkpoint", "report", "evaluate", "run", "cli"),
+    *("errors", "options", "criteria", "journal", "machine", "model", "data", "budget", "config"),
+    *("planning", "gates", "compress", "sparsity", "select", "checkpoint", "report", "evaluate"),
+    *("run", "cli"),
 ]
 SOURCES = sorted((ROOT / "grasp").rglob("*.py"))
 
@@ -79,3 +80,11 @@ def test_no_hint_sends_anybody_to_another_package():
     texts = [path for kind in ("*.py", "*.md", "*.toml", "*.yml") for path in ROOT.rglob(kind)]
     own = [p for p in texts if not {".venv", "build"} & {*p.relative_to(ROOT).parts}]
     assert [p for p in own if p != Path(__file__) and stranger.search(p.read_text())] == []
+
+
+def test_type_checkers_see_every_public_name():
+    import grasp
+
+    source = (ROOT / "grasp" / "__init__.py").read_text(encoding="utf-8")
+    lines = re.findall(r"^    from (\S+) import (\w+) as \2$", source, re.MULTILINE)
+    assert {name: home for home, name in lines} == grasp._HOMES

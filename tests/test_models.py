@@ -8,9 +8,13 @@ import pytest
 import torch
 from families import FAMILIES, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import FalconH1Config, FalconH1ForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import GraspError
-from grasp.model import source
+from grasp.gates.fidelity import check_gates
+from grasp.model import source, units
 from grasp.model.load import cast, load_model
 from grasp.model.source import Source, resolve
 from grasp.model.units import UnitSpace
@@ -203,6 +207,69 @@ def test_an_ffn_without_a_gate_is_refused():
     model = Starcoder2ForCausalLM(Starcoder2Config(**sizes, num_attention_heads=2))
     with pytest.raises(GraspError, match="up_proj, down_proj or gate_up_proj, down_proj, found 0"):
         UnitSpace.of(model)
+
+
+class Packed(nn.Module):
+    """A quantised linear layer, whose weight has another name and shape."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("qweight", linear.weight.to(torch.int8))
+
+
+class Wrapped(nn.Module):
+    """A linear layer with an adapter, which shows the weight of what it wraps."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer = linear
+        self.weight = linear.weight
+
+
+class More(nn.Linear):
+    """A linear layer that quantises what enters it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+
+
+def conv(linear):
+    return Conv1D(linear.out_features, linear.in_features)
+
+
+@pytest.mark.parametrize("replace", [Packed, Wrapped, More, conv])
+@pytest.mark.parametrize("name", ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"])
+def test_what_is_not_a_plain_linear_layer_is_refused_by_name(name, replace):
+    model = tiny_model("llama")
+    layer = model.model.layers[1]
+    other = replace(layer.get_submodule(name))
+    layer.set_submodule(name, other)
+    kind = type(other).__name__
+    with pytest.raises(GraspError, match=rf"model\.layers\.1\.{name} is a {kind}, not a plain"):
+        UnitSpace.of(model)
+
+
+def test_parameters_of_an_ffn_beside_its_linear_layers_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.sub_norm = nn.LayerNorm(96)  # BitNet has one like it
+    with pytest.raises(GraspError, match=r"LlamaMLP is not supported: sub_norm.weight has 96"):
+        UnitSpace.of(model)
+
+
+@pytest.mark.parametrize(("gate", "down"), [(0.5, 1.0), (1.0, 2.0)])
+def test_multipliers_in_an_ffn_are_refused_by_name(gate, down, monkeypatch):
+    """By what the module says, and where that is not seen by what it computes."""
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=256)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, mamba_d_ssm=16, mamba_n_heads=4)
+    heads |= dict(mamba_d_head=4, mamba_d_state=8)
+    config = FalconH1Config(**sizes, **heads, mlp_multipliers=[gate, down])
+    model = FalconH1ForCausalLM(config).eval().requires_grad_(False)
+    name, value = ("gate", gate) if gate != 1 else ("down", down)
+    with pytest.raises(GraspError, match=f"FalconH1MLP .* by {name}_multiplier, which is {value}"):
+        UnitSpace.of(model)
+    monkeypatch.setattr(units, "_check_ffn", lambda mlp: None)
+    with pytest.raises(GraspError, match=r"layers\.0\.feed_forward \(FalconH1MLP\) computes more"):
+        check_gates(model, "unit", "output", torch.arange(3, 60)[None])
 
 
 def test_images_are_refused():

@@ -19,32 +19,30 @@ from grasp.report.results import add_measured
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 RECORD = Record(
-    **{
-        "grasp_version": "0.1.0",
-        "model": "org/<b>tiny",
-        "recipe": {
-            "method": "learned",
-            "compensate": "none",
-            "samples": 8,
-            "seq_len": 16,
-            "budget": {"kind": "keep", "asked": 0.5, "layout": "per-layer"},
-        },
-        "seed": 0,
-        "mask_sha256": "0" * 64,
-        "kept": [{"ffn": [*range(40)], "kv": [0, 1]}, {"ffn": [*range(56)], "kv": [0, 1, 2, 3]}],
-        "versions": {"torch": "2.13.0"},
-        "calibration": {"name": "words.txt", "tokens": 4321},
-        "budget": {"obtained": 50, "of": 100},
-        "params": {
-            "prunable_before": 1000,
-            "prunable_after": 500,
-            "total_before": 1200,
-            "total_after": 700,
-        },
-        "kv_cache_bytes_per_token": {"before": 64, "after": 48},
-        "widths": {"before": [[96, 4], [96, 4]], "after": [[40, 2], [56, 4]]},
-        "results": {"architecture": "GraspLlamaForCausalLM", "weight_bytes": 2800},
-    }
+    grasp_version="0.1.0",
+    model="org/<b>tiny",
+    recipe={
+        "method": "learned",
+        "compensate": "none",
+        "samples": 8,
+        "seq_len": 16,
+        "budget": {"kind": "keep", "asked": 0.5, "layout": "per-layer"},
+    },
+    seed=0,
+    mask_sha256="0" * 64,
+    kept=[{"ffn": [*range(40)], "kv": [0, 1]}, {"ffn": [*range(56)], "kv": [0, 1, 2, 3]}],
+    versions={"torch": "2.13.0"},
+    calibration={"name": "words.txt", "tokens": 4321},
+    budget={"obtained": 50, "of": 100},
+    params={
+        "prunable_before": 1000,
+        "prunable_after": 500,
+        "total_before": 1200,
+        "total_after": 700,
+    },
+    kv_cache_bytes_per_token={"before": 64, "after": 48},
+    widths={"before": [[96, 4], [96, 4]], "after": [[40, 2], [56, 4]]},
+    results={"architecture": "GraspLlamaForCausalLM", "weight_bytes": 2800},
 )
 RECORDS = [
     {"event": "started"},

@@ -261,7 +261,7 @@ def test_the_driver_runs_our_ops_at_real_sizes(device, dtype, length, batch, mon
 def test_a_captured_step_runs_our_kernels():
     """Of the replay itself, which is all that most steps are."""
     with one_step("cuda") as step:
-        replayed = CapturedStep(step, lambda note: pytest.fail(note))
+        replayed = CapturedStep(step, pytest.fail)
         ids, progress = BLOCKS[:2].cuda(), at(0.5).cuda()
         for _ in range(CapturedStep.WARM_UP + 1):
             replayed(ids, progress)
@@ -342,7 +342,7 @@ def test_nan_loss_names_step_loss_and_fix():
     space = UnitSpace.of(model)
     projection = Projection(space, Budget("keep", 0.5, 8))
     settings = LearnSettings(TrainSettings(1))
-    with pytest.raises(GraspError, match=r"loss is nan at step 1: try a smaller --lr"):
+    with pytest.raises(GraspError, match=r"loss is nan at step 1: try a smaller `lr`"):
         learn_scores(model, projection, torch.zeros(space.size), BLOCKS, settings, Journal())
 
 

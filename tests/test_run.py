@@ -375,7 +375,7 @@ def test_refit_end_to_end(tiny, text, tmp_path, dtype):
     assert before != after
     steps = [r["step"] for r in records(ours.folder) if r.get("stage") == "refit"]
     assert steps == [1, 2, 3]
-    assert "refitted by least squares" in (ours.folder / "README.md").read_text()
+    assert "refitted by least squares" in (ours.folder / "README.md").read_text(encoding="utf-8")
     weight = grasp.load(ours.folder, device="cpu")[0].model.layers[0].mlp.down_proj.weight
     assert not torch.equal(weight, weight.bfloat16().float())  # nothing was rounded
 
@@ -576,7 +576,7 @@ def test_the_summary_is_grasp_json_and_the_results_are_measured(learned):
     assert results["dense"]["windows"] == results["pruned"]["windows"] == 4
     assert results["dense"]["value"] != results["pruned"]["value"]
     assert tokenizer.decode(tokenizer("stone").input_ids) == "stone"
-    assert "pruned to 47.62%" in (learned.folder / "report.html").read_text()
+    assert "pruned to 47.62%" in (learned.folder / "report.html").read_text(encoding="utf-8")
     with safe_open(learned.folder / "model.safetensors", framework="pt") as weights:
         assert weights.get_slice("model.layers.0.mlp.down_proj.weight").get_shape() == [
             64,

@@ -337,6 +337,7 @@ def test_the_command_line_of_lm_eval(pruned, data, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "piqa.yaml").write_text(yaml.safe_dump(task))
     homes = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    homes["PYTHONUTF8"] = "1"  # it prints arrows
     options = ["--model", "hf", "--tasks", "piqa", "--include_path", tmp_path / "tasks"]
     options += ["--model_args", f"pretrained={pruned},trust_remote_code=True,dtype=float32"]
     options += ["--device", "cpu", "--output_path", tmp_path / "found.json"]
@@ -345,7 +346,7 @@ def test_the_command_line_of_lm_eval(pruned, data, tmp_path):
         cwd=tmp_path,
         env=os.environ | homes,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     (report,) = tmp_path.glob("found*.json")

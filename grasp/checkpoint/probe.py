@@ -20,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 # In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
 PROBE = Path("verify", "probe.safetensors")
 PROBE_TOKENS = 32
-TEXT = "The naïve café in 東京 costs 3.14 €:\n    def f(x): return x**2  # <s>"
+# In escapes: this source is an argument of a process, and some locales know only ASCII.
+TEXT = (
+    "The na\u00efve caf\u00e9 in \u6771\u4eac costs 3.14 \u20ac:\n    def f(x): return x**2  # <s>"
+)
 
 
 @dataclass(frozen=True)

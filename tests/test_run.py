@@ -233,7 +233,8 @@ def test_killed_while_the_result_appears(tiny, text, tmp_path, dies):
 
 def test_the_log(learned):
     log = records(learned.folder)
-    assert [r["event"] for r in log if "event" in r] == ["started", "finished"]
+    events = ["started", "fidelity", "fidelity", "finished"]  # before the work, and of the cut
+    assert [r["event"] for r in log if "event" in r] == events
     stages = list(dict.fromkeys(r["stage"] for r in log if "stage" in r))
     assert stages == ["evaluate dense", "fisher", "learn", "refit", "calibrate", "evaluate pruned"]
     for stage, steps in (("learn", 16), ("calibrate", 8)):

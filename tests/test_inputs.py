@@ -295,7 +295,7 @@ def test_a_class_that_ignores_head_sizes_has_no_layout_but_whole_heads(tmp_path,
     folder = family_folder(monkeypatch, tmp_path / "m", "StableLm", head_dim=8)
     said = refusals(folder, ffn_multiple=8)
     assert "no class has its layers in widths of their own" in said["per-layer"]
-    assert said["per-layer"].endswith("grasp cannot prune this model")
+    assert said["per-layer"].endswith("use --layout uniform --kv-multiple 4")
     assert said["uniform"].endswith("use --kv-multiple 4")
     assert refusals(folder, ffn_multiple=8, kv_multiple=4)["uniform"] is None
 

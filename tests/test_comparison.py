@@ -1,4 +1,4 @@
-"""The grid of `grasp compare`: equal footing, nothing done twice, stopped and resumed, refused."""
+"""The grid of `grasp compare`: equal conditions, no repeated work, resuming, and refusals."""
 
 from __future__ import annotations
 

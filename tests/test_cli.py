@@ -1,4 +1,4 @@
-"""The command line: what each verb prints, and one line for whatever goes wrong."""
+"""The command line: the output of each verb, and one-line errors."""
 
 from __future__ import annotations
 

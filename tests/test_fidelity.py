@@ -1,4 +1,4 @@
-"""What grasp makes of a model computes what the model computes, or the run is refused by name."""
+"""grasp's form of a model gives the same outputs as the model, or the run is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files: what a real llama.cpp reads from them is what transformers computes."""
+"""GGUF files: a real llama.cpp computes from them the same as transformers."""
 
 from __future__ import annotations
 

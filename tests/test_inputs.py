@@ -1,4 +1,4 @@
-"""What a user may bring: each wrong option or folder is one line, said before torch is imported."""
+"""User inputs: each wrong option or folder gives a one-line error before torch is imported."""
 
 from __future__ import annotations
 

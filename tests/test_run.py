@@ -1,4 +1,4 @@
-"""Whole runs: stopped at any moment and resumed, repeated, refused; what they log and leave."""
+"""Whole runs: interrupted at any moment and resumed, repeated, refused; their logs and files."""
 
 from __future__ import annotations
 

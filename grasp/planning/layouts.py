@@ -33,7 +33,7 @@ def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> Non
 
 
 def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
-    """Options that would work: the other layout and a multiple of KV groups, or else both at once."""
+    """Options that would work: the other layout, a multiple of KV groups, or both at once."""
     (other,) = {*get_args(Layout)} - {budget.layout}
     groups = header.space.layers[0].kv_groups
     multiples = [m for m in range(budget.kv_multiple + 1, groups + 1) if groups % m == 0]

@@ -25,7 +25,7 @@ def measure(model: str, out: Path, keep: list[float], seed: int, **options: Any)
     """One run for all budgets, and one for each but the smallest, which would be the same."""
     together = out / f"seed-{seed}"
     if not together.exists():
-        grasp.prune_each(model, together, keep=keep, seed=seed, **options)
+        grasp.prune(model, together, keep=keep, seed=seed, **options)
     for part in keep:
         alone = out / f"seed-{seed}-alone-{part}"
         if part != min(keep) and not alone.exists():

@@ -35,7 +35,6 @@ if TYPE_CHECKING:  # the same names for type checkers; test_house holds them tog
     from grasp.planning.plan import plan as plan
     from grasp.run.compare import compare as compare
     from grasp.run.prune import prune as prune
-    from grasp.run.prune import prune_each as prune_each
     from grasp.run.sparsify import sparsify as sparsify
     from grasp.run.stages import blocks as blocks
     from grasp.run.stages import calibrate as calibrate
@@ -68,7 +67,6 @@ _HOMES = {
     "load": "grasp.model.load",
     "plan": "grasp.planning.plan",
     "prune": "grasp.run.prune",
-    "prune_each": "grasp.run.prune",
     "sparsify": "grasp.run.sparsify",
     "verify": "grasp.checkpoint.verify",
 }

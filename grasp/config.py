@@ -8,16 +8,25 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from grasp import criteria
-from grasp.budget.budget import Budget, Layout
+from grasp.budget.budget import Budget
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
 from grasp.model.load import check_device
+from grasp.options import (
+    ABLATION,
+    EVALUATION,
+    LEARNING,
+    MACHINE,
+    Option,
+    option,
+    options_of,
+)
 
 Start = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
 ScaleKind = Literal["channel", "unit"]
-Compensation = Literal["refit", "bias", "none"]
+Compensation = Literal["auto", "refit", "bias", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
 PlannedDtype = Literal["fp32", "bf16"]  # "auto" asks the machine, a plan is of any
@@ -26,6 +35,28 @@ SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
 RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
 TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
+PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults are others
+    "method": "learned",
+    "start": "equal",
+    "schedule": "constant",
+    "anneal": 0.0,
+    "gate_site": "kv",
+    "compensate": "none",
+    "scales": "unit",
+    "decay": 0.0,
+}
+PUBLISHED_WIDTHS = {"ffn_multiple": 1}
+KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
+SEEDS = (0, 1, 2)
+COMPARED_WIDTHS = {"ffn_multiple": 1}
+SET_BY_COMPARE = {"params", "kv_cache", "method", "compensate", "seed", "as_published"}
+CALIBRATION = "Text, JSON-lines, CSV or Parquet file, hub data set, self, or builtin."
+TEXT_FIELD = "Field or column that holds texts or conversations."
+EVAL_TEXT = "Text to evaluate on (default: calibration text that was not used)."
+EVAL_WINDOWS = "Evaluate on the first windows only (default: all)."
+DEVICE = "cpu, cuda, cuda:1, or auto."
+SEED = "Seed of everything that is drawn at random."
+REMOTE_CODE = "Run code that comes with the model."
 
 
 @dataclass(frozen=True)
@@ -34,31 +65,48 @@ class PruneConfig:
 
     model: str
     budget: Budget
-    method: str = "learned"  # a name in grasp.criteria
-    calibration: str = "builtin"
-    text_field: str = "text"
-    samples: int = 512
-    seq_len: int = 512
-    epochs: int = 4
-    batch_size: int = 1
-    accumulate: int = 1
-    lr: float = 1e-2
-    schedule: Schedule = "cosine"
-    start: Start = "fisher"
-    anneal: float = 0.5
-    gate_site: GateSite = "output"
-    compensate: Compensation = "refit"
-    scales: ScaleKind = "channel"
-    scale_epochs: int = 1
-    decay: float = 1.0
-    eval_text: str | None = None
-    eval_seq_len: int = 2048
-    eval_windows: int | None = None
-    dtype: Dtype = "auto"
-    memory: MemoryMode = "auto"
-    device: str = "auto"
-    seed: int = 0
-    trust_remote_code: bool = False
+    method: str = option(
+        "learned", "How units are scored", metavar="NAME", choices=criteria.names
+    )  # a name in grasp.criteria
+    calibration: str = option("builtin", CALIBRATION)
+    text_field: str = option("text", TEXT_FIELD)
+    samples: int = option(512, "Blocks of calibration text.")
+    seq_len: int = option(512, "Tokens per block.")
+    epochs: int = option(4, "Passes over the blocks while gates learn.", LEARNING)
+    batch_size: int = option(1, "Blocks per forward pass.", LEARNING)
+    accumulate: int = option(1, "Forward passes per step.", ABLATION)
+    lr: float = option(1e-2, "Learning rate of gates and scales.", LEARNING)
+    schedule: Schedule = option(
+        "cosine", "Learning rate schedule of the scales that learn after the mask.", ABLATION
+    )
+    start: Start = option("fisher", "Initial scores.", ABLATION)
+    anneal: float = option(0.5, "Part of the steps over which the budget shrinks.", ABLATION)
+    gate_site: GateSite = option("output", "Where attention gates sit.", ABLATION)
+    compensate: Compensation = option(
+        "auto",
+        "What makes up for the dropped units: refit (least squares on the kept ones), bias "
+        "(FLAP's), none, or auto (refit, but none where the method updates weights).",
+        metavar="HOW",
+    )
+    scales: ScaleKind = option(
+        "channel", "One scale per channel (trained together with the gates), or per unit.", ABLATION
+    )
+    scale_epochs: int = option(1, "Passes over the blocks while scales learn.", LEARNING)
+    decay: float = option(1.0, "Decay rate that pulls scales towards 1, per epoch.", ABLATION)
+    eval_text: str | None = option(None, EVAL_TEXT, EVALUATION)
+    eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
+    eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
+    dtype: Dtype = option("auto", "Data type of the frozen model.", MACHINE)
+    memory: MemoryMode = option(
+        "auto",
+        "Which layers are recomputed to save memory: fast (none), balanced (every second), low "
+        "(all), or auto (by the free memory).",
+        MACHINE,
+        metavar="MODE",
+    )
+    device: str = option("auto", DEVICE, MACHINE)
+    seed: int = option(0, SEED)
+    trust_remote_code: bool = option(False, REMOTE_CODE, MACHINE)
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -76,56 +124,56 @@ class PruneConfig:
         _check_draw(self.seed, self.lr)
         check_device(self.device)
         if not 0 <= self.anneal <= 1:
-            raise GraspError(f"--anneal {self.anneal} is no part of the run: choose one in [0, 1]")
+            raise GraspError(f"`anneal` must be between 0 and 1, got {self.anneal}")
         if not 0 <= self.decay < math.inf:
-            raise GraspError(f"--decay {self.decay} is no decay: choose 0 or more, as 1")
-        if criteria.get(self.method).updates_weights:  # nothing is left to compensate
-            object.__setattr__(self, "compensate", "none")
+            raise GraspError(f"`decay` must be a finite number from 0 up, got {self.decay}")
+        updates = criteria.get(self.method).updates_weights
+        if updates and self.compensate not in ("auto", "none"):
+            raise GraspError(
+                f"`compensate` must be none with {self.method}, which fits weights as it chooses, "
+                f"got {self.compensate!r}"
+            )
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """What `of` accepts besides the model, by name."""
+        published = Option(
+            "The paper's own setting; options that it sets may not be given otherwise.",
+            ABLATION,
+            type=bool,
+            default=False,
+        )
+        return {**Budget.options(), **options_of(cls), "as_published": published}
 
     @classmethod
     def of(
-        cls,
-        model: str | os.PathLike[str],
-        *,
-        as_published: bool = False,
-        keep: float | None = None,
-        params: float | None = None,
-        kv_cache: float | None = None,
-        ffn_multiple: int = 32,
-        kv_multiple: int = 1,
-        layout: Layout = "per-layer",
-        **options: Any,
+        cls, model: str | os.PathLike[str], *, as_published: bool = False, **options: Any
     ) -> PruneConfig:
         """From what a user says: the budget in parts (see `Budget.of`), paths as they come."""
-        budget = Budget.of(
-            keep=keep,
-            params=params,
-            kv_cache=kv_cache,
-            ffn_multiple=ffn_multiple,
-            kv_multiple=kv_multiple,
-            layout=layout,
-        )
-        config = cls(os.fspath(model), budget, **_plain(options))
+        if as_published:
+            _check_published(options)
+        budget = {name: options.pop(name) for name in Budget.options() if name in options}
+        config = cls(os.fspath(model), Budget.of(**budget), **_plain(options))
         return config.as_published() if as_published else config
+
+    @property
+    def compensation(self) -> Literal["refit", "bias", "none"]:
+        """`compensate` with "auto" resolved."""
+        if self.compensate == "auto":
+            return "none" if criteria.get(self.method).updates_weights else "refit"
+        return self.compensate
 
     def as_published(self) -> PruneConfig:
         """With the paper's choices where our defaults are others; ties and floors stay ours."""
-        return replace(
-            self,
-            budget=replace(self.budget, ffn_multiple=1),
-            method="learned",
-            start="equal",
-            schedule="constant",
-            anneal=0.0,
-            gate_site="kv",
-            compensate="none",
-            scales="unit",
-            decay=0.0,
-        )
+        widths: Any = PUBLISHED_WIDTHS
+        choices: Any = PUBLISHED
+        return replace(self, budget=replace(self.budget, **widths), **choices)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the result: a run may go on under another `memory`."""
-        return {name: value for name, value in asdict(self).items() if name != "memory"}
+        recipe = asdict(self) | {"compensate": self.compensation}
+        del recipe["memory"]
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -136,20 +184,25 @@ class SparsifyConfig:
     """
 
     model: str
-    pattern: str = "2:4"
-    method: SparseMethod = "wanda++"
-    calibration: str = "builtin"
-    text_field: str = "text"
-    samples: int = 128
-    seq_len: int = 512
-    rounds: int = 5
-    lr: float = 3e-7
-    eval_text: str | None = None
-    eval_seq_len: int = 2048
-    eval_windows: int | None = None
-    device: str = "auto"
-    seed: int = 0
-    trust_remote_code: bool = False
+    pattern: str = option("2:4", "2:4 or 4:8 keeps N of M inputs; 0.5 zeroes a part of each row.")
+    method: SparseMethod = option("wanda++", "How weights are chosen.")
+    calibration: str = option("builtin", CALIBRATION)
+    text_field: str = option("text", TEXT_FIELD)
+    samples: int = option(128, "Blocks of calibration text.")
+    seq_len: int = option(512, "Tokens per block.")
+    rounds: int = option(5, "Rounds of Wanda++'s regional optimisation.", LEARNING)
+    lr: float = option(3e-7, "Learning rate of Wanda++'s regional optimisation.", LEARNING)
+    eval_text: str | None = option(None, EVAL_TEXT, EVALUATION)
+    eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
+    eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
+    device: str = option("auto", DEVICE, MACHINE)
+    seed: int = option(0, SEED)
+    trust_remote_code: bool = option(False, REMOTE_CODE, MACHINE)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """What `of` accepts besides the model, by name."""
+        return options_of(cls)
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], **options: Any) -> SparsifyConfig:
@@ -172,26 +225,30 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
 
 
+def _check_published(options: dict[str, Any]) -> None:
+    for name, value in {**PUBLISHED_WIDTHS, **PUBLISHED}.items():
+        if (given := options.get(name, value)) != value:
+            raise GraspError(
+                f"`as_published` sets `{name}` to {value!r}, got {given!r}: leave out one of them"
+            )
+
+
 def _check_choices(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         choices, value = get_args(hint), getattr(config, name)
         if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-            raise GraspError(f"{_option(name)} {value!r}: choose {', '.join(choices)}")
+            raise GraspError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_least(config: Any, **least: int) -> None:
     for name, smallest in least.items():
         value = getattr(config, name)
         if value is not None and value < smallest:
-            raise GraspError(f"{_option(name)} {value} is too small: choose at least {smallest}")
+            raise GraspError(f"`{name}` must be at least {smallest}, got {value}")
 
 
 def _check_draw(seed: int, lr: float) -> None:
     if not 0 <= seed < 2**32:
-        raise GraspError(f"--seed {seed} is outside 0 to {2**32 - 1}")
+        raise GraspError(f"`seed` must be between 0 and {2**32 - 1}, got {seed}")
     if not lr > 0:
-        raise GraspError(f"--lr {lr} is no learning rate: choose one above 0, as 0.01")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        raise GraspError(f"`lr` must be above 0, got {lr}")

@@ -1,7 +1,7 @@
-"""Criteria by name: how units are scored, where that comes from, and what it needs.
+"""The registry of criteria: how each scores units, its source, and what it needs.
 
-Ours are listed below, each with the function that it names. Anybody else's comes in by one of two
-doors, and then works in `--method`, `compare` and reports like ours:
+Ours are listed below. Register your own in one of two ways; it then works in `method`, `compare`
+and reports like ours:
 
     @grasp.criterion("mine", help="my scores")          # in a program
     def my_scores(model, units): ...
@@ -9,10 +9,10 @@ doors, and then works in `--method`, `compare` and reports like ours:
     [project.entry-points."grasp.criteria"]             # in an installed package
     mine = "my_package:my_scores"
 
-A function receives what its parameters name: `model`, `units` (UnitSpace), `blocks` (int64
-[samples, seq_len]), `journal` (progress, and state to resume from), `projection`, `config`
-(PruneConfig) and `stage` (a journal by name). It returns fp32 [units.size], higher is kept; those
-are ranked, so their scale does not matter.
+A function receives the arguments that its parameters name: `model`, `units` (UnitSpace), `blocks`
+(int64 [samples, seq_len]), `journal` (progress, and state to resume from), `projection`, `config`
+(PruneConfig) and `stage` (a journal by name). It returns scores, fp32 [units.size]; the highest are
+kept. Only their order matters, not their scale.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Scores = TypeVar("Scores", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score units, without the code behind it, which loads when it is needed."""
+    """A named way to score units. Its code is imported when it is first called."""
 
     name: str
     home: str | Callable[..., Any]  # "module:function"
     help: str
     reference: str = ""  # the paper
     samples: int | None = None  # blocks that it reads; None: all
-    learns: bool = False  # takes --epochs passes over the blocks
+    learns: bool = False  # makes `epochs` passes over the blocks
     per_budget: bool = False  # its scores hold for one budget only
-    updates_weights: bool = False  # fits weights as it chooses: nothing is left to compensate
+    updates_weights: bool = False  # refits weights while it selects: `compensate` must be none
     layerwise: bool = False  # runs decoder layers one by one
 
     def __call__(self, **offered: Any) -> Any:
@@ -67,7 +67,7 @@ OURS = (
     Criterion(
         "free",
         "grasp.select.learned:free",
-        "gates learned with every unit open, projected once",
+        "gates learned with every unit open, then projected once",
         learns=True,
     ),
     Criterion(
@@ -81,18 +81,18 @@ OURS = (
         "grasp.select.taylor:taylor_scores",
         "|gradient x weight|, summed over the weights of a unit",
         "LLM-Pruner, arXiv 2305.11627",
-        samples=10,  # as published: the mean of more gradients nears 0
+        samples=10,  # as published; the mean of more gradients approaches 0
     ),
     Criterion(
         "output-approximation",
         "grasp.select.output_approximation:output_approximation_scores",
-        "second moment of what a unit adds to the output",
+        "second moment of a unit's contribution to the output",
         GREEDY,
     ),
     Criterion(
         "greedy-output-approximation",
         "grasp.select.greedy_output_approximation:greedy_output_approximation",
-        "the same, with each module refitted before it is scored",
+        "as output-approximation, but each module is refitted before it is scored",
         GREEDY,
         per_budget=True,
         updates_weights=True,
@@ -101,7 +101,7 @@ OURS = (
     Criterion(
         "greedy-head-similarity",
         "grasp.select.greedy_output_approximation:greedy_head_similarity",
-        "the same, with heads scored by how much they resemble others",
+        "as greedy-output-approximation, but heads are scored by similarity to others",
         GREEDY,
         per_budget=True,
         updates_weights=True,
@@ -110,26 +110,26 @@ OURS = (
     Criterion(
         "flap",
         "grasp.select.flap:flap_scores",
-        "variance of a channel times its weights",
+        "variance of a channel times its squared weight norm",
         "arXiv 2312.11983",
     ),
     Criterion(
         "wanda-sp",
         "grasp.select.wanda_sp:wanda_sp_scores",
-        "|weight| times the norm of its input, the same ratio in every module",
+        "mean |weight| times the norm of its input, with the same ratio in every module",
         "arXiv 2306.11695",
     ),
     Criterion(
         "wanda++",
         "grasp.select.wanda_plus_plus:wanda_plus_plus_scores",
-        "Wanda with the gradient of each decoder block",
+        "as wanda-sp, plus the gradient of each decoder block's output norm",
         "arXiv 2503.04992",
         layerwise=True,
     ),
     Criterion(
         "magnitude", "grasp.select.magnitude:magnitude_scores", "mean square of a unit's weights"
     ),
-    Criterion("random", "grasp.select.random:random_scores", "chance, drawn by --seed"),
+    Criterion("random", "grasp.select.random:random_scores", "drawn at random"),
 )
 _known = {criterion.name: criterion for criterion in OURS}
 
@@ -137,7 +137,7 @@ _known = {criterion.name: criterion for criterion in OURS}
 def criterion(name: str, *, help: str = "", **traits: Any) -> Callable[[Scores], Scores]:
     """Register the decorated function as a criterion; `traits` are further fields of `Criterion`.
 
-    Raises GraspError where the name is taken or a parameter is none of those offered.
+    Raises GraspError if the name is taken or a parameter is not one of those offered.
     """
 
     def register(function: Scores) -> Scores:
@@ -157,16 +157,16 @@ def criterion(name: str, *, help: str = "", **traits: Any) -> Callable[[Scores],
 
 
 def names() -> tuple[str, ...]:
-    """All criteria that `--method` accepts; nothing is imported for it."""
+    """The names that `method` accepts; this imports no criterion."""
     return tuple(dict.fromkeys([*_known, *_installed()]))
 
 
 def get(name: str) -> Criterion:
-    """The criterion of that name. Raises GraspError, also where its package does not import."""
+    """The criterion called `name`. Raises GraspError: unknown, or its package fails to import."""
     if name not in _known:
         entry = _installed().get(name)
         if entry is None:
-            raise GraspError(f"method {name!r}: choose {', '.join(names())}")
+            raise GraspError(f"`method` must be one of {', '.join(names())}, got {name!r}")
         try:
             function = entry.load()
         except Exception as error:

@@ -1,6 +1,6 @@
-"""The machine's limits, as a user meets them: memory and disks that are full, in one line.
+"""The limits of the machine, reported in one line: full memory and full disks.
 
-Torch is imported where it is needed: this is loaded before the first checks.
+Torch is imported inside functions, because this module is loaded before the first checks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grasp.errors import GraspError, reason
 
 
 def peak_memory() -> int:
-    """Bytes at the worst moment so far: of the fullest GPU in use, if any, else of the process."""
+    """Peak memory so far in bytes: of the fullest GPU in use, if any, else of the process."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -29,7 +29,7 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` begin anew, on a GPU and on Linux; elsewhere it is the process's so far."""
+    """Reset `peak_memory`, on a GPU and on Linux; elsewhere it keeps the process's peak."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -41,7 +41,7 @@ def reset_peak_memory() -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line."""
+    """Turn errors of a full or unwritable disk into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -54,8 +54,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_room(path: Path, what: str, needed: int, fix: str = "choose another --out") -> None:
-    """Refuse to begin on `path`, as `what` of `needed` bytes, where the disk cannot hold it."""
+def check_room(path: Path, what: str, needed: int, fix: str = "choose another `out`") -> None:
+    """Raise GraspError if the disk of `path` has no room for `what`, of `needed` bytes."""
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise GraspError(
@@ -66,7 +66,7 @@ def check_room(path: Path, what: str, needed: int, fix: str = "choose another --
 
 @contextmanager
 def memory_errors(device: str, fix: str) -> Iterator[None]:
-    """Turn a full memory into one line, in the words of the GPU's or the CPU's allocator."""
+    """Turn an out-of-memory error into one line, with the words of the allocator."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,7 +1,8 @@
-"""Gated ops for structured pruning: a gate per FFN channel and per KV group, scales of channels,
-the projection of scores onto an exact budget, and the loss that all of them learn from.
+"""Gated ops for structured pruning.
 
-Every op runs on CPU tensors through plain PyTorch and on CUDA tensors through Triton kernels.
+They are gates per FFN channel and per KV group, channel scales, the projection of scores onto an
+exact budget, and the loss to train them with. Every op runs on CPU tensors through plain PyTorch
+and on CUDA tensors through Triton kernels.
 """
 
 from grasp_kernels import reference

@@ -1,4 +1,4 @@
-"""Which implementation serves a tensor: Triton on CUDA (or in its interpreter), else PyTorch."""
+"""Choose the implementation for a tensor: Triton on CUDA (or in its interpreter), else PyTorch."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _HAS_TRITON = find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, reads it once
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -18,5 +18,5 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def kernels(op: str) -> ModuleType:
-    """A module of `_triton`, imported on first use."""
+    """Return a module of `_triton`, imported on first use."""
     return importlib.import_module(f"grasp_kernels._triton.{op}")

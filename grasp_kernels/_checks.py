@@ -13,7 +13,7 @@ def expect(condition: bool, message: str) -> None:
 
 
 def check_gate(z: Tensor, size: int, meaning: str, called: str = "z", **tensors: Tensor) -> None:
-    """z is a floating [size] on the device of `tensors`, which all share one floating dtype."""
+    """Check that z is a floating [size] on the device of `tensors`, which share one dtype."""
     expect(
         tuple(z.shape) == (size,),
         f"{called} has shape {list(z.shape)}, expected [{size}]: {meaning}",
@@ -36,7 +36,7 @@ def check_gate(z: Tensor, size: int, meaning: str, called: str = "z", **tensors:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that an active autocast region asks for on the device of x, None outside of one."""
+    """Return the dtype of the active autocast region on the device of x, or None outside one."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -44,9 +44,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def check_bound(z: Tensor, max_kept: int) -> None:
-    """z has at most max_kept non-zero entries: a ValueError, or on CUDA an assertion on the device.
+    """Check that z has at most max_kept non-zero entries.
 
-    That one needs no sync and holds in a CUDA graph; it ends the process's use of the GPU.
+    Raises ValueError on CPU. On CUDA this is a device-side assertion: it needs no sync and works in
+    a CUDA graph; if it fails, the process can no longer use the GPU.
     """
     count = z.count_nonzero()
     message = f"z has more than {max_kept} non-zero entries, which is what max_kept allows"
@@ -57,5 +58,5 @@ def check_bound(z: Tensor, max_kept: int) -> None:
 
 
 def span(x: Tensor) -> int:
-    """Distance in memory between the first and the last value of one sequence of [B, ...]."""
+    """Return the distance in memory from first to last value of one sequence of [B, ...]."""
     return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))

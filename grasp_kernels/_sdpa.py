@@ -1,5 +1,7 @@
-"""Gated attention as a composition: PyTorch's flash attention or cuDNN's forward on all heads, its
-backward on the heads of kept groups only, and the gate gradient from the row sums of grad * output.
+"""Gated attention as a composition of PyTorch ops.
+
+Forward runs PyTorch's flash attention or cuDNN's attention on all heads. Backward runs on the heads
+of kept groups only; the gate gradient comes from the row sums of grad * output.
 """
 
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ aten = torch.ops.aten
 
 
 def supports(q: Tensor, key_mask: Tensor | None) -> bool:
-    """Everything on CPU; on CUDA what flash attention takes."""
+    """Return whether the inputs are supported: always on CPU; on CUDA as flash attention does."""
     if not q.is_cuda:
         return True
     size_fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
@@ -34,7 +36,7 @@ def forward(
     *,
     cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gated output, plain output [B, H, S, D] and the log-sum-exp of the scores [B, H, S]."""
+    """Return gated and plain output [B, H, S, D], and the log-sum-exp of the scores [B, H, S]."""
     if q.numel() == 0:
         wide = torch.promote_types(q.dtype, torch.float32)
         raw, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wide)
@@ -50,7 +52,7 @@ def forward(
                 *tensors, 0.0, causal, scale=scale
             )
     else:
-        q = _aligned(q)  # ATen's own ops read rows as dense
+        q = _aligned(q)  # ATen's own ops assume dense rows
         k, v = _per_query(q, k), _per_query(q, v)
         mask = _additive(key_mask, q)
         raw, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -77,10 +79,10 @@ def backward(
     *,
     cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dz; zeros for groups with z = 0."""
+    """Return dq, dk, dv and dz; dq, dk and dv are zero for groups with z = 0."""
     kept = max_kept
     if kept is None:
-        kept = int(z.count_nonzero())  # which makes a GPU wait
+        kept = int(z.count_nonzero())  # a host sync on CUDA
     elif kept < len(z):
         check_bound(z, kept)
     serving = _serving(grad)
@@ -112,9 +114,9 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     length = q.shape[2]
     tensors = (grad, _aligned(q), _aligned(k), _aligned(v), raw)
-    no_ends = (None, None, length, length)  # all sequences are of one length
+    no_ends = (None, None, length, length)  # all sequences have the same length
     if cudnn:
-        seed = q.new_empty((), dtype=torch.int64)  # read for a dropout only, as below
+        seed = q.new_empty((), dtype=torch.int64)  # only read for dropout, as below
         return aten._scaled_dot_product_cudnn_attention_backward(
             *(*tensors, lse.unsqueeze(3), seed, seed, None, *no_ends, 0.0, causal), scale=scale
         )
@@ -158,7 +160,7 @@ def _serving(x: Tensor) -> ModuleType:
 
 
 def _additive(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """[B, S] bool -> the [B, 1, S, S] mask that is added to the scores."""
+    """Turn a [B, S] bool mask into the [B, 1, S, S] mask that is added to the scores."""
     if key_mask is None:
         return None
     length = q.shape[2]
@@ -168,16 +170,16 @@ def _additive(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """What flash attention on CUDA reads: 16 bytes at a time, of as many heads as there are."""
+    """Copy x if it is not aligned for flash attention on CUDA, which reads 16 bytes at a time."""
     offsets = (*x.stride()[:3], x.storage_offset())
     return x if x.stride(3) == 1 and not any(n % 8 for n in offsets) else x.contiguous()
 
 
 def _per_query(q: Tensor, x: Tensor) -> Tensor:
-    """[B, K, S, D] -> [B, H, S, D]: not every CPU kernel shares the heads of a group."""
+    """Repeat [B, K, S, D] to [B, H, S, D]: not every CPU kernel shares KV heads."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
 def _heads_last(x: Tensor) -> Tensor:
-    """The same values in memory layout [B, S, H, D]."""
+    """Return the same values in memory layout [B, S, H, D]."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -9,9 +9,9 @@ from grasp_kernels import _sdpa
 from grasp_kernels._backend import kernels, runs_triton
 from grasp_kernels._checks import autocast_dtype, check_gate, expect, span
 
-# From this length on the composition is the default in half precision: published figures for
-# hdim 128 (H100, causal) put Triton level with FlashAttention-2 in the forward pass at S = 2048
-# and behind it in the backward pass.
+# From this length on, the composition is the default in half precision: in published figures (head
+# size 128, H100, causal), Triton equals FlashAttention-2 in the forward pass at S = 2048 and is
+# slower in the backward pass.
 _SDPA_FROM = 1024
 
 
@@ -27,16 +27,16 @@ def gated_attention(
     max_kept: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention whose KV groups are gated, with exact gradients for q, k, v and the gates.
+    """Compute attention with gated KV groups, with exact gradients for q, k, v and the gates.
 
-    The gate of a KV group in GRASPrune (arXiv 2604.19398), placed on what enters the output
+    The gates are those of GRASPrune (arXiv 2604.19398), applied to the input of the output
     projection. For query head h in group g = h // (H / K):
 
         out_h = z_g * o_h     o_h = softmax(scale * q_h k_g^T + mask) v_g
         dz_g  = sum of rowsum(d_out_h * o_h) over tokens and the heads of g
 
-    That row sum is what flash attention's backward computes anyway, so dz is nearly free, for
-    dropped groups too. dq, dk and dv of a group with z = 0 are zero and their work is skipped.
+    Flash attention's backward computes that row sum anyway, so dz is nearly free, also for dropped
+    groups. dq, dk and dv of a group with z = 0 are zero, and their computation is skipped.
 
     Args:
         q: [B, H, S, D]; k, v: [B, K, S, D] with H a multiple of K; fp16, bf16, fp32 (or fp64 on
@@ -45,22 +45,23 @@ def gated_attention(
         causal: query t sees keys 0..t.
         scale: softmax scale, 1/sqrt(D) by default.
         key_mask: [B, S] bool, True where a key may be attended to. A query without a key gives 0.
-        max_kept: an upper bound on the number of non-zero z. It spares the "sdpa" backend one host
-            sync per backward pass on CUDA. More of them raise ValueError on CPU and, where it is
-            used, fail a device-side assertion on CUDA.
+        max_kept: an upper bound on the number of non-zero z. It saves the "sdpa" backend one host
+            sync per backward pass on CUDA. If z has more, the op raises ValueError on CPU and, in
+            backends that use the bound, fails a device-side assertion on CUDA.
         backend: "triton" is our flash attention, which skips dropped groups on the device. "sdpa"
             runs PyTorch's flash attention forward, and its backward on kept groups only; on CUDA
             that backward adds dq atomically, so two runs differ in the last bits unless
             torch.use_deterministic_algorithms(True) is set. "cudnn" does the same with cuDNN's
-            attention, whose backward is never deterministic. "auto"
-            takes "sdpa" on CPU, and on CUDA for half precision, S >= 1024, no key_mask and a known
-            max_kept (so that nothing syncs), or for D > 128; otherwise "triton".
+            attention, whose backward is never deterministic. "auto" chooses "sdpa" on CPU. On CUDA
+            it chooses "sdpa" for D > 128, and for half precision with S >= 1024, no key_mask and a
+            known max_kept (so that nothing syncs); otherwise "triton".
 
     Returns:
         [B, H, S, D] in the dtype of q, with memory layout [B, S, H, D].
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not match, or the backend cannot serve.
+        ValueError, TypeError: shapes, dtypes or devices do not match, or the backend does not
+            support the inputs.
     """
     dtype = autocast_dtype(q)
     if dtype is not None:
@@ -102,7 +103,7 @@ def gated_attention(
 
 
 def has_backend(q: Tensor) -> bool:
-    """Whether `gated_attention` serves q [B, H, S, D] without a key_mask, wherever it lies."""
+    """Return whether `gated_attention` supports q [B, H, S, D] on its device without a key_mask."""
     return _sdpa.supports(q, None) or (runs_triton(q) and q.shape[-1] <= 128)
 
 
@@ -119,8 +120,8 @@ def _choose(
         backend in ("auto", "triton", "sdpa", "cudnn"),
         f'backend is "{backend}", expected "auto", "triton", "sdpa" or "cudnn"',
     )
-    # offsets within a sequence are int32, and a launch takes 65,535 heads
-    spans = [span(x) for x in (q, k, v)] + [q[:1].numel()]  # the last is that of the output
+    # offsets within a sequence are int32, and a launch is limited to 65,535 heads
+    spans = [span(x) for x in (q, k, v)] + [q[:1].numel()]  # the last is for the output
     fits = q.shape[0] * q.shape[1] < 2**16 and max(spans) < 2**31
     can_triton = runs_triton(q) and size <= 128 and fits
     can_sdpa = _sdpa.supports(q, key_mask)
@@ -165,7 +166,7 @@ def _attention(
     max_kept: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gated output; for backward the plain output and the log-sum-exp of the scores [B, H, S]."""
+    """Return gated output; for backward, plain output and the scores' log-sum-exp [B, H, S]."""
     arguments = (q, k, v, z, causal, scale, key_mask)
     if backend == "triton":
         return kernels("attention").forward(*arguments)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs with frozen weights, in chunks: never all logits."""
+"""Cross-entropy of a frozen linear layer's outputs, in chunks: never all logits at once."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from grasp_kernels import reference
 from grasp_kernels._backend import kernels, runs_triton
 from grasp_kernels._checks import autocast_dtype, expect
 
-_CHUNK = 2**25  # logits held at one time: 128 MiB in fp32, which still fill a GPU
+_CHUNK = 2**25  # logits in memory at one time: 128 MiB in fp32, enough to keep a GPU busy
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(x weight^T)[target], the loss of a language model's frozen head.
+    """Compute the mean of -log softmax(x weight^T)[target], the loss of a model's frozen head.
 
-    The forward pass computes the gradient of x too, chunk by chunk, so that logits are made once
-    and only some rows of them exist at a time.
+    The forward pass also computes the gradient of x, chunk by chunk. So logits are computed once,
+    and only some of their rows exist at a time.
 
     Args:
         x: [T, d], floating.
@@ -63,7 +63,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def _loss(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss, and where asked for the gradient [T, d] of the sum, `rows` rows at a time."""
+    """Return the mean loss and, if asked for, the gradient [T, d] of the sum; `rows` per chunk."""
     softmax_loss = (kernels("cross_entropy") if runs_triton(x) else reference).softmax_loss
     losses, dx = [], torch.empty_like(x) if gradient else x.new_empty(0)
     for start in range(0, len(x), rows):

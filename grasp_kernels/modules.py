@@ -17,10 +17,10 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 class GatedSwiGLUFFN(nn.Module):
-    """((silu(x Wg^T) * (x Wu^T)) * gate) Wd^T, with the linear layers of an FFN, frozen.
+    """Gated FFN with frozen linear layers: ((silu(x Wg^T) * (x Wu^T)) * gate) Wd^T.
 
-    `gate` is fp32 [F], ones at the start. `max_kept`, an upper bound on its non-zero entries, saves
-    a GPU the wait for their count; see `gated_swiglu_ffn`.
+    `gate` is fp32 [F], initially ones. `max_kept`, an upper bound on its non-zero entries, saves a
+    host sync on CUDA; see `gated_swiglu_ffn`.
     """
 
     def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear):
@@ -41,7 +41,7 @@ class GatedSwiGLUFFN(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """Grouped-query attention with a gate per KV group: `gate` is fp32 [K], ones at the start."""
+    """Grouped-query attention with a gate per KV group: `gate` is fp32 [K], initially ones."""
 
     def __init__(self, kv_heads: int, *, causal: bool = True, scale: float | None = None):
         super().__init__()
@@ -54,23 +54,23 @@ class GatedAttention(nn.Module):
 
 
 class ChannelScale(nn.Module):
-    """x * scale: `scale` is fp32 [channels], ones at the start."""
+    """x * scale: `scale` is fp32 [channels], initially ones."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., channels] -> the same."""
+        """[..., channels] -> the same shape."""
         return channel_scale(x, self.scale)
 
 
 def apply(model: nn.Module) -> dict[str, GatedSwiGLUFFN]:
-    """Gate every SwiGLU FFN of `model` in place; returns the gated modules by their names.
+    """Gate every SwiGLU FFN of `model` in place; return the gated modules by name.
 
     An FFN is a module with linear layers gate_proj, up_proj and down_proj without biases, and SiLU
-    as act_fn, as Llama, Mistral and Qwen have it. Its parameters keep their names, and `gate` joins
-    them. The whole model is frozen but for the gates.
+    as act_fn, as in Llama, Mistral and Qwen. Its parameters keep their names, and `gate` is added.
+    The whole model is frozen except for the gates.
 
     Raises:
         ValueError: the model has no such FFN.

@@ -1,4 +1,4 @@
-"""The budget projection: the best units whose exact integer cost stays within the budget."""
+"""The budget projection: keep the best units with a total integer cost within the budget."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from grasp_kernels._checks import expect
 
 
 class Selection(NamedTuple):
-    """What a budget keeps. All on the device of the scores; nothing here was copied to the host."""
+    """The units that a budget keeps, on the device of the scores; nothing is copied to the host."""
 
     mask: Tensor  # [N] bool, True where kept
     indices: Tensor  # [N] int64: the kept units in ascending order, then the dropped ones
@@ -29,11 +29,11 @@ def budget_topk(
 ) -> Selection:
     """Keep the highest scores within a budget of integer costs.
 
-    This is the projection of GRASPrune (arXiv 2604.19398), with floors inside the budget and the
-    leftover filled: in every case the result of a sequential greedy scan. Units of `floor` are
-    kept and their cost is reserved first. The others follow by (score descending, tie_rank
-    ascending): a unit that still fits is kept, one that does not is skipped and the scan goes on.
-    A unit of cost 0 is always kept.
+    This is the projection of GRASPrune (arXiv 2604.19398), except that floors count towards the
+    budget and the leftover is filled. The result always equals a sequential greedy scan. Units of
+    `floor` are kept, and their cost is reserved first. The others follow by (score descending,
+    tie_rank ascending): a unit that still fits is kept; one that does not fit is skipped, and the
+    scan continues. A unit of cost 0 is always kept.
 
     Args:
         scores: [N], any floating dtype; ranked as fp32, -0 equal to +0, NaN lowest.
@@ -41,16 +41,17 @@ def budget_topk(
         budget: an int, or a 0-dim integer tensor on the device of the scores (no host sync).
         floor: [N] bool, units to keep whatever their score. None for no floors.
         tie_rank: [N] integers, a permutation of 0..N-1; equal scores are kept in its order. None
-            takes the lower index first, which in a model prefers the early layers: pass a random
-            permutation where scores start out equal.
+            keeps the lower index first, which favours early layers of a model: pass a random
+            permutation if scores start out equal.
 
     Returns:
         A `Selection`: mask, indices, n_kept and cost.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not match. On CPU also a negative cost,
-        a budget below the floors' cost, and a tie_rank that is no permutation. CUDA does not check
-        these three, since to look at values is a host sync: floors over budget are kept alone.
+        ValueError, TypeError: shapes, dtypes or devices do not match. On CPU also for a negative
+            cost, a budget below the floors' cost, or a tie_rank that is not a permutation. CUDA
+            skips these three checks, because reading values needs a host sync: if the floors exceed
+            the budget, only they are kept.
     """
     expect(scores.dim() == 1, f"scores has shape {list(scores.shape)}, expected [N]")
     if not scores.is_floating_point():
@@ -90,7 +91,7 @@ def _topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if scores.device.type == "cpu":
         _check_values(costs, budget, floor, tie_rank)
-    if scores.dtype == torch.float64:  # which no kernel takes
+    if scores.dtype == torch.float64:  # no kernel accepts fp64
         scores = scores.float()
     if runs_triton(scores):
         return kernels("projection").budget_topk(scores, costs, budget, floor, tie_rank)

@@ -1,7 +1,7 @@
-"""The ops in plain PyTorch: their definition, the oracle of the tests, and the CPU path.
+"""The ops in plain PyTorch: their definitions, the oracle of the tests, and the CPU path.
 
 The first function of each section defines the op; autograd through it gives the exact gradients.
-The functions after it are the pieces that the CPU path runs, with the same split as the kernels.
+The functions after it are the parts that the CPU path runs, split in the same way as the kernels.
 """
 
 import torch
@@ -36,10 +36,10 @@ def swiglu_backward(
 def swiglu_pack(
     gate_pre: Tensor, up: Tensor, z: Tensor, order: Tensor, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compact [T, F] activations: `order` [F] lists the kept channels first.
+    """Compact [T, F] activations; `order` [F] lists the kept channels first.
 
-    Returns the gated hidden state of the kept channels and what backward needs: their gate_pre and
-    up, all [T, kept], and silu(gate_pre) * up of the dropped ones [T, F - kept].
+    Returns, for the kept channels, the gated hidden state and (for backward) gate_pre and up, all
+    [T, kept]; for the dropped channels, silu(gate_pre) * up [T, F - kept] (for backward).
     """
     if kept == len(z):
         return gated_swiglu(gate_pre, up, z), gate_pre, up, gate_pre.new_empty(len(gate_pre), 0)
@@ -53,10 +53,10 @@ def swiglu_pack(
 def swiglu_pack_backward(
     grad: Tensor, gate_pre: Tensor, up: Tensor, dropped: Tensor, z: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the kept [T, 2 * kept], gate half then up half, and dz of all channels [F].
+    """Return gradients of kept channels [T, 2 * kept], gate then up half, and dz of all [F].
 
-    `grad` [T, F] is the gradient of the hidden state; the other arguments are as `swiglu_pack`
-    takes and returns them.
+    `grad` [T, F] is the gradient of the hidden state; the other arguments are inputs or outputs of
+    `swiglu_pack`.
     """
     kept = gate_pre.shape[1]
     if kept == len(z):
@@ -71,7 +71,7 @@ def swiglu_pack_backward(
     return torch.cat([d_gate, d_up], 1), dz
 
 
-# ---- scales of channels ---------------------------------------------------------------------
+# ---- channel scales -------------------------------------------------------------------------
 
 
 def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def channel_scale_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tens
     return (g * _wide(scale)).to(x.dtype), d_scale.to(scale.dtype)
 
 
-# ---- scales of channels in a norm -----------------------------------------------------------
+# ---- channel scales in a norm ---------------------------------------------------------------
 
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -99,7 +99,7 @@ def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tens
 def rms_norm_scale_forward(
     x: Tensor, weight: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Output of `rms_norm_scale` on [T, d], and the inverse root mean square [T] for backward."""
+    """Return `rms_norm_scale` on [T, d], and the inverse root mean square [T] for backward."""
     wide = _wide(x)
     inverse = torch.rsqrt(wide.square().mean(1) + eps)
     out = (wide * inverse[:, None]).mul_(_wide(weight) * _wide(scale))
@@ -157,13 +157,13 @@ def gated_attention(
 
 
 def gate_heads(raw: Tensor, z: Tensor) -> Tensor:
-    """raw [B, H, S, D] times the gates of its groups z [K], in memory layout [B, S, H, D]."""
+    """Multiply raw [B, H, S, D] by the gates z [K] of its groups; memory layout [B, S, H, D]."""
     gate = _wide(z).repeat_interleave(raw.shape[1] // len(z))
     return (_wide(raw).transpose(1, 2) * gate[:, None]).to(raw.dtype).contiguous().transpose(1, 2)
 
 
 def head_gradient(grad: Tensor, raw: Tensor, z: Tensor) -> Tensor:
-    """dz [K] of `gate_heads`, of which `grad` is the gradient."""
+    """Return dz [K] of `gate_heads`; `grad` is the gradient of its output."""
     products = (_wide(grad) * _wide(raw)).sum((0, 2, 3))
     return products.view(len(z), -1).sum(1).to(z.dtype)
 
@@ -171,10 +171,10 @@ def head_gradient(grad: Tensor, raw: Tensor, z: Tensor) -> Tensor:
 def pack_heads(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, raw: Tensor, lse: Tensor, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the backward pass of attention needs of `kept` groups, those with z = 0 last among them.
+    """Gather what attention's backward needs for `kept` groups, with z != 0 first.
 
     grad, q, raw [B, H, S, D]; k, v [B, K, S, D]; lse [B, H, S]. Returns grad times the gates, q, k,
-    v, raw and lse of these groups, and dz [K] of all.
+    v, raw and lse of these groups, and dz [K] of all groups.
     """
     dz = head_gradient(grad, raw, z)
     gated = gate_heads(grad, z)
@@ -188,7 +188,7 @@ def pack_heads(
 def unpack_heads(
     dq: Tensor, dk: Tensor, dv: Tensor, z: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the groups that `pack_heads` kept -> those of all, zero for the others."""
+    """Expand gradients of the groups that `pack_heads` kept to all groups, with zeros elsewhere."""
     groups, rows = _kept_heads(z, dk.shape[1], heads)
 
     def full(values: Tensor, count: int, index: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def unpack_heads(
 
 
 def _kept_heads(z: Tensor, kept: int, heads: int) -> tuple[Tensor, Tensor]:
-    """The first `kept` groups, those with z != 0 in front, and the heads in them."""
+    """Return the first `kept` groups, with z != 0 first, and the query heads in them."""
     groups = torch.argsort(z == 0, stable=True)[:kept]
     return groups, torch.arange(heads, device=z.device).view(len(z), -1)[groups].flatten()
 
@@ -216,8 +216,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     """Cross-entropy, fp32 [T], of each row of logits [T, V], and the gradient of their sum.
 
-    The gradient has the shape and dtype of the logits and may stand in their memory. Unless it is
-    asked for, what comes in its place means nothing.
+    The gradient has the shape and dtype of the logits and may reuse their memory. If `gradient` is
+    false, the second result is undefined.
     """
     target = targets[:, None]
     p = _wide(logits)
@@ -238,10 +238,10 @@ def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tenso
 def budget_topk(
     scores: Tensor, costs: Tensor, budget: Tensor, floor: Tensor, tie_rank: Tensor
 ) -> Tensor:
-    """The mask [N] of a greedy scan: floors first, then each unit, best first, that still fits.
+    """Return the mask [N] of a greedy scan: floors first, then each unit that fits, best first.
 
-    When a unit does not fit, what is left is below its cost and only shrinks: no unit of that cost
-    or more can follow. So each round takes a whole prefix and removes at least one cost for good.
+    If a unit does not fit, the remaining budget is below its cost and only shrinks: no unit of that
+    cost or more can follow. So each round keeps a whole prefix and rules out at least one cost.
     """
     mask = floor.clone()
     left = (budget - costs[floor].sum()).clamp_min(0)
@@ -260,7 +260,7 @@ def budget_topk(
 
 
 def score_key(scores: Tensor) -> Tensor:
-    """int64 keys in [0, 2^32) that order like the fp32 scores: -0 equals +0, NaN is lowest."""
+    """Return int64 keys in [0, 2^32) in the order of the fp32 scores: -0 equals +0, NaN lowest."""
     bits = (scores.float() + 0.0).view(torch.int32).long()
     key = torch.where(bits < 0, -1 - (bits + 2**31), bits) + 2**31
     return torch.where(scores.isnan(), 0, key)

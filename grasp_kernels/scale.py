@@ -1,4 +1,4 @@
-"""Scales of channels: a product by itself, or in the RMSNorm whose output it would multiply."""
+"""Channel scales, as a separate product or inside the RMSNorm whose output they multiply."""
 
 from types import ModuleType
 
@@ -11,10 +11,10 @@ from grasp_kernels._checks import check_gate, expect
 
 
 def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """x * scale, and both gradients in one pass.
+    """Compute x * scale, with both gradients in one pass.
 
-    A scale for each channel at one end of a linear layer, W diag(s) or diag(s) W, while it learns.
-    With g the gradient of the output:
+    It trains a scale per channel at one end of a linear layer: W diag(s) or diag(s) W. With g the
+    gradient of the output:
 
         dx       = g * scale
         dscale_j = sum_t g_tj * x_tj
@@ -37,7 +37,7 @@ def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """RMSNorm (arXiv 1910.07467) with a frozen weight, its output times a scale that learns.
+    """Compute RMSNorm (arXiv 1910.07467) with a frozen weight, times a trainable scale.
 
     With r_t = 1 / sqrt(mean_j x_tj^2 + eps), n = x * r, c = weight * scale and g the gradient of
     the output:
@@ -46,7 +46,7 @@ def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tens
         dx       = r * (g * c - n * mean_j(g * c * n))
         dscale_j = weight_j * sum_t g_tj * n_tj
 
-    The input and r are saved for backward, neither the norm's output nor the product.
+    Only the input and r are saved for backward, not the norm's output or the product.
 
     Args:
         x: [..., d], floating.

@@ -1,4 +1,4 @@
-"""Gated SwiGLU: the element-wise op, and the whole FFN that computes only what the mask needs."""
+"""Gated SwiGLU: the element-wise op, and the whole FFN, which computes only what the mask needs."""
 
 from types import ModuleType
 
@@ -15,16 +15,16 @@ _ALIGNMENT = 64  # channels: an odd leading dimension keeps cuBLAS from its fast
 
 
 def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
-    """silu(gate_pre) * up * z, and all three gradients in one pass.
+    """Compute silu(gate_pre) * up * z, with all three gradients in one pass.
 
-    The gate of an FFN channel in GRASPrune (arXiv 2604.19398). With a = gate_pre, u = up,
+    z holds the FFN channel gates of GRASPrune (arXiv 2604.19398). With a = gate_pre, u = up,
     s = silu(a) and dh the gradient of the output:
 
         d_gate_pre = dh * z * u * silu'(a)
         d_up       = dh * z * s
         dz_j       = sum_t dh_tj * s_tj * u_tj
 
-    dz is exact for channels with z = 0 too, so a dropped channel can learn its way back.
+    dz is exact for channels with z = 0 too, so training can bring a dropped channel back.
 
     Args:
         gate_pre: [..., F], floating: the gate projection before silu.
@@ -60,23 +60,23 @@ def gated_swiglu_ffn(
     *,
     max_kept: int | None = None,
 ) -> Tensor:
-    """The whole gated FFN with frozen weights: ((silu(x Wg^T) * (x Wu^T)) * z) Wd^T.
+    """Compute the whole gated FFN with frozen weights: ((silu(x Wg^T) * (x Wu^T)) * z) Wd^T.
 
-    Work follows the mask: the down projection and da, du, dx run over channels with z != 0 only
-    (and up to 63 others, so that widths divide by 64), dh and dz over all, since the
-    straight-through gates of GRASPrune (arXiv 2604.19398) need dz of dropped channels too. Kept
-    channels save gate_pre and up for backward, dropped ones only silu(gate_pre) * up; x is not
-    saved.
+    The work depends on the mask. The down projection and da, du, dx run only over channels with
+    z != 0 (and up to 63 others, so that widths are multiples of 64). dh and dz run over all
+    channels, since the straight-through gates of GRASPrune (arXiv 2604.19398) need dz of dropped
+    channels too. For backward, kept channels save gate_pre and up, and dropped ones only
+    silu(gate_pre) * up; x is not saved.
 
     Args:
         x: [..., d], floating.
-        w_gate, w_up: [F, d]; w_down: [d, F]; as in nn.Linear, same dtype as x, no gradient. A
-            w_down that lies in memory as [F, d], w.t().contiguous().t(), gives up its channels as
-            rows, which is faster on CUDA.
+        w_gate, w_up: [F, d]; w_down: [d, F]; as in nn.Linear, same dtype as x, no gradient. If
+            w_down is stored as [F, d] (w.t().contiguous().t()), its channels are read as rows,
+            which is faster on CUDA.
         z: [F], any floating dtype; 0/1 or any scale.
-        max_kept: an upper bound on the number of non-zero z. Without it the op counts them, which
-            on CUDA waits for the device once per call; with it there is no host sync. More of them
-            raise ValueError on CPU and fail a device-side assertion on CUDA.
+        max_kept: an upper bound on the number of non-zero z. Without it, the op counts them, which
+            costs one host sync per call on CUDA. If z has more, the op raises ValueError on CPU and
+            fails a device-side assertion on CUDA.
 
     Returns:
         [..., d] in the dtype of x.
@@ -174,7 +174,7 @@ def _ffn(
 
 
 def _kept(z: Tensor, max_kept: int | None) -> int:
-    """How many channels of the order to compute; syncs with a GPU only where no bound is given."""
+    """Return the number of channels to compute; syncs with a GPU only if no bound is given."""
     if max_kept is None:
         return _computed(int(z.count_nonzero()), len(z))
     if max_kept < len(z):
@@ -183,12 +183,12 @@ def _kept(z: Tensor, max_kept: int | None) -> int:
 
 
 def _columns(w: Tensor, index: Tensor) -> Tensor:
-    """w[:, index], as a copy of rows where w lies in memory by columns."""
+    """Return w[:, index], copied as rows if w is stored by columns."""
     return w.T.index_select(0, index).T if w.stride(0) == 1 else w.index_select(1, index)
 
 
 def _computed(kept: int, width: int) -> int:
-    """An aligned number of channels; those beyond the kept ones have gates of 0."""
+    """Round `kept` up to an aligned number of channels; the extra ones have gates of 0."""
     aligned = -(-kept // _ALIGNMENT) * _ALIGNMENT
     return aligned if aligned < _COMPACT_BELOW * width else width
 

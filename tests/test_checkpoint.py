@@ -213,7 +213,7 @@ def test_awkward_heads_with_biases_have_no_stock_class(bias, tmp_path):
     [
         ("llama", {}, 1, None),
         ("llama", {"mlp_bias": True}, 1, "6 query heads do not divide the hidden size 64"),
-        ("gemma2", {}, 1, "refuses layers of 6 .*not a multiple.*-layer or --kv-multiple 2"),
+        ("gemma2", {}, 1, "refuses layers of 6 .*not a multiple.*-layer'` or `kv_multiple=2`"),
         ("gemma2", {}, 2, None),
         ("phi3", {}, 1, None),
         ("phi3", {"rope_parameters": LONGROPE, "hidden": 128}, 1, "refuses layers of 2 .*factor"),

@@ -6,9 +6,11 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,11 @@ from transformers import (
 import grasp
 from grasp.checkpoint import verify as verify_module
 from grasp.cli import main as cli
+from grasp.cli import progress
+from grasp.config import PruneConfig, SparsifyConfig
+from grasp.errors import GraspError
 from grasp.evaluate import perplexity as evaluate
+from grasp.planning import plan as planning
 from grasp.run import prune as pipeline
 
 SMALL = ["--samples=8", "--seq-len=32", "--epochs=1", "--eval-windows=2", "--device=cpu"]
@@ -59,29 +65,51 @@ def damaged(tiny, folder, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep=0"], "--keep 0.0 is not a ratio: choose one in (0, 1]"),
-        (["--keep=1.5"], "--keep 1.5 is not a ratio: choose one in (0, 1]"),
-        (["--keep=0.01"], "--keep 0.01 is impossible: one block of every kind in every layer"),
-        (["--params=1k"], "--params 1,000 is impossible for this model: choose between"),
-        (["--params=7B"], "--params 7,000,000,000 is impossible for this model: choose between"),
-        (["--kv-cache=0.1"], "--kv-cache 0.1 is impossible: one block"),
+        (["--keep=0"], "--keep must be above 0 and at most 1, got 0.0"),
+        (["--keep=1.5"], "--keep must be above 0 and at most 1, got 1.5"),
+        (
+            ["--keep=0.01"],
+            "--keep must be at least 0.2858, which one block of every kind in every layer takes",
+        ),
+        (["--params=1k"], "--params must be between 70,080 and 162,240 for this model, got 1,000"),
+        (["--params=7B"], "for this model, got 7,000,000,000"),
+        (["--kv-cache=0.1"], "--kv-cache must be at least 0.25, which one block"),
         (["--keep=0.5", "--params=90k"], "--keep and --params are two budgets: give one of them"),
-        (["--ffn-multiple=7"], "--ffn-multiple 7 does not divide a width of this model, 96"),
-        (["--kv-multiple=3"], "--kv-multiple 3 does not divide a width of this model, 4"),
-        (["--seq-len=1"], "--seq-len 1 is too small: choose at least 2"),
-        (["--seq-len=257"], "--seq-len 257 is more than this model takes: at most 256"),
-        (["--samples=0"], "--samples 0 is too small: choose at least 1"),
-        (["--samples=0", "--calibration=self"], "--samples 0 is too small: choose at least 1"),
+        (["--keep=0.8,0.5", "--params=90k"], "--keep and --params are two budgets: give one"),
+        (
+            ["--ffn-multiple=7"],
+            "--ffn-multiple must divide the widths of this model, 96 among them, got 7",
+        ),
+        (
+            ["--kv-multiple=3"],
+            "--kv-multiple must divide the widths of this model, 4 among them, got 3",
+        ),
+        (["--seq-len=1"], "--seq-len must be at least 2, got 1"),
+        (["--seq-len=257"], "--seq-len must be at most 256 for this model, got 257"),
+        (["--samples=0"], "--samples must be at least 1, got 0"),
+        (["--samples=0", "--calibration=self"], "--samples must be at least 1, got 0"),
         (["--samples=900"], "too little text: words.txt has "),
-        (["--epochs=0"], "--epochs 0 is too small: choose at least 1"),
-        (["--batch-size=0"], "--batch-size 0 is too small: choose at least 1"),
-        (["--accumulate=0"], "--accumulate 0 is too small: choose at least 1"),
-        (["--scale-epochs=-1"], "--scale-epochs -1 is too small: choose at least 0"),
-        (["--seed=-1"], "--seed -1 is outside 0 to 4294967295"),
-        (["--lr=0"], "--lr 0.0 is no learning rate: choose one above 0, as 0.01"),
-        (["--method=magic"], "method 'magic': choose learned, free, fisher, taylor"),
-        (["--anneal=2"], "--anneal 2.0 is no part of the run: choose one in [0, 1]"),
-        (["--device=gpu"], "--device gpu is no device: write cpu, cuda, cuda:1 or auto"),
+        (["--epochs=0"], "--epochs must be at least 1, got 0"),
+        (["--batch-size=0"], "--batch-size must be at least 1, got 0"),
+        (["--accumulate=0"], "--accumulate must be at least 1, got 0"),
+        (["--scale-epochs=-1"], "--scale-epochs must be at least 0, got -1"),
+        (["--seed=-1"], "--seed must be between 0 and 4294967295, got -1"),
+        (["--lr=0"], "--lr must be above 0, got 0.0"),
+        (
+            ["--compensate=refit", "--method=greedy-head-similarity"],
+            "--compensate must be none with",
+        ),
+        (
+            ["--as-published", "--start=fisher"],
+            "--as-published sets --start to 'equal', got 'fisher'",
+        ),
+        (
+            ["--as-published", "--ffn-multiple=32"],
+            "--as-published sets --ffn-multiple to 1, got 32",
+        ),
+        (["--method=magic"], "--method must be one of learned, free, fisher, taylor"),
+        (["--anneal=2"], "--anneal must be between 0 and 1, got 2.0"),
+        (["--device=gpu"], "--device must be cpu, cuda, cuda:1 or auto, got 'gpu'"),
         (["--calibration=no/such.txt"], "no/such.txt does not exist: expected a text, .jsonl"),
         (["--eval-text=none.jsonl"], "none.jsonl does not exist: expected a text, .jsonl"),
         (["--eval-text=none.jsonl", "--calibration=self"], "none.jsonl does not exist: expected"),
@@ -98,14 +126,16 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
     [
         (["prune", "MODEL"], "Missing option '--out'."),
         (["prune", "--out=x"], "Missing argument 'MODEL'."),
-        (["prune", "MODEL", "--out=x", "--keep=half"], "Invalid value for '--keep': 'half' is no"),
         (
-            ["prune", "MODEL", "--out=x", "--keep=0.8,0.5", "--params=1B"],
-            "several --keep go without --params and --kv-cache",
+            ["prune", "MODEL", "--out=x", "--keep=half"],
+            "Invalid value for '--keep': expected a number or a list such as",
         ),
         (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option: --kep"),
-        (["plan", "MODEL", "--params=7X"], "'7X' is no number: write 3500000000, 3.5B or 120M"),
-        (["plan", "MODEL", "--params=1e400B"], "'1e400B' is no number: write 3500000000, 3.5B"),
+        (
+            ["plan", "MODEL", "--params=7X"],
+            "expected a number such as 3500000000, 3.5B or 120M, got '7X'",
+        ),
+        (["plan", "MODEL", "--params=1e400B"], "3.5B or 120M, got '1e400B'"),
         (["eval", "MODEL"], "Invalid value: give --text, --tasks or both"),
         (["eval", "MODEL", "--text=x", "--limit=9"], "--limit and --tasks-data are for --tasks"),
         (["prun", "MODEL"], "No such command 'prun'"),
@@ -136,7 +166,9 @@ def test_cuda_where_there_is_none(refused, tiny, monkeypatch):
 
 def test_the_devices_of_eval(refused, tiny, text):
     options = [f"--text={text}", "--device=gpu"]
-    assert "--device gpu is no device" in refused("eval", tiny, *options)
+    assert "--device must be cpu, cuda, cuda:1 or auto, got 'gpu'" in refused(
+        "eval", tiny, *options
+    )
 
 
 # --- models and text ---
@@ -164,7 +196,7 @@ HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
         ),
         (
             OlmoForCausalLM(OlmoConfig(**SIZES, **HEADS)),
-            "--layout per-layer is not open to olmo: no class has its layers in widths of their",
+            "--layout per-layer is not possible for olmo: no class has its layers in widths of",
         ),
     ],
     ids=lambda value: type(value).__name__,
@@ -178,7 +210,7 @@ def test_unsupported_architectures(refused, text, tmp_path, model, message):
 def test_no_such_model(refused):
     for verb in (["prune", "nowhere", "--out=out"], ["plan", "nowhere"]):
         assert refused(*verb).startswith("no such folder or file: nowhere (a model on the hub")
-    assert "nowhere" in refused("eval", "nowhere", "--text=words.txt")
+    assert "nowhere" in refused("eval", "nowhere", "--text=builtin")
 
 
 def test_weights_that_could_run_code(refused, tiny, tmp_path):
@@ -206,7 +238,7 @@ def test_a_text_too_short_to_evaluate_on(refused, tiny, text, tmp_path):
 def test_the_wrong_field(refused, tiny, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"body": "words"}\n')
     message = refused("prune", tiny, "--out=out", "--calibration=rows.jsonl", *SMALL)
-    assert "no text in field 'text' (found: body); name the right one with --text-field" in message
+    assert "no 'text' (found: body)): name the right field as --text-field" in message
 
 
 def test_what_is_no_checkpoint(refused, tiny):
@@ -258,7 +290,7 @@ def test_memory_that_runs_out(refused, tiny, text, monkeypatch):
     said = "CUDA out of memory. Tried to allocate 2 GiB. Less is free"
     reason = f"({said}): lower --batch-size (now 1) or "
     message = refused("prune", tiny, "--out=out", f"--calibration={text}", *SMALL)
-    fix = "--seq-len (now 32), or use --dtype bf16; with other options, start anew: remove out.run"
+    fix = "--seq-len (now 32), or use --dtype bf16; other options need a new start: remove out.run"
     assert message == f"out of memory on cpu {reason}{fix}"
     message = refused("eval", tiny, f"--text={text}", "--device=cpu")
     assert message == f"out of memory on device cpu {reason}--seq-len"
@@ -303,21 +335,61 @@ def test_help(call):
     assert code == 0 and all(verb in out for verb in ("prune", "plan", "eval", "verify", "show"))
 
 
-@pytest.mark.parametrize(
-    ("verb", "option"),
-    [
-        ("prune", "--calibration"),
-        ("plan", "--tokens-per-second"),
-        ("eval", "--windows"),
-        ("verify", "DIR"),
-        ("show", "DIR"),
-        ("bench", "--plot"),
-    ],
-)
-def test_help_of_each_verb(call, verb, option):
+VERBS = ("prune", "compare", "sparsify", "plan", "eval", "bench", "verify", "show", "export")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb(call, verb):
     code, out, err = call(verb, "--help")
-    assert (code, err) == (0, "")
-    assert option in out and "--json" in out
+    assert (code, err) == (0, "") and "--json" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out and "..." not in out  # nothing is cut off
+
+
+@pytest.mark.parametrize("kind", [PruneConfig, SparsifyConfig])
+def test_every_field_is_an_option(call, kind):
+    verb = "prune" if kind is PruneConfig else "sparsify"
+    out = call(verb, "--help")[1]
+    own = {field.name for field in fields(kind)} - {"model", "budget"}
+    assert own <= kind.options().keys()
+    assert all(f" --{name.replace('_', '-')} " in out for name in kind.options())
+
+
+def test_help_has_panels(call):
+    out = call("prune", "--help")[1]
+    panels = re.split(r"╭─ (\w+) ─+╮", out)
+    by_name = dict(zip(panels[1::2], panels[2::2], strict=True))
+    for name, option in [("Options", "--keep"), ("Learning", "--epochs"), ("Machine", "--device")]:
+        assert f" {option} " in by_name[name]
+    for option in ("start", "anneal", "gate-site", "schedule", "accumulate", "decay", "scales"):
+        assert f" --{option} " in by_name["Ablation"]
+    assert " --eval-text " in by_name["Evaluation"]
+
+
+def test_version(call):
+    assert call("--version") == (0, f"grasp {grasp.__version__}\n", "")
+
+
+def test_only_what_was_given_reaches_python(call, tiny, monkeypatch):
+    seen = {}
+
+    def fake(model, **options):
+        seen.update(options)
+        raise GraspError(
+            "use `layout='uniform'`, not `layout` alone, `model` or `as_published=True`"
+        )
+
+    monkeypatch.setattr(planning, "plan", fake)
+    code, _, err = call("plan", tiny, "--keep=0.7,0.5", "--layout=per-layer", "--as-published")
+    own = dict(dtype="bf16", memory="fast", tokens_per_second=None)
+    assert code == 1 and seen == dict(keep=[0.7, 0.5], layout="per-layer", as_published=True, **own)
+    said = "use --layout uniform, not --layout alone, `model` or --as-published"
+    assert err == f"error: {said}\n"
+
+
+def test_plan_is_for_one_budget(refused, tiny):
+    said = refused("plan", tiny, "--keep=0.7,0.5")
+    assert said == "--keep must be one number, got [0.7, 0.5]"
 
 
 def test_prune(call, tiny, text, tmp_path):
@@ -355,7 +427,7 @@ def test_prune_json(call, tiny, text, tmp_path):
 def test_progress_is_one_line_that_changes(call, tiny, text, tmp_path, monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(cli, "err_console", console)
+    monkeypatch.setattr(progress, "err_console", console)
     options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *SMALL]
     assert call("prune", tiny, *options)[0] == 0
     shown = screen.getvalue()
@@ -376,7 +448,7 @@ def test_progress_is_one_line_that_changes(call, tiny, text, tmp_path, monkeypat
     ],
 )
 def test_the_note_beside_a_step(record, note):
-    assert cli._note(record) == note
+    assert progress.note(record) == note
 
 
 def test_plan(call, tiny):

@@ -98,7 +98,7 @@ def test_methods_that_fit_weights_run_in_fp32(tiny, text, tmp_path):
     (cell,) = result.summary["cells"]
     assert cell["perplexity"] == alone["results"]["pruned"]
     assert cell["mask_sha256"] == alone["mask_sha256"]
-    assert "(those named greedy fit weights, in fp32)" in explained(result.summary)
+    assert "Greedy methods fit weights and run in fp32." in explained(result.summary)
 
 
 def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
@@ -139,13 +139,17 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message", "code"),
     [
-        (["--methods=magic"], "--methods 'magic': choose from learned, free", 1),
-        (["--methods=greedy-head-similarity+refit"], "has fitted weights already: name it", 1),
-        (["--methods=fisher+magic"], "--methods 'fisher+magic': choose from learned", 1),
-        (["--keep=0.5,2"], "--keep 2.0 is not a ratio: choose one in (0, 1]", 1),
-        (["--keep=half"], "'half' is no number and no list: write 0.5 or 0.8,0.5", 2),
-        (["--seeds=x"], "'x' is no list of whole numbers", 2),
-        (["--seeds=-1"], "--seed -1 is outside 0 to 4294967295", 1),
+        (["--methods=magic"], "--methods must be among learned, free", 1),
+        (
+            ["--methods=greedy-head-similarity+refit"],
+            "--methods must name greedy-head-similarity alone",
+            1,
+        ),
+        (["--methods=fisher+magic"], "+refit or +bias, got 'fisher+magic'", 1),
+        (["--keep=0.5,2"], "--keep must be above 0 and at most 1, got 2.0", 1),
+        (["--keep=half"], "expected a number or a list such as 0.8,0.5, got 'half'", 2),
+        (["--seeds=x"], "expected a list of whole numbers such as 1,4, got 'x'", 2),
+        (["--seeds=-1"], "--seed must be between 0 and 4294967295, got -1", 1),
         (["--limit=3"], "--limit and --tasks-data are for --tasks, which is not given", 2),
         (["--samples=ALL"], "the samples leave no text to evaluate on: give --eval-text", 1),
     ],
@@ -188,8 +192,14 @@ def test_command_line_with_tasks(call, tiny, text, tmp_path):
 
 @pytest.mark.parametrize("empty", ["keep", "methods", "seeds"])
 def test_nothing_to_compare(tiny, text, tmp_path, empty):
-    with pytest.raises(GraspError, match=f"{empty}=.. leaves nothing to compare"):
+    with pytest.raises(GraspError, match=f"`{empty}` must name at least one, got none"):
         grasp.compare(tiny, tmp_path / "out", calibration=text, **{empty: []}, **SMALL)
-    with pytest.raises(GraspError, match="names no budget"):
-        grasp.prune_each(tiny, tmp_path / "out", calibration=text, keep=[])
+    with pytest.raises(GraspError, match="`keep` must hold at least one number, got none"):
+        grasp.prune(tiny, tmp_path / "out", calibration=text, keep=[])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [{"method": "fisher"}, {"seed": 1}, {"params": 9e4}])
+def test_what_each_cell_sets_is_refused(tiny, text, tmp_path, option):
+    with pytest.raises(GraspError, match=f"`{min(option)}` is set for each cell of compare"):
+        grasp.compare(tiny, tmp_path / "out", calibration=text, **option, **SMALL)

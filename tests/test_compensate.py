@@ -13,6 +13,8 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.biases import add_biases, mean_biases
 from grasp.compress.fold import fold_mask
+from grasp.config import PruneConfig
+from grasp.errors import GraspError
 from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
 
@@ -68,13 +70,27 @@ def test_who_cannot_carry_them(refused, tmp_path_factory, text):
     options = [f"--calibration={text}", "--samples=4", "--seq-len=32", "--device=cpu"]
     message = refused("prune", model, "--out=out", "--compensate=bias", "--method=flap", *options)
     assert message.startswith(
-        "--compensate bias: qwen2 has no class with biases in o_proj and down_proj"
+        "--compensate bias needs a class with biases in o_proj and down_proj, and qwen2 has none"
     )
     message = refused("compare", model, "--out=out", "--methods=flap,flap+bias", *options)
-    assert message.startswith("--compensate bias: qwen2 has no class")
+    assert message.startswith("--compensate bias needs a class")
 
 
 def test_a_layout_without_a_class_for_them_is_refused_at_once(refused, tiny, text):
     options = [f"--calibration={text}", "--layout=uniform", "--compensate=bias", "--seq-len=32"]
     message = refused("prune", tiny, "--out=out", *options, "--samples=4", "--device=cpu")
     assert "no other stock class has its biases: use --layout per-layer" in message
+
+
+def test_what_auto_stands_for():
+    """An explicit choice is never overridden; recipes name what was done."""
+    updating, budget = "greedy-output-approximation", Budget.of()
+    assert PruneConfig("m", budget).to_json()["compensate"] == "refit"
+    assert PruneConfig("m", budget, compensate="bias").to_json()["compensate"] == "bias"
+    for choice in ({}, {"compensate": "none"}):
+        recipe = PruneConfig("m", budget, method=updating, **choice).to_json()
+        assert recipe["compensate"] == "none"
+    with pytest.raises(GraspError, match=f"`compensate` must be none with {updating}, .* 'refit'"):
+        PruneConfig("m", budget, method=updating, compensate="refit")
+    paper = PruneConfig.of("m", as_published=True, compensate="none", start="equal")
+    assert paper == PruneConfig.of("m").as_published()

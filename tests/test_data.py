@@ -157,7 +157,7 @@ def test_a_data_set_with_configuration_and_split(tmp_path):
     assert (corpus.name, corpus.split) == (f"{tmp_path}:en", "test")
     with pytest.raises(GraspError, match="split dev, is neither a file nor a data set that"):
         read(f"{tmp_path}:en:dev")
-    with pytest.raises(GraspError, match=r"has no column 'body' \(found: text\).*--text-field"):
+    with pytest.raises(GraspError, match=r"has no column 'body' \(found: text\).*`text_field`"):
         read(f"{tmp_path}:en", "body")
 
 
@@ -296,7 +296,7 @@ COMPLETE = gzip.compress(b"text " * 100, mtime=0)  # the same in every process
             r"in 1 of 1 records \(line 1: 'text' is null\): name the",
         ),
         ("n.jsonl", '{"text": "a"}\nnull\n{}', r"no text in 2 of 3 records \(line 2: a record is"),
-        ("b.jsonl", '{"text": 7}', r"b.jsonl, line 1: 'text' holds int, not a text .*--text-field"),
+        ("b.jsonl", '{"text": 7}', r"b.jsonl, line 1: 'text' holds int, not a text .*`text_field`"),
         ("c.jsonl", '{"text": "a"}\n{"text', r"c.jsonl, line 2: not JSON \(Unterminated"),
         ("c.jsonl", '{"text\n{"text": "a"}', r"c.jsonl, line 1: not JSON \(Invalid control"),
         ("d.json", '[{"text": "a"}, 7]', r"d.json, record 2: a record holds int, not a text"),
@@ -378,7 +378,7 @@ def test_a_folder_of_bad_files(tmp_path, capfd, name, content, message):
     [
         ("", r"'' names no text: expected a text, .jsonl"),
         (" ", r"' ' names no text"),
-        ("self", r"self is only for --calibration, the model writes it"),
+        ("self", r"only `calibration` may be self"),
         ("missing.txt", r"missing.txt does not exist: expected a text, .jsonl"),
         ("missing.parquet", r"missing.parquet does not exist: expected a text"),
         ("missing.csv", r"missing.csv does not exist"),
@@ -536,15 +536,15 @@ def test_held_out_text_is_the_same_for_every_seed_and_never_drawn():
 def test_too_little_text_says_how_much_is_needed():
     assert len(token_blocks(corpus_of(29), seq_len=10, samples=2, seed=0)) == 2
     message = (
-        "too little text: notes.txt has 29 tokens, 2 blocks of 10; --samples 3 needs 30 tokens: "
-        "pass --samples 2, a shorter --seq-len or more text"
+        "too little text: notes.txt has 29 tokens, 2 blocks of 10; `samples=3` needs 30 tokens: "
+        "use `samples=2`, a shorter `seq_len` or more text"
     )
     with pytest.raises(GraspError) as error:
         token_blocks(corpus_of(29), seq_len=10, samples=3, seed=0)
     assert str(error.value) == message
-    with pytest.raises(GraspError, match="--seq-len 1 leaves nothing to predict"):
+    with pytest.raises(GraspError, match="`seq_len` must be at least 2, got 1"):
         token_blocks(corpus_of(29), seq_len=1, samples=1, seed=0)
-    with pytest.raises(GraspError, match="--samples 0 is no sample"):
+    with pytest.raises(GraspError, match="`samples` must be at least 1, got 0"):
         token_blocks(corpus_of(29), seq_len=2, samples=0, seed=0)
 
 

@@ -166,11 +166,14 @@ def test_the_model_comes_back_as_it_was():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 257}, "--seq-len 257 is outside what this model takes: 2 to 256"),
-        ({"seq_len": 1}, "--seq-len 1 is outside"),
-        ({"batch_size": 0}, "--batch-size 0 is too small: choose at least 1"),
-        ({"seq_len": 64, "windows": 0}, "--windows 0 is no window: ask for at least 1"),
-        ({"seq_len": 64, "windows": 9}, "300 tokens, 4 windows of 64; 9 need 576 tokens: ask for"),
+        ({"seq_len": 257}, "`seq_len` must be between 2 and 256 for this model, got 257"),
+        ({"seq_len": 1}, "`seq_len` must be between 2 and 256 for this model, got 1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"seq_len": 64, "windows": 0}, "`windows` must be at least 1, got 0"),
+        (
+            {"seq_len": 64, "windows": 9},
+            "300 tokens, 4 windows of 64; 9 need 576 tokens: use fewer",
+        ),
     ],
 )
 def test_bad_settings(options, message):
@@ -204,5 +207,5 @@ def test_the_wrong_tokenizer():
 
 def test_no_bos_to_put():
     model = tiny_model("llama", bos_token_id=None)
-    with pytest.raises(GraspError, match="--bos: this model has no BOS token"):
+    with pytest.raises(GraspError, match="`bos` needs a BOS token"):
         perplexity(model, corpus_of(64), seq_len=32, bos=True)

@@ -453,7 +453,7 @@ def test_tokenizers_that_llama_cpp_lacks(tokenizer, said, tmp_path):
         ),
         ("qwen3", EVEN, {"attention_bias": True}, "q_proj.bias has no place in .* qwen3"),
         ("phi3", UNEVEN, {}, "8 of 16 values of a head are rotated"),
-        ("gemma", UNEVEN, {"tied": True}, "gemma with widths .* has no GeGLU: prune with --lay"),
+        ("gemma", UNEVEN, {"tied": True}, "gemma with widths .* has no GeGLU: prune with `lay"),
         ("gemma2", EVEN, {"tied": True}, "query_pre_attn_scalar 40 cannot .* gemma2 with 16"),
         ("gemma3_text", EVEN, {}, "tie_word_embeddings False cannot be exported"),
     ],
@@ -471,7 +471,7 @@ def test_values_beyond_f16(tmp_path):
     model, mask = pruned("llama", UNEVEN, vocab=VOCAB)
     model.model.layers[2].mlp.up_proj.weight[3, 5] = 1e5
     save_pruned(model, mask, tmp_path / "model", byte_level())
-    with pytest.raises(GraspError, match=r"blk\.2\.ffn_up\.weight has values .* --type bf16"):
+    with pytest.raises(GraspError, match=r"blk\.2\.ffn_up\.weight has values .* `type='bf16'`"):
         export(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     export(tmp_path / "model", tmp_path / "model.gguf", type="bf16")
@@ -526,11 +526,11 @@ def test_command_line(grasp_export, tmp_path):
             ["--type=q4_k_m"],
             r"--out a-f16\.gguf.*`llama-quantize a-f16\.gguf a\.gguf Q4_K_M`",
         ),
-        ("a.gguf", ["--type=int3"], "--type int3 is unknown: write f32, f16, bf16, q8_0"),
-        ("a.gguf", ["--to=onnx"], "--to onnx is unknown: write gguf or hf-uniform"),
-        ("a", ["--to=hf-uniform", "--type=f16"], "--type f16 is for --to gguf"),
+        ("a.gguf", ["--type=int3"], "--type must be one of f32, f16, bf16, q8_0, got 'int3'"),
+        ("a.gguf", ["--to=onnx"], "--to must be gguf or hf-uniform, got 'onnx'"),
+        ("a", ["--to=hf-uniform", "--type=f16"], "--type is for --to gguf, got 'f16'"),
         ("here.gguf", [], r"here\.gguf exists already: choose another --out or remove it first"),
-        ("a.bin", [], r"a\.bin does not end in \.gguf"),
+        ("a.bin", [], r"--out must end in \.gguf.* got a\.bin"),
         ("no/a.gguf", [], "make no first"),
         ("a.gguf", [], "no such folder or file: nowhere"),
     ],

@@ -122,7 +122,9 @@ def test_auto_takes_the_fastest_mode_that_fits(monkeypatch, scales):
 
 def test_a_full_memory_names_the_mode_to_try():
     model = tiny_model("llama")
-    said = r"out of memory on cpu \(full\): run the same with --memory low \(now fast\): it goes on"
+    said = (
+        r"out of memory on cpu \(full\): run the same with `memory=\'low\'` \(now fast\) to resume"
+    )
     with pytest.raises(GraspError, match=said), memory_mode(model, config("auto")):
         raise MemoryError("full")
     with pytest.raises(MemoryError), memory_mode(model, config("low")):

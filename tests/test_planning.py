@@ -248,7 +248,7 @@ def test_another_family_is_read_by_structure(tmp_path):
     assert result.params.before == from_config(config | {"model_type": "llama"}).space.total_params
     assert all(r.loads for r in result.runtimes)
     with pytest.raises(
-        GraspError, match=r"not open to granite: no class has .*: use --layout unif"
+        GraspError, match=r"not possible for granite: no class has .*: use `layout='unif"
     ):
         plan(str(tmp_path), keep=0.5)
 
@@ -365,14 +365,16 @@ def test_runtimes_depend_on_layout_and_family(tmp_path):
     assert list(loads(QWEN3_8B, "per-layer").values()) == [True] * 3 + [False] * 3
     assert all(loads(QWEN3_8B, "uniform").values())
     reasons = [r.why for r in plan(str(tmp_path), keep=0.5).runtimes if not r.loads]
-    assert all("--layout uniform" in why for why in reasons)
+    assert all("`layout='uniform'`" in why for why in reasons)
     factors = [1.0] * 48  # of which a stock config has one for half of hidden size / heads
     rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
     rope |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096}
     phi = LLAMA_31_8B | {"model_type": "phi3", "head_dim": 128, "rope_parameters": rope}
     phi |= {"max_position_embeddings": 131072, "pad_token_id": 0}
     assert list(loads(phi, "per-layer").values()) == [True] * 3 + [False] * 3
-    with pytest.raises(GraspError, match=r"refuses layers of 4 .*use --layout per-layer or --kv-m"):
+    with pytest.raises(
+        GraspError, match=r"refuses layers of 4 .*use `layout='per-layer'` or `kv_m"
+    ):
         loads(phi, "uniform")
 
 
@@ -410,19 +412,26 @@ def test_a_plan_needs_no_torch(tmp_path, source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0.0}, r"--keep 0.0 is not a ratio: choose one in \(0, 1\]"),
-        ({"keep": 1.5}, r"--keep 1.5 is not a ratio"),
-        ({"keep": 0.01}, r"--keep 0.01 is impossible: .* already takes 0.099; ask for at least"),
-        ({"kv_cache": 0.1}, r"--kv-cache 0.1 is impossible: .* 0.3334"),
-        ({"params": 1e6}, r"--params 1,000,000 is impossible .*between 38,852,928 and 134,515,008"),
-        ({"params": 1e9}, r"--params 1,000,000,000 is impossible .*134,515,008"),
-        ({"keep": 0.5, "params": 1e8}, r"--keep and --params are two budgets"),
-        ({"ffn_multiple": 100}, r"--ffn-multiple 100 does not divide a width of this model, 1536"),
-        ({"kv_multiple": 2}, r"--kv-multiple 2 does not divide a width of this model, 3"),
-        ({"dtype": "int4"}, r"--dtype int4 cannot be planned: choose bf16 or fp32"),
-        ({"samples": 0}, r"--samples 0 is too small: choose at least 1"),
-        ({"scales": "row"}, r"--scales 'row': choose channel, unit"),
-        ({"tokens_per_second": 0}, r"--tokens-per-second 0 is no speed"),
+        ({"keep": 0.0}, "`keep` must be above 0 and at most 1, got 0.0"),
+        ({"keep": 1.5}, "`keep` must be above 0 and at most 1, got 1.5"),
+        ({"keep": 0.01}, "`keep` must be at least 0.099, which .*, got 0.01"),
+        ({"kv_cache": 0.1}, "`kv_cache` must be at least 0.3334, .*, got 0.1"),
+        ({"params": 1e6}, "`params` must be between 38,852,928 and 134,515,008 .*, got 1,000,000"),
+        ({"params": 1e9}, "`params` must be .*134,515,008 .*, got 1,000,000,000"),
+        ({"keep": 0.5, "params": 1e8}, "`keep` and `params` are two budgets"),
+        (
+            {"ffn_multiple": 100},
+            "`ffn_multiple` must divide the widths of this model, 1536 among them, got 100",
+        ),
+        (
+            {"kv_multiple": 2},
+            "`kv_multiple` must divide the widths of this model, 3 among them, got 2",
+        ),
+        ({"dtype": "int4"}, "`dtype` of a plan must be bf16 or fp32, got 'int4'"),
+        ({"samples": 0}, "`samples` must be at least 1, got 0"),
+        ({"as_published": True, "method": "fisher"}, "`as_published` sets `method` to 'learned'"),
+        ({"scales": "row"}, "`scales` must be one of channel, unit, got 'row'"),
+        ({"tokens_per_second": 0}, "`tokens_per_second` must be above 0, got 0"),
     ],
 )
 def test_impossible_plans_name_the_value_and_the_fix(tmp_path, options, message):

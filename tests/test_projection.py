@@ -158,12 +158,12 @@ def test_limit_can_be_a_tensor():
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        (Budget("keep", 0.01), "already takes"),
-        (Budget("kv_cache", 0.1), "--kv-cache 0.1 is impossible"),
-        (Budget("params", 10.0), "--params 10 is impossible"),
-        (Budget("params", 1e12), "choose between"),
-        (Budget("keep", 0.5, ffn_multiple=48), "--ffn-multiple 48 does not divide"),
-        (Budget("keep", 0.5, kv_multiple=3), "--kv-multiple 3 does not divide"),
+        (Budget("keep", 0.01), "`keep` must be at least 0.3182"),
+        (Budget("kv_cache", 0.1), "`kv_cache` must be at least"),
+        (Budget("params", 10.0), "`params` must be between .*, got 10"),
+        (Budget("params", 1e12), "`params` must be between"),
+        (Budget("keep", 0.5, ffn_multiple=48), "`ffn_multiple` must divide"),
+        (Budget("keep", 0.5, kv_multiple=3), "`kv_multiple` must divide"),
     ],
 )
 def test_impossible_budgets_name_the_fix(budget, words):
@@ -174,18 +174,18 @@ def test_impossible_budgets_name_the_fix(budget, words):
 @pytest.mark.parametrize("kind", ["keep", "kv_cache"])
 @pytest.mark.parametrize("asked", [0.0, 1.5, -1.0])
 def test_a_ratio_is_refused_before_there_is_a_model(kind, asked):
-    with pytest.raises(GraspError, match=f"{asked} is not a ratio: choose one in"):
+    with pytest.raises(GraspError, match=f"`{kind}` must be above 0 and at most 1, got {asked}"):
         Budget(kind, asked)
 
 
 def test_uniform_needs_equal_layers():
     space = UnitSpace(64, (LayerUnits(8, 2, 1, 4), LayerUnits(16, 2, 1, 4)), 0)
-    with pytest.raises(GraspError, match="this model's differ"):
+    with pytest.raises(GraspError, match="`layout='per-layer'`"):
         Budget("keep", 0.5, 1, layout="uniform").limit(space)
 
 
 def test_one_budget_at_a_time():
-    with pytest.raises(GraspError, match="--keep and --kv-cache are two budgets"):
+    with pytest.raises(GraspError, match="`keep` and `kv_cache` are two budgets"):
         Budget.of(keep=0.5, kv_cache=0.5)
     assert Budget.of() == Budget("keep", 0.5)
 

@@ -118,7 +118,7 @@ def test_singular_and_broken_gram_matrices():
     kept = torch.arange(3)
     solve(linear, kept, torch.zeros(6, 6))
     assert linear.weight.isfinite().all()
-    with pytest.raises(GraspError, match="no solution: give more --samples"):
+    with pytest.raises(GraspError, match="no solution: use more `samples`"):
         solve(linear, kept, torch.eye(6) - 2 * torch.ones(6, 6))  # no Gram matrix at all
-    with pytest.raises(GraspError, match="not finite: use --dtype fp32"):
+    with pytest.raises(GraspError, match="not finite: use `dtype='fp32'`"):
         solve(linear, kept, torch.full((6, 6), torch.nan))

@@ -205,7 +205,7 @@ def test_stopped_by_a_signal(tiny, text, tmp_path, learned, number, code, stoppe
     attempt.join()
     assert attempt.exitcode == code
     said = stderr.read_text().strip().splitlines()
-    assert said[-1] == f"{stopped}: the same command goes on from where it was"
+    assert said[-1] == f"{stopped}: run the same command again to resume"
     assert "Traceback" not in stderr.read_text()
     assert not out.exists() and run_folder(out).is_dir()
 
@@ -296,7 +296,7 @@ def test_another_configuration_is_refused_with_the_difference(tiny, text, tmp_pa
     message = str(refused.value)
     assert message.startswith(f"{run_folder(out)} holds an unfinished run of another configuration")
     assert "(budget.asked: 0.5 there, 0.4 now; samples: 8 there, 9 now; seed: 0 there, 7" in message
-    assert "remove the folder, or choose another --out" in message
+    assert "remove the folder, or choose another `out`" in message
     assert sorted(run_folder(out).rglob("*")) == before
 
 
@@ -332,7 +332,7 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path):
 def test_an_existing_result_is_never_touched(tiny, tmp_path, make):
     out = tmp_path / "out"
     make(out)
-    with pytest.raises(GraspError, match="out exists already: choose another --out or remove it"):
+    with pytest.raises(GraspError, match="out exists already: choose another `out` or remove it"):
         grasp.prune(tiny, out, seq_len=32)
     assert os.listdir(tmp_path) == ["out"]
 
@@ -383,7 +383,7 @@ def test_refit_end_to_end(tiny, text, tmp_path, dtype):
 @pytest.fixture(scope="module")
 def several(tiny, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("several") / "out"
-    return grasp.prune_each(tiny, out, keep=(0.7, 0.5), calibration=text, **SMALL)
+    return grasp.prune(tiny, out, keep=(0.7, 0.5), calibration=text, **SMALL)
 
 
 def test_several_budgets_from_one_choice(tiny, text, tmp_path, learned, several):
@@ -402,7 +402,7 @@ def test_several_budgets_from_one_choice(tiny, text, tmp_path, learned, several)
     learning = [r["step"] for r in log if r.get("stage") == "learn"]
     assert learning == list(range(1, 17))  # once
     options = dict(AT_ONCE, calibration=text, method="fisher")
-    masks = [r.mask for r in grasp.prune_each(tiny, tmp_path / "f", keep=(0.7, 0.5), **options)]
+    masks = [r.mask for r in grasp.prune(tiny, tmp_path / "f", keep=(0.7, 0.5), **options)]
     alone = [grasp.prune(tiny, tmp_path / str(k), keep=k, **options).mask for k in (0.7, 0.5)]
     assert [m.digest() for m in masks] == [m.digest() for m in alone]
 
@@ -420,9 +420,9 @@ def test_several_budgets_stopped_and_resumed(tiny, text, tmp_path, several, monk
     monkeypatch.setattr(pipeline, "shrink", stop)
     options = dict(SMALL, keep=(0.7, 0.5), calibration=text)
     with pytest.raises(KeyboardInterrupt):
-        grasp.prune_each(tiny, out, **options)
+        grasp.prune(tiny, out, **options)
     assert not out.exists()
-    again = grasp.prune_each(tiny, out, **options)
+    again = grasp.prune(tiny, out, **options)
     for one, other in zip(again, several, strict=True):
         assert contents(one.folder) == contents(other.folder)
     made = [r["part"] for r in records(out) if r.get("stage") == "calibrate" and r["step"] == 1]
@@ -492,7 +492,7 @@ def test_what_verify_would_fail_is_not_published(tiny, text, tmp_path, verb, mon
         options |= AT_ONCE
         if verb == "prune":
             return grasp.prune(tiny, out, **options).folder
-        return grasp.prune_each(tiny, out, keep=(0.7, 0.5), **options)[1].folder
+        return grasp.prune(tiny, out, keep=(0.7, 0.5), **options)[1].folder
 
     def save_damaged(model, tokenizer, folder, record):
         saved = save(model, tokenizer, folder, record)
@@ -663,7 +663,7 @@ def test_memory_that_runs_out(tiny, text, tmp_path):
     said = stderr.read_text()
     assert attempt.exitcode == 1 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: out of memory on cpu (")
-    fix = "run the same with --memory low (now fast): it goes on where it stopped"
+    fix = "run the same with `memory='low'` (now fast) to resume"
     assert said.endswith(f"): {fix}\n") and not out.exists()
 
     again = grasp.prune(tiny, out, calibration=text, **options, memory="low")

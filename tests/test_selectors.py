@@ -294,7 +294,7 @@ def test_free_scores_know_no_budget(tiny, text, tmp_path):
     """They learn on the dense model, with every gate open, and are those of any budget."""
     options = dict(samples=4, seq_len=32, epochs=2, scale_epochs=0, eval_windows=2, device="cpu")
     options |= dict(calibration=text, ffn_multiple=1, method="free")
-    whole = grasp.prune_each(tiny, tmp_path / "both", keep=(0.7, 0.4), **options)
+    whole = grasp.prune(tiny, tmp_path / "both", keep=(0.7, 0.4), **options)
     alone = grasp.prune(tiny, tmp_path / "alone", keep=0.7, **options)
     assert whole[0].mask.digest() == alone.mask.digest()
     assert not (whole[1].mask.keep & ~whole[0].mask.keep).any()

@@ -262,7 +262,7 @@ def test_llama_cpp_computes_the_whole_prompt(files, monkeypatch):
 
 def test_gguf_files_are_not_compiled(refused, files):
     message = refused("bench", files[0], "--compile")
-    assert message == f"--compile: {files[0]} runs in llama.cpp, not in torch: leave it out"
+    assert message == f"--compile is for torch, and {files[0]} runs in llama.cpp: leave it out"
 
 
 def test_no_llama_cpp(refused, files, monkeypatch):
@@ -311,14 +311,17 @@ def test_the_command_in_json(call, tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-sizes=0,2"], "--batch-sizes 0,2: choose whole numbers from 1"),
-        (["--prompt-lens=-3"], "--prompt-lens -3: choose whole numbers from 1"),
-        (["--tokens=0"], "--tokens 0: choose whole numbers from 1"),
-        (["--repetitions=0"], "--repetitions 0: choose whole numbers from 1"),
-        (["--prompt-lens=250"], "--prompt-lens 250 and --tokens 32 are more than "),
-        (["--plot=speed.pdf"], "--plot speed.pdf is no PNG: name a file that ends in .png"),
-        (["--plot=no/speed.png"], "--plot no/speed.png is in no folder that exists: make no first"),
-        (["--device=gpu"], "--device gpu is no device: write cpu, cuda, cuda:1 or auto"),
+        (["--batch-sizes=0,2"], "--batch-sizes must be at least 1, got 0,2"),
+        (["--prompt-lens=-3"], "--prompt-lens must be at least 1, got -3"),
+        (["--tokens=0"], "--tokens must be at least 1, got 0"),
+        (["--repetitions=0"], "--repetitions must be at least 1, got 0"),
+        (["--prompt-lens=250"], "--prompt-lens and --tokens must be at most 256 together for "),
+        (["--plot=speed.pdf"], "--plot must name a file that ends in .png, got speed.pdf"),
+        (
+            ["--plot=no/speed.png"],
+            "--plot no/speed.png must be in a folder that exists: make no first",
+        ),
+        (["--device=gpu"], "--device must be cpu, cuda, cuda:1 or auto, got 'gpu'"),
         (["--against=nowhere"], "no such folder or file: nowhere (a model on the hub"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -342,7 +342,7 @@ def test_nan_loss_names_step_loss_and_fix():
     space = UnitSpace.of(model)
     projection = Projection(space, Budget("keep", 0.5, 8))
     settings = LearnSettings(TrainSettings(1))
-    with pytest.raises(GraspError, match=r"loss is nan at step 1: try a smaller --lr"):
+    with pytest.raises(GraspError, match=r"loss is nan at step 1: try a smaller `lr`"):
         learn_scores(model, projection, torch.zeros(space.size), BLOCKS, settings, Journal())
 
 

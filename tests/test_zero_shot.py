@@ -123,7 +123,7 @@ def test_equal_to_the_definition(tiny, data):
     found = evaluate_tasks(
         str(tiny),
         ["piqa", "arc_easy"],
-        data=data,
+        tasks_data=data,
         batch_size=3,
         device="cpu",
         progress=lambda *step: seen.append(step),
@@ -160,7 +160,7 @@ def test_the_tasks_ask_as_those_of_lm_eval(task):
 
 def test_every_task_reads_its_documents(tiny, data):
     assert sorted(UPSTREAM) == sorted(path.stem for path in LOCAL_TASKS.glob("*.yaml"))
-    found = evaluate_tasks(str(tiny), sorted(UPSTREAM), data=data, limit=1, device="cpu")
+    found = evaluate_tasks(str(tiny), sorted(UPSTREAM), tasks_data=data, limit=1, device="cpu")
     with_norm = {"arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa"}
     for task, scores in found.models[0].scores.items():
         assert scores.keys() == ({"acc", "acc_norm"} if task in with_norm else {"acc"})
@@ -169,10 +169,10 @@ def test_every_task_reads_its_documents(tiny, data):
 
 def test_dense_and_pruned_in_one_run(tiny, pruned, data):
     both = evaluate_tasks(
-        str(pruned), "piqa, arc_easy", against=str(tiny), data=data, limit=4, device="cpu"
+        str(pruned), "piqa, arc_easy", against=str(tiny), tasks_data=data, limit=4, device="cpu"
     )
     for name, scores in zip((pruned, tiny), both.models, strict=True):
-        alone = evaluate_tasks(str(name), "piqa,arc_easy", data=data, limit=4, device="cpu")
+        alone = evaluate_tasks(str(name), "piqa,arc_easy", tasks_data=data, limit=4, device="cpu")
         assert alone.models == (scores,) and scores.model == str(name)
         assert (scores.dtype, scores.bos, scores.truncated) == ("float32", False, 0)
     assert [row[:2] for row in both.rows()] == [
@@ -219,7 +219,7 @@ def test_dense_and_pruned_in_one_run(tiny, pruned, data):
 
 def test_what_is_cut_is_counted(data, tmp_path):
     short = save_tiny(tmp_path / "short", max_position_embeddings=48)
-    found = evaluate_tasks(str(short), "piqa", data=data, device="cpu")
+    found = evaluate_tasks(str(short), "piqa", tasks_data=data, device="cpu")
     lengths = [
         len(f"Question: {d['goal']}\nAnswer: {d[answer]}") - 1  # the last token is no input
         for d in PIQA
@@ -235,16 +235,16 @@ def test_what_is_cut_is_counted(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0}, "--limit 0 is no document: ask for at least 1"),
-        ({"batch_size": 0}, "--batch-size 0 is too small: choose at least 1"),
-        ({"device": "gpu"}, "--device gpu is no device"),
+        ({"limit": 0}, "`limit` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"device": "gpu"}, "`device` must be cpu, cuda, cuda:1 or auto, got 'gpu'"),
         ({"tasks": "pika"}, r"no task 'pika' \(did you mean piqa\?\) among those that read"),
-        ({"tasks": ""}, "no task '' among those that read --tasks-data: there are arc_challenge"),
+        ({"tasks": ""}, "no task '' among those that read `tasks_data`: there are arc_challenge"),
         ({"against": "nowhere"}, "no such folder or file: nowhere"),
     ],
 )
 def test_bad_options(tiny, data, options, message):
-    options = {"tasks": "piqa", "data": data, "device": "cpu", **options}
+    options = {"tasks": "piqa", "tasks_data": data, "device": "cpu", **options}
     with pytest.raises(GraspError, match=message):
         evaluate_tasks(str(tiny), options.pop("tasks"), **options)
 
@@ -275,13 +275,13 @@ def test_documents_that_do_not_fit(tiny, tmp_path, content, message):
     if content is not None:
         (tmp_path / "piqa.validation.jsonl").write_text(content)
     with pytest.raises(GraspError, match=message):
-        evaluate_tasks(str(tiny), "piqa", data=tmp_path, device="cpu")
+        evaluate_tasks(str(tiny), "piqa", tasks_data=tmp_path, device="cpu")
 
 
 def test_an_answer_that_is_not_among_the_choices(tiny, tmp_path):
     write(tmp_path, "arc_easy.test", [ARC[0], {**ARC[1], "answerKey": "E"}])
     with pytest.raises(GraspError, match=r"cannot score arc_easy with .*: 'E' is not in list"):
-        evaluate_tasks(str(tiny), "arc_easy", data=tmp_path, device="cpu")
+        evaluate_tasks(str(tiny), "arc_easy", tasks_data=tmp_path, device="cpu")
 
 
 def test_weights_that_are_no_numbers(data, tmp_path):
@@ -290,13 +290,13 @@ def test_weights_that_are_no_numbers(data, tmp_path):
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(GraspError, match="likelihoods that are not numbers: the weights are dam"):
-        evaluate_tasks(str(tmp_path), "piqa", data=data, device="cpu")
+        evaluate_tasks(str(tmp_path), "piqa", tasks_data=data, device="cpu")
 
 
 def test_without_lm_eval(tiny, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
     with pytest.raises(GraspError, match=r"needs lm-eval: pip install 'graspprune\[tasks\]'"):
-        evaluate_tasks(str(tiny), "piqa", data=data, device="cpu")
+        evaluate_tasks(str(tiny), "piqa", tasks_data=data, device="cpu")
 
 
 def test_the_default_is_the_hub(tiny, monkeypatch):
@@ -308,7 +308,7 @@ def test_the_default_is_the_hub(tiny, monkeypatch):
     assert (
         done.stderr.startswith("error: task piqa does not load: ") and "baber/piqa" in done.stderr
     )
-    assert "or give local documents with --tasks-data" in done.stderr
+    assert "or give local documents as --tasks-data" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -350,7 +350,8 @@ def test_the_command_line_of_lm_eval(pruned, data, tmp_path):
     assert done.returncode == 0, done.stderr
     (report,) = tmp_path.glob("found*.json")
     found = json.loads(report.read_text())["results"]["piqa"]
-    ours = evaluate_tasks(str(pruned), "piqa", data=data, device="cpu").models[0].scores["piqa"]
+    found = evaluate_tasks(str(pruned), "piqa", tasks_data=data, device="cpu")
+    ours = found.models[0].scores["piqa"]
     for metric, score in ours.items():
         assert [found[f"{metric},none"], found[f"{metric}_stderr,none"]] == [
             score.value,

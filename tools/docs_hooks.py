@@ -21,7 +21,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 PAGES = {  # repository path -> page of the site that shows it
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -43,7 +41,6 @@ LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=\))"
 FOREIGN = re.compile(
     r"<(?:script|img)\b[^>]*\bsrc=[\"']?https?:|<link\b[^>]*stylesheet[^>]*https?:"
 )
-Fence = Callable[..., str]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -91,7 +88,9 @@ def _answer(what: str, about: str, page: Page) -> str:
     if what == "api":
         return _api(about)
     if what == "plan":
-        return "```text\n" + str(_plan(*shlex.split(about))) + "\n```"
+        from grasp.cli.main import as_options
+
+        return "```text\n" + as_options(str(_plan(*shlex.split(about)))) + "\n```"
     return _plans(about.split(", "))
 
 

@@ -1,7 +1,7 @@
-"""Budget: how much may stay, in exact integers, and the widths that are allowed.
+"""Budget: how much is kept, in exact integers, and which widths are allowed.
 
-Free of torch, so that `grasp plan` can answer from a `config.json` at once. The projection that
-spends a budget on scores is in `grasp.projection`.
+This module imports no torch, so that `grasp plan` can answer from a `config.json` at once.
+`grasp.budget.projection` selects units by score within a budget.
 """
 
 from __future__ import annotations
@@ -10,47 +10,65 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, cast, get_args
+from numbers import Real
+from typing import Any, Literal, NamedTuple, get_args
 
 from grasp.errors import GraspError
 from grasp.model.units import FFN_COST, LayerUnits, UnitSpace
+from grasp.options import Option, option, options_of
 
 Kind = Literal["keep", "params", "kv_cache"]
 Layout = Literal["per-layer", "uniform"]
+KINDS: dict[str, Option] = {
+    "keep": Option(
+        "Part of the prunable parameters to keep (default: 0.5).",
+        metavar="RATIO",
+        type=float | None,
+    ),
+    "params": Option("Parameters of the result, e.g. 3.5B.", metavar="COUNT", type=float | None),
+    "kv_cache": Option("Part of the KV cache to keep.", metavar="RATIO", type=float | None),
+}
 
 
 class Segment(NamedTuple):
-    """One kind of unit in one layer (uniform layout: the first such segment stands for all)."""
+    """One kind of unit in one layer."""
 
     units: slice  # into the flat unit vector
     multiple: int
-    unit_cost: int  # in the budget's own measure
+    unit_cost: int  # in the budget's measure
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for.
+    """How much to keep, as `asked` of a `kind`, and the widths that are allowed.
 
-    `keep` is the part of the prunable parameters that may stay, `params` a number of parameters of
-    the whole model, `kv_cache` the part of the KV cache (then every FFN channel stays). Widths are
-    held to `ffn_multiple` channels and `kv_multiple` KV groups; layout "uniform" gives all layers
-    the same widths.
+    `keep` is the fraction of the prunable parameters to keep, `params` the number of parameters of
+    the whole model, `kv_cache` the fraction of the KV cache to keep (with every FFN channel).
+    Widths are multiples of `ffn_multiple` channels and `kv_multiple` KV groups. Layout "uniform"
+    gives all layers the same widths.
     """
 
     kind: Kind
     asked: float
-    ffn_multiple: int = 32
-    kv_multiple: int = 1
-    layout: Layout = "per-layer"
+    ffn_multiple: int = option(32, "FFN widths are multiples of this.")
+    kv_multiple: int = option(1, "KV head counts are multiples of this.")
+    layout: Layout = option("per-layer", "Widths of each layer, or the same in all.")
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
-            raise GraspError(f"--layout {self.layout!r}: choose {', '.join(get_args(Layout))}")
-        option = "--" + self.kind.replace("_", "-")
+            choices = " or ".join(get_args(Layout))
+            raise GraspError(f"`layout` must be {choices}, got {self.layout!r}")
+        if not isinstance(self.asked, Real):
+            raise GraspError(f"`{self.kind}` must be one number, got {self.asked!r}")
         if not math.isfinite(self.asked):
-            raise GraspError(f"{option} {self.asked} is no amount: write a number")
+            raise GraspError(f"`{self.kind}` must be a finite number, got {self.asked}")
         if self.kind != "params" and not 0 < self.asked <= 1:
-            raise GraspError(f"{option} {self.asked} is not a ratio: choose one in (0, 1]")
+            raise GraspError(f"`{self.kind}` must be above 0 and at most 1, got {self.asked}")
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """What `of` accepts, by name."""
+        return {**KINDS, **options_of(cls)}
 
     @classmethod
     def of(
@@ -61,14 +79,12 @@ class Budget:
         kv_cache: float | None = None,
         **widths: Any,
     ) -> Budget:
-        """A budget of exactly one kind, keep=0.5 where none is given. Raises GraspError."""
-        given: list[tuple[Kind, float]] = []
-        for kind, asked in (("keep", keep), ("params", params), ("kv_cache", kv_cache)):
-            if asked is not None:
-                given.append((cast(Kind, kind), asked))
+        """A budget of exactly one kind, keep=0.5 if none is given. Raises GraspError."""
+        kinds: dict[Kind, float | None] = {"keep": keep, "params": params, "kv_cache": kv_cache}
+        given = [(kind, asked) for kind, asked in kinds.items() if asked is not None]
         if len(given) > 1:
-            options = " and ".join("--" + kind.replace("_", "-") for kind, _ in given)
-            raise GraspError(f"{options} are two budgets: give one of them")
+            names = " and ".join(f"`{kind}`" for kind, _ in given)
+            raise GraspError(f"{names} are two budgets: give one of them")
         return cls(*(given[0] if given else ("keep", 0.5)), **widths)
 
     def unit_costs(self, layer: LayerUnits) -> tuple[int, int]:
@@ -88,7 +104,7 @@ class Budget:
         return sum(s.unit_cost * (s.units.stop - s.units.start) for s in self.segments(space))
 
     def floor(self, space: UnitSpace) -> int:
-        """Least cost that leaves every layer one block of each kind."""
+        """The lowest possible cost: one block of each kind in every layer."""
         return sum(s.unit_cost * s.multiple for s in self.segments(space))
 
     def step(self, space: UnitSpace) -> int:
@@ -102,7 +118,8 @@ class Budget:
         self.check_multiples(space)
         if self.layout == "uniform" and len(set(space.layers)) > 1:
             raise GraspError(
-                "--layout uniform needs layers of equal widths, and this model's differ"
+                "`layout='uniform'` needs layers of equal widths, and this model's differ: "
+                "use `layout='per-layer'`"
             )
         total, floor = self.cost(space), self.floor(space)
         # str first: 0.7 means seven tenths, not the nearest binary fraction
@@ -112,29 +129,28 @@ class Budget:
             least = untouchable + floor * space.hidden_size
             if not least <= asked <= space.total_params:
                 raise GraspError(
-                    f"--params {self.asked:,.0f} is impossible for this model: "
-                    f"choose between {least:,} and {space.total_params:,}"
+                    f"`params` must be between {least:,} and {space.total_params:,} for this "
+                    f"model, got {self.asked:,.0f}"
                 )
             return int((asked - untouchable) // space.hidden_size)
         limit = int(asked * total)
         if limit < floor:
-            option = "--keep" if self.kind == "keep" else "--kv-cache"
             share = math.ceil(1e4 * floor / total) / 1e4
             raise GraspError(
-                f"{option} {self.asked} is impossible: one block of every kind in every layer "
-                f"already takes {share}; ask for at least that, or for smaller multiples"
+                f"`{self.kind}` must be at least {share}, which one block of every kind in every "
+                f"layer takes, got {self.asked}: keep more, or use smaller multiples"
             )
         return limit
 
     def check_multiples(self, space: UnitSpace) -> None:
-        """Raises GraspError where a multiple does not divide a width."""
-        for option, multiple, widths in (
-            ("--ffn-multiple", self.ffn_multiple, {layer.ffn for layer in space.layers}),
-            ("--kv-multiple", self.kv_multiple, {layer.kv_groups for layer in space.layers}),
+        """Raise GraspError if a multiple does not divide a width."""
+        for name, multiple, widths in (
+            ("ffn_multiple", self.ffn_multiple, {layer.ffn for layer in space.layers}),
+            ("kv_multiple", self.kv_multiple, {layer.kv_groups for layer in space.layers}),
         ):
             uneven = [w for w in sorted(widths) if multiple < 1 or w % multiple]
             if uneven:
                 raise GraspError(
-                    f"{option} {multiple} does not divide a width of this model, {uneven[0]}: "
-                    f"choose a divisor of it (1 always is)"
+                    f"`{name}` must divide the widths of this model, {uneven[0]} among them, got "
+                    f"{multiple}: 1 always does"
                 )

@@ -1,10 +1,10 @@
-"""The projection: scores in, hard mask under the exact budget out.
+"""The projection, which turns scores into a hard mask within the exact budget.
 
-Units are ranked by their fp32 score, ties by a seeded random rank. Where widths are held to a
-multiple m, a layer's channels are first sorted and cut into blocks of m; a block is ranked by its
-middle channel, so a layer's blocks keep their order and the mask is always a layer's best channels.
-In the uniform layout the b-th blocks of all layers form one block. What is ranked then goes to
-`grasp_kernels.budget_topk`, which holds the floors and the budget and fills what is left over.
+Units are ranked by their fp32 score, ties by a seeded random rank. If widths must be multiples of
+m, the channels of a layer are first sorted and cut into blocks of m. A block is ranked by its
+middle channel, so that a layer's blocks keep their order and the mask keeps its best channels. In
+the uniform layout, the b-th blocks of all layers form one block. `grasp_kernels.budget_topk` then
+selects blocks: it keeps the floors, stays within the budget and fills the remainder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MASK_FORMAT = "1"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
-    """Which units stay: `keep` is bool [units] on the CPU, in the order of UnitSpace."""
+    """The units to keep: `keep` is bool [units] on the CPU, in the order of UnitSpace."""
 
     space: UnitSpace
     keep: Tensor
@@ -48,7 +48,7 @@ class Mask:
     __hash__ = None  # type: ignore[assignment]
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """One safetensors file: `keep`, and the space in its metadata. Raises GraspError."""
+        """Write one safetensors file: `keep`, and the space as metadata. Raises GraspError."""
         about = {"format": MASK_FORMAT, "space": json.dumps(asdict(self.space))}
         try:
             save_file({"keep": self.keep}, file, metadata=about)
@@ -57,7 +57,7 @@ class Mask:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Mask:
-        """What `save` has written. Raises GraspError."""
+        """Read a mask that `save` wrote. Raises GraspError."""
         try:
             with safe_open(file, framework="pt") as content:
                 about = content.metadata()
@@ -84,7 +84,7 @@ class Mask:
 
 
 class Projection:
-    """A budget bound to a model's units: `projection(scores)` is the mask that it buys."""
+    """A budget bound to a model's units: `projection(scores)` is the mask within it."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Projection:
         device: torch.device | str = "cpu",
         tie_rank: Tensor | None = None,
     ) -> None:
-        """`tie_rank`: int [units], lower wins among equal scores; default a permutation by seed."""
+        """`tie_rank`: int [units], the lower of equal scores wins; by default drawn with `seed`."""
         generator = torch.Generator().manual_seed(seed)
         if tie_rank is None:
             tie_rank = torch.randperm(space.size, generator=generator)
@@ -132,15 +132,15 @@ class Projection:
         self._middle = torch.tensor(middle, device=device)
         self._costs = torch.tensor(costs, device=device)
         self._floor = torch.tensor(first, device=device)
-        # ties: random between kinds, in order within one, whose blocks lie side by side
+        # ties: random between kinds; in order within a kind, whose blocks are adjacent
         lowest = tie_rank[torch.tensor(middle)].amin(1)
         block_tie = torch.cat([part.sort().values for part in lowest.split(blocks_of_kind)])
         self._block_tie = block_tie.argsort().argsort().to(device)  # as ranks 0, 1, 2, ...
 
     def __call__(self, scores: Tensor, limit: int | Tensor | None = None) -> Tensor:
-        """Hard mask, bool [units]. `limit` (int or 0-dim int64) stands in for the budget's own."""
+        """Hard mask, bool [units]. `limit` (int or 0-dim int64) replaces the budget's own."""
         scores = scores.detach().float().nan_to_num(nan=-torch.inf) + 0.0  # -0 becomes 0
-        # one sort by (segment, score): integers that order like the floats, in steps of 2^32
+        # one sort by (segment, score): the float's bits as an ordered integer, segments 2^32 apart
         bits = scores[self._by_segment].view(torch.int32)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         order = self._by_segment[(self._segment - key).argsort(stable=True)]
@@ -156,7 +156,7 @@ class Projection:
         return mask
 
     def ranked(self, importance: Tensor) -> Tensor:
-        """Scores in [-1, 1], evenly spaced in the order of `importance`, ties by their rank."""
+        """Scores in [-1, 1], evenly spaced in the order of `importance`, ties by `tie_rank`."""
         best_first = self._by_tie[importance[self._by_tie].argsort(descending=True, stable=True)]
         scores = torch.empty_like(importance)
         scores[best_first] = torch.linspace(1, -1, len(scores), device=scores.device)
@@ -176,10 +176,10 @@ def project(
     seed: int = 0,
     **widths: Any,
 ) -> Mask:
-    """The mask of the highest `scores`, fp32 [units.size], that an exact budget buys.
+    """The mask that keeps the highest `scores`, fp32 [units.size], within an exact budget.
 
-    `keep` (0.5 where nothing is given), `params` or `kv_cache` is the budget, and `widths` are its
-    `ffn_multiple`, `kv_multiple` and `layout`; see `Budget`. Ties are broken by `seed`. Raises
+    The budget is one of `keep` (0.5 by default), `params` and `kv_cache`; `widths` are its
+    `ffn_multiple`, `kv_multiple` and `layout` (see `Budget`). Ties are broken by `seed`. Raises
     GraspError: an impossible budget, or scores that are not one finite number per unit.
     """
     if scores.shape != (units.size,) or not scores.isfinite().all():

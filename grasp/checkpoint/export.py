@@ -1,4 +1,4 @@
-"""`grasp export`: a checkpoint in the format of another runtime."""
+"""`grasp export`: write a checkpoint in the format of another runtime."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from grasp.machine import disk_errors
 from grasp.model.load import load_model
 from grasp.planning.check import check_export
 
+TYPES = ("f32", "f16", "bf16", "q8_0")  # of GGUF
+
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what a reader should know about it (None: nothing)."""
+    """The result of an export; `note` is what its user should know (None: nothing)."""
 
     path: Path
     architecture: str
@@ -36,35 +38,38 @@ def export(
     type: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:
-    """Write a checkpoint (or any model that `grasp.load` takes) for another runtime.
+    """Write a checkpoint, or any model that `grasp.load` accepts, for another runtime.
 
-    `to` "gguf": one file for llama.cpp, whose matrices are of `type` f32, f16 (None), bf16 or q8_0.
-    `to` "hf-uniform": a folder with the stock class and config, every layer padded with zeros to
-    the widest; it computes the same. `out` is complete or absent. Raises GraspError: `out` exists,
-    or the other runtime has nothing that computes what the model does.
+    `to` "gguf": one file for llama.cpp, with matrices of `type` f32, f16 (None), bf16 or q8_0.
+    `to` "hf-uniform": a folder with the stock class and config; every layer is padded with zeros to
+    the widest one, which leaves the outputs unchanged. `out` is complete or absent. Raises
+    GraspError if `out` exists or the other runtime cannot compute the same as the model.
     """
     out = Path(out)
     if to not in ("gguf", "hf-uniform"):
-        raise GraspError(f"--to {to} is unknown: write gguf or hf-uniform")
+        raise GraspError(f"`to` must be gguf or hf-uniform, got {to!r}")
     if to == "gguf":
         if out.suffix != ".gguf":
-            raise GraspError(f"--out {out} does not end in .gguf, by which tools know such a file")
+            raise GraspError(f"`out` must end in .gguf, by which tools know such a file, got {out}")
+        _check_type(type or "f16", out)
     elif type is not None:
-        raise GraspError(f"--type {type} is for --to gguf: a folder keeps the type it has")
+        raise GraspError(
+            f"`type` is for `to='gguf'`, got {type!r}: leave it out, a folder keeps its type"
+        )
     if os.path.lexists(out):
-        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+        raise GraspError(f"{out} exists already: choose another `out` or remove it first")
     if not out.parent.is_dir():
-        raise GraspError(f"--out {out} is in no folder that exists: make {out.parent} first")
+        raise GraspError(
+            f"`out` must be in a folder that exists, got {out}: make {out.parent} first"
+        )
     check_export(os.fspath(model))
 
-    from grasp.checkpoint.gguf import check_type, write_gguf  # and with them torch: seconds
+    from grasp.checkpoint.gguf import write_gguf  # late: torch takes seconds
     from grasp.checkpoint.uniform import write_uniform
 
-    if to == "gguf":
-        check_type(type or "f16", out)
     live, tokenizer = load_model(model, dtype=None)
     beside = out.with_name(out.name + ".new")
-    _remove(beside)  # of an export that was killed
+    _remove(beside)  # left by an export that was killed
     try:
         with disk_errors(out):
             if to == "gguf":
@@ -78,6 +83,21 @@ def export(
         _remove(beside)
     files = out.rglob("*") if out.is_dir() else [out]
     return Exported(out, architecture, sum(file.stat().st_size for file in files), note)
+
+
+def _check_type(type: str, out: Path) -> None:
+    """Raise GraspError for a type that grasp does not write, and say how to get it."""
+    if type in TYPES:
+        return
+    from gguf import LlamaFileType
+
+    if f"MOSTLY_{type.upper()}" in LlamaFileType.__members__:
+        f16 = out.with_name(f"{out.stem}-f16.gguf")
+        raise GraspError(
+            f"`type={type!r}` is packed by llama.cpp's own tool: export with `type='f16'` and "
+            f"`out={str(f16)!r}`, then run `llama-quantize {f16} {out} {type.upper()}`"
+        )
+    raise GraspError(f"`type` must be one of {', '.join(TYPES)}, got {type!r}")
 
 
 def _remove(path: Path) -> None:

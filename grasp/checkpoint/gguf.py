@@ -1,8 +1,8 @@
-"""A model as one GGUF file, for llama.cpp and what is built on it.
+"""Write a model as one GGUF file, for llama.cpp and tools based on it.
 
-Layers with widths of their own are written as `deci`, the one architecture of llama.cpp that takes
-query heads, KV heads and FFN channels layer by layer. Equal widths need nothing special: they are
-written as the family's own architecture.
+Layers of different widths are written as `deci`, the only architecture of llama.cpp that accepts
+query heads, KV heads and FFN channels per layer. Layers of equal widths are written as the family's
+own architecture.
 """
 
 from __future__ import annotations
@@ -25,28 +25,14 @@ from grasp.machine import check_room
 from grasp.model.header import FAMILIES, STATIC_ROPE
 from grasp.model.units import UnitSpace, decoder_layers
 
-TYPES = {"f32": Ggml.F32, "f16": Ggml.F16, "bf16": Ggml.BF16, "q8_0": Ggml.Q8_0}
 FILE_TYPES = gguf.LlamaFileType.__members__  # MOSTLY_Q4_K_M and the like
 
-# Each of these rotates a head's values in neighbouring pairs (transformers: first half with second
-# half, so the rows of q and k change places) and reads rope factors and every bias.
+# These rotate neighbouring values of a head as pairs (transformers pairs the first half with the
+# second, so the rows of q and k are reordered), and read rope factors and every bias.
 LLAMA_LIKE = ("llama", "deci")
 GEMMA = ("gemma", "gemma2", "gemma3")  # their norms scale by 1 + weight
-SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # its last layer sees all tokens
+SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # the last layer of a period attends to all tokens
 LARGEST = {"gemma2": 46, "gemma3": 62}
-
-
-def check_type(type: str, out: Path) -> None:
-    """Raises GraspError for a type that grasp does not write, with the way to have it."""
-    if type in TYPES:
-        return
-    if f"MOSTLY_{type.upper()}" in FILE_TYPES:
-        f16 = out.with_name(f"{out.stem}-f16.gguf")
-        raise GraspError(
-            f"--type {type} is packed by llama.cpp's own tool: export with --type f16 --out {f16}, "
-            f"then run `llama-quantize {f16} {out} {type.upper()}`"
-        )
-    raise GraspError(f"--type {type} is unknown: write {', '.join(TYPES)}")
 
 
 def write_gguf(
@@ -57,11 +43,11 @@ def write_gguf(
     type: str,
     progress: Callable[[int, int], None],
 ) -> tuple[str, str | None]:
-    """Write the whole file; returns the architecture that was taken and a note.
+    """Write the whole file; return its architecture and a note.
 
-    `type` is that of the matrices; norms and biases stay fp32. One matrix at a time is converted.
-    Raises GraspError if llama.cpp has no architecture, rope or tokenizer that computes what the
-    model does.
+    `type` is the type of the matrices; norms and biases stay fp32. Matrices are converted one at a
+    time. Raises GraspError if llama.cpp has no architecture, rope or tokenizer that computes the
+    same as the model.
     """
     space = UnitSpace.of(model)
     architecture = _architecture(model, space)
@@ -73,16 +59,16 @@ def write_gguf(
 
     kinds, needed, odd = [], 0, 0
     for name, tensor in _tensors(model, space, architecture):
-        kind = _tensor_type(tensor, TYPES[type])
+        kind = _tensor_type(tensor, Ggml[type.upper()])
         size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind)))
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, kind)
         kinds.append(kind)
         needed += size
-        odd += tensor.dim() > 1 and kind != TYPES[type]
+        odd += tensor.dim() > 1 and kind != Ggml[type.upper()]
     if odd:
         notes.append(f"{odd} matrices stay f16: their rows are no multiple of 32, as {type} needs")
-    # numpy's own error names no reason
-    check_room(file, "file needs", needed, "choose another --out or --type")
+    # numpy's own error does not name the reason
+    check_room(file, "file needs", needed, "choose another `out` or `type`")
 
     try:
         writer.write_header_to_file()
@@ -101,7 +87,7 @@ def write_gguf(
 
 
 def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
-    """The architecture of llama.cpp that computes what this model does. Raises GraspError."""
+    """Return the llama.cpp architecture that computes the same as the model. Raises GraspError."""
     config: Any = model.config
     name = config.model_type.removeprefix("grasp_")
     if name not in FAMILIES:
@@ -128,14 +114,14 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
         )
 
     uniform = all(layer == space.layers[0] for layer in space.layers)
-    scaled = rope["rope_type"] != "default"  # only these two read rope factors
+    scaled = rope["rope_type"] != "default"  # only LLAMA_LIKE reads rope factors
     if uniform and (family.gguf in LLAMA_LIKE or not scaled):
         if family.gguf in GEMMA:
             _check_gemma(config, space, family.gguf)
         return family.gguf
     if family.deci_lacks:
         why = f"rope_type {rope['rope_type']}" if uniform else "widths that differ by layer"
-        fix = "" if uniform else ": prune with --layout uniform"
+        fix = "" if uniform else ": prune with `layout='uniform'`"
         raise GraspError(
             f"{name} with {why} cannot be exported: that takes llama.cpp's architecture deci, "
             f"which has no {family.deci_lacks}{fix}"
@@ -144,13 +130,13 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
 
 
 def _check_gemma(config: Any, space: UnitSpace, architecture: str) -> None:
-    """What llama.cpp has constants for, not keys. Source: its src/models/gemma*.cpp."""
+    """Check values that llama.cpp hard-codes for Gemma. Source: its src/models/gemma*.cpp."""
     computed: dict[str, Any] = {"tie_word_embeddings": True}
     if architecture != "gemma":
         period = SLIDING_PERIOD[architecture]
         kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
         computed["layer_types"] = [kinds[i % period] for i in range(len(space.layers))]
-        # the largest models, known by their layers, divide by the heads that are left
+        # llama.cpp knows the largest models by their layers and divides by the remaining heads
         heads = space.layers[0].kv_groups * space.layers[0].group_size
         largest = len(space.layers) == LARGEST[architecture]
         scalar = space.hidden_size // heads if largest else space.layers[0].head_dim
@@ -170,19 +156,19 @@ def _check_gemma(config: Any, space: UnitSpace, architecture: str) -> None:
 
 
 def _inv_freq(model: PreTrainedModel) -> Tensor:
-    """Of full attention, which Gemma 3 holds before that of sliding layers."""
+    """Return the frequencies of full attention; Gemma 3 stores them before the sliding ones."""
     rotary: Any = model.get_decoder().rotary_emb
     return next(rotary.buffers())
 
 
 def _rope(model: PreTrainedModel) -> dict[str, Any]:
-    """Of full attention, where sliding layers have another."""
+    """Return the RoPE parameters of full attention; sliding layers may have their own."""
     parameters: Any = model.config.rope_parameters
     return {"rope_type": "default", **parameters.get("full_attention", parameters)}
 
 
 def _add_config(writer: gguf.GGUFWriter, model: PreTrainedModel, space: UnitSpace) -> str | None:
-    """Sizes and constants; returns a note where the file promises less than the model."""
+    """Add sizes and constants; return a note if the file supports less than the model."""
     config: Any = model.config
     rows = [
         (layer.kv_groups * layer.group_size, layer.kv_groups, layer.ffn) for layer in space.layers
@@ -233,7 +219,7 @@ def _add_config(writer: gguf.GGUFWriter, model: PreTrainedModel, space: UnitSpac
 def _tensors(
     model: PreTrainedModel, space: UnitSpace, architecture: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name in GGUF, tensor) in the order of the file."""
+    """Yield (name in GGUF, tensor) in the order of the file."""
     rope, inv_freq = _rope(model), _inv_freq(model)
     if rope["rope_type"] != "default":
         exponents = torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq)
@@ -254,7 +240,7 @@ def _tensors(
 
 
 def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter, tied ones once, under the names of separate projections."""
+    """Yield every parameter, tied ones once; fused projections are split into separate ones."""
     parts: dict[int, list[tuple[str, Tensor]]] = {}
     for m in decoder_layers(model):
         for name, rows in (("q", m.q), ("k", m.k), ("v", m.v), ("gate", m.gate), ("up", m.up)):
@@ -287,7 +273,7 @@ def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
 
 
 def _tensor_type(tensor: Tensor, asked: Ggml) -> Ggml:
-    """What a tensor is stored as: vectors in fp32, and f16 where rows do not fill whole blocks."""
+    """Return the stored type: fp32 for vectors, f16 if rows do not fill whole blocks."""
     if tensor.dim() == 1:
         return Ggml.F32
     block, _ = gguf.GGML_QUANT_SIZES[asked]
@@ -297,5 +283,5 @@ def _tensor_type(tensor: Tensor, asked: Ggml) -> Ggml:
 def _packed(name: str, tensor: Tensor, kind: Ggml) -> np.ndarray:
     values = tensor.float().cpu().numpy()
     if kind == Ggml.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-        raise GraspError(f"{name} has values that f16 cannot hold: use --type bf16 or f32")
+        raise GraspError(f"{name} has values that f16 cannot hold: use `type='bf16'` or f32")
     return gguf.quantize(values, kind)

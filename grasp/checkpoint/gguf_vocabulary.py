@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer as the vocabulary of a GGUF file.
+"""Write a Hugging Face tokenizer as the vocabulary of a GGUF file.
 
-llama.cpp has two tokenizers for the models at hand: `gpt2`, byte-level BPE that needs the name of
-the rule by which text is split before merging, and `llama`, SentencePiece's BPE with byte fallback.
-Both are recognised by what the tokenizer does, not by the model it came with.
+llama.cpp has two tokenizers for the supported models: `gpt2`, byte-level BPE, which needs the name
+of the rule that splits text before merging; and `llama`, SentencePiece's BPE with byte fallback.
+The choice depends on how the tokenizer works, not on the model it belongs to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WORD, _UPPER, _LOWER = (
 )
 _TEKKEN = rf"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SYMBOLS}[\r\n/]*|{_REST}"
 
-# (how text is split, whole words before merges) -> llama.cpp's name for it
+# (rules that split text, whether whole words are looked up before merging) -> llama.cpp's name
 SPLITS = {
     (("words",), False): "gpt-2",
     (("digits", "words"), False): "smollm",
@@ -42,8 +42,11 @@ SPLITS = {
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> str | None:
-    """Tokens, merges or scores, special tokens and chat template; returns a note where llama.cpp
-    reads some text otherwise. Raises GraspError if it has no tokenizer that does the same."""
+    """Add tokens, merges or scores, special tokens and the chat template.
+
+    Returns a note if llama.cpp tokenizes some text differently. Raises GraspError if llama.cpp has
+    no equivalent tokenizer.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise GraspError(f"{type(tokenizer).__name__} has no tokenizer.json to export")
     spec: Spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -90,7 +93,7 @@ def _add_byte_level(writer: gguf.GGUFWriter, spec: Spec, size: int) -> str | Non
 
 
 def _add_sentencepiece(writer: gguf.GGUFWriter, spec: Spec, size: int) -> str | None:
-    """Scores stand in for merges: what merges first in tokenizer.json scores highest."""
+    """Add scores in place of merges: the first merge in tokenizer.json has the highest score."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(_merges(spec)):
         ranks.setdefault("".join(pair), rank)
@@ -115,38 +118,38 @@ def _add_sentencepiece(writer: gguf.GGUFWriter, spec: Spec, size: int) -> str | 
 
 
 def _tokens(spec: Spec, size: int) -> tuple[list[str], list[TokenType]]:
-    """One text and type per row of the embedding; rows without a token get a name of their own."""
+    """Return one text and type per row of the embedding; rows without a token get a placeholder."""
     tokens = [f"[PAD{token}]" for token in range(size)]
     types = [TokenType.UNUSED] * size
     for text, token in spec["model"]["vocab"].items():
         if token < size:
             tokens[token], types[token] = text, TokenType.NORMAL
     for added in spec["added_tokens"]:
-        if added["id"] < size:  # some tokenizers bring a padding token that no model has
+        if added["id"] < size:  # some tokenizers add a padding token that the model lacks
             tokens[added["id"]] = added["content"]
             types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     return tokens, types
 
 
 def _merges(spec: Spec) -> list[list[str]]:
-    """Pairs, in the order of their rank; older files write a pair as one string."""
+    """Return the merge pairs in order of rank; older files write a pair as one string."""
     return [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
 
 
 def _steps(part: Spec | None, parts: str) -> list[Spec]:
-    """What a normalizer or pre-tokenizer does, in order, whether it is one thing or a sequence."""
+    """Return the steps of a normalizer or pre-tokenizer, which may be a single step, in order."""
     if part is None:
         return []
     return part[parts] if part["type"] == "Sequence" else [part]
 
 
 def _split(spec: Spec) -> str:
-    """llama.cpp's name for how this byte-level tokenizer splits text. Raises GraspError."""
+    """Return llama.cpp's name for how this byte-level tokenizer splits text. Raises GraspError."""
     normalizers = [step["type"] for step in _steps(spec["normalizer"], "normalizers")]
     steps = [_rule(step) for step in _steps(spec["pre_tokenizer"], "pretokenizers")]
     ignore_merges = bool(spec["model"].get("ignore_merges"))
     known = SPLITS.get((tuple(steps), ignore_merges))
-    if known is None or set(normalizers) - {"NFC"}:  # llama.cpp leaves composing to the writer
+    if known is None or set(normalizers) - {"NFC"}:  # llama.cpp does not apply NFC itself
         raise GraspError(
             f"this tokenizer splits text by {' then '.join([*normalizers, *steps]) or 'no rule'}, "
             f"and grasp can only name to llama.cpp the rules of {', '.join(SPLITS.values())}"
@@ -166,8 +169,10 @@ def _rule(step: Spec) -> str:
 
 
 def _space_prefix(spec: Spec) -> tuple[bool, bool]:
-    """Whether this SentencePiece tokenizer puts a space before the text, and even where one is
-    there. Raises GraspError."""
+    """Return whether this SentencePiece tokenizer puts a space before text, and even a second one.
+
+    Raises GraspError for a step that llama.cpp lacks.
+    """
     prefix, always, replaced = False, True, False
     steps = _steps(spec["normalizer"], "normalizers")
     for step in steps + _steps(spec["pre_tokenizer"], "pretokenizers"):
@@ -177,7 +182,7 @@ def _space_prefix(spec: Spec) -> tuple[bool, bool]:
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
                 replaced = True
             case {"type": "Split", "pattern": {"String": " "}} if replaced:
-                pass  # Gemma's: no space is left to split at
+                pass  # Gemma: no space is left to split at
             case {
                 "type": "Metaspace",
                 "replacement": "▁",

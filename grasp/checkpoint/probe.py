@@ -1,6 +1,6 @@
-"""The probe: what a model computed when it was saved, to compare with what reads from there.
+"""The probe: what a model computed when it was saved, for comparison with the model read back.
 
-This file stands alone: `grasp verify` also runs its source where grasp cannot be imported.
+This file stands alone: `grasp verify` also runs its source in a process without grasp.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Probe:
         save_file(tensors, folder / PROBE, metadata={**self.environment, "text": self.text})
 
     def compare(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """What a model and tokenizer that were read from disk are, and compute. Plain values."""
+        """Compare a model and tokenizer read from disk with the probe; return plain values."""
         with torch.no_grad():
             logits = model(self.input_ids.to(model.device), use_cache=False).logits.cpu()
         error = (logits.float() - self.logits.float()).abs().max() / self.logits.float().abs().max()
@@ -85,7 +85,7 @@ class Probe:
 
 
 def load_and_compare(folder: str, way: str) -> dict[str, Any]:
-    """`Probe.compare` of what a user loads, and greedy tokens with a cache and without."""
+    """Load `folder` as a user does; return `Probe.compare`, and greedy tokens by either path."""
     if way == "grasp":
         import grasp  # noqa: F401
     else:
@@ -107,7 +107,7 @@ def load_and_compare(folder: str, way: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=way == "remote")
     model.to(probe.environment["device"] if torch.cuda.is_available() else "cpu").eval()
     found = probe.compare(model, tokenizer)
-    # In fp32: in bf16 the two ways round differently and near-ties may fall either way.
+    # In fp32: in bf16 the two round differently, so near-ties may give different tokens.
     model.float()
     first = probe.input_ids[:, :8].to(model.device)
     for name, use_cache in (("cached", True), ("uncached", False)):
@@ -124,7 +124,7 @@ def load_and_compare(folder: str, way: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """`python probe.py FOLDER WAY RESULT`: write what `load_and_compare` finds as JSON."""
+    """`python probe.py FOLDER WAY RESULT`: write the result of `load_and_compare` as JSON."""
     folder, way, result = sys.argv[1:]
     try:
         found = load_and_compare(folder, way)

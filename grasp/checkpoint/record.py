@@ -1,7 +1,7 @@
 """grasp.json: how a checkpoint was made, what is in it, and what was measured on it.
 
-Free of torch. `format` counts changes that an older release could not read; a newer release reads
-every older format, and the changelog says what a new one changes.
+This module does not import torch. `format` increases with each change that older releases cannot
+read. Newer releases read every older format; the changelog lists the changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Record:
     """The content of a checkpoint's grasp.json."""
 
     grasp_version: str
-    model: str  # as it was named
+    model: str  # as named by the user
     seed: int
     recipe: dict[str, Any]  # the options of the run; empty for a model that a program saved
     versions: dict[str, str]  # python, torch, transformers
@@ -37,16 +37,16 @@ class Record:
     budget: dict[str, Any] | None = None  # kind, asked, limit, obtained, of, chosen_for
     sparsity: dict[str, Any] | None = None  # pattern, weights, zeros_before, zeros_after, errors
     results: dict[str, Any] = field(default_factory=dict)  # dense, pruned, seconds, speed, ...
-    sha256: dict[str, str] = field(default_factory=dict)  # of the weight files, by their names
+    sha256: dict[str, str] = field(default_factory=dict)  # of the weight files, by file name
     format: int = FORMAT
 
     @property
     def kept_part(self) -> float:
-        """Of the prunable parameters."""
+        """Fraction of the prunable parameters that is kept."""
         return self.params["prunable_after"] / self.params["prunable_before"]
 
     def measured(self, **results: Any) -> Record:
-        """With more results."""
+        """Return a copy with more results."""
         return replace(self, results={**self.results, **results})
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Record:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Record:
-        """Raises ValueError where something is missing, or of a format of a newer release."""
+        """Read grasp.json's content. Raises ValueError for missing fields or another format."""
         if content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format')}, and this release reads {FORMAT}")
         known = {f.name for f in fields(cls)}
@@ -68,7 +68,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """Raises GraspError if `folder` is no checkpoint of grasp."""
+        """Read grasp.json in `folder`. Raises GraspError if `folder` is not a grasp checkpoint."""
         try:
             return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -77,7 +77,7 @@ class Record:
             raise GraspError(f"{folder} is not a grasp checkpoint: {FILE}: {error}") from None
 
     def write(self, folder: Path) -> None:
-        """One line per field: the kept indices would otherwise take one line each."""
+        """Write grasp.json, one line per field, because JSON's indent gives each index a line."""
         lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self.to_json().items())
         beside = folder / f"{FILE}.new"
         beside.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
@@ -85,7 +85,7 @@ class Record:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,7 +1,7 @@
 """Write a pruned model as a Hugging Face folder.
 
 Layers of different widths are saved as one of the classes in modeling_grasp.py, which is copied
-beside the weights. Equal widths need nothing of ours: they are saved as a stock class.
+beside the weights. Layers of equal widths are saved as a stock class, without grasp's code.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from grasp.model.units import LayerUnits, UnitSpace
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written: the class that loads it, the bytes of its weights, and why another class
-    than the model's own was taken (None when its own was)."""
+    """The result of saving: the class that loads the folder, and the bytes of its weights.
+
+    `note` says why the class is not the model's own (None: it is).
+    """
 
     architecture: str
     weight_bytes: int
@@ -53,11 +55,11 @@ def save(
     mask: Mask | None = None,
     seed: int = 0,
 ) -> Record:
-    """Write a folded model as a checkpoint that `grasp verify` passes. Complete or absent.
+    """Write a folded model as a checkpoint that passes `grasp verify`; it is complete or absent.
 
-    With `mask`, grasp.json also says what was there before, and which units are left. `seed` draws
-    the tokens of the probe. Raises GraspError: the folder exists, no room, widths that no class can
-    express, a checkpoint that `grasp verify` would fail.
+    With `mask`, grasp.json also records the original widths and the kept units. `seed` draws the
+    tokens of the probe. Raises GraspError if the folder exists, the disk is full, no class can
+    express the widths, or the checkpoint would fail `grasp verify`.
     """
     out = Path(folder)
     if os.path.lexists(out):
@@ -80,7 +82,7 @@ def save(
 
 
 def record_of(mask: Mask, model: PreTrainedModel, *, name: str, seed: int, **more: Any) -> Record:
-    """What grasp.json says of the folded `model`, which was called `name`; `more` of its fields."""
+    """Build the record of the folded `model`, loaded as `name`; `more` are further fields."""
     before, after = mask.space, mask.pruned_space()
     found = UnitSpace.of(model)
     if [_widths(layer) for layer in found.layers] != [_widths(layer) for layer in after.layers]:
@@ -98,7 +100,7 @@ def record_of(mask: Mask, model: PreTrainedModel, *, name: str, seed: int, **mor
             "prunable_before": before.prunable_params,
             "prunable_after": after.prunable_params,
             "total_before": before.total_params,
-            "total_after": found.total_params,  # with biases that were added
+            "total_after": found.total_params,  # including added biases
         },
         kv_cache_bytes_per_token={
             "before": before.kv_cache_bytes_per_token(),
@@ -126,11 +128,11 @@ def save_checkpoint(
     *,
     max_shard_size: str = "5GB",
 ) -> tuple[Saved, Record]:
-    """Write weights, tokenizer, configs, probe and grasp.json into `folder`.
+    """Write weights, tokenizer, configs, probe and grasp.json into `folder`, which must exist.
 
     `model` is the folded model: its own class, config and names, with smaller weights, in the dtype
-    to save. Returns the record with the hashes of the weights. The folder must exist; renaming it
-    into place is the caller's. Raises GraspError: no room, or widths that no class can express.
+    to save. Returns the record with the hashes of the weights. The caller renames the folder into
+    place. Raises GraspError if the disk is full or no class can express the widths.
     """
     target, note = as_saved(model, UnitSpace.of(model))
     weights = dict(target.named_parameters())  # tied tensors once
@@ -138,7 +140,7 @@ def save_checkpoint(
     try:
         write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
         Probe.of(model, tokenizer, environment(model.device), record.seed).write(folder)
-        for path in folder.rglob("*.safetensors"):  # some releases write them for the owner alone
+        for path in folder.rglob("*.safetensors"):  # some releases let only the owner read them
             path.chmod((folder / "config.json").stat().st_mode)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
         record = replace(record, sha256=hashes)
@@ -153,11 +155,11 @@ def save_checkpoint(
 def try_saving(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, space: UnitSpace
 ) -> None:
-    """Find out before the long work whether a result can be saved, and read again.
+    """Check, before the long work, that a result can be saved and read again.
 
-    Writes `model` in the widths of `space`, without weights, into the new `folder`, which it
-    removes. Raises GraspError: what cannot be written or read, a tokenizer that comes back as
-    another, logits of `model` in its own dtype that are not finite.
+    Writes `model` with the widths of `space`, without weights, to a new `folder`, then removes it.
+    Raises GraspError if files cannot be written or read, the tokenizer changes when it is read
+    back, or the logits of `model` in its own dtype are not finite.
     """
     target, _ = without_weights(model, space)
     try:
@@ -165,7 +167,7 @@ def try_saving(
         write_pretrained(target, tokenizer, folder, state_dict={})
         AutoConfig.from_pretrained(folder)
         same = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == tokens
-    except Exception as error:  # configs and tokenizers fail in as many ways
+    except Exception as error:  # configs and tokenizers fail in many ways
         raise GraspError(
             f"cannot write {folder} as a result will be (nothing is computed yet): {reason(error)}"
         ) from error
@@ -184,11 +186,11 @@ def try_saving(
 def write_pretrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
 ) -> None:
-    """The files of transformers: weights, config, generation config, tokenizer, our classes.
+    """Write the files of transformers: weights, config, generation config, tokenizer, our classes.
 
-    `options` are those of `save_pretrained`. The generation config is written as it was read: that
-    method refuses some that can be read, a temperature without sampling or beam flags without
-    beams, say.
+    `options` are passed to `save_pretrained`. The generation config is written as it was read,
+    since `save_pretrained` refuses some that load, such as a temperature without sampling or beam
+    flags without beams.
     """
     as_read, model.generation_config = model.generation_config, GenerationConfig()
     try:

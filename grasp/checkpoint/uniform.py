@@ -1,7 +1,7 @@
-"""A model whose layers differ in width as a stock checkpoint: padded with zeros to equal widths.
+"""Write a model with layers of different widths as a stock checkpoint, padded to equal widths.
 
-Zero channels and heads add zeros to the residual stream, so the model computes what it did; it only
-gets larger. Pruning with `--layout uniform` pays nothing for the same.
+The padding is zeros. Zero channels and heads add zeros to the residual stream, so the outputs stay
+the same and the model only gets larger. Pruning with `--layout uniform` avoids this cost.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from grasp.model.units import Rows, UnitSpace, decoder_layers
 def write_uniform(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> tuple[str, str]:
-    """Pad the model in place and save it in `folder`; returns its class and a note on the cost.
+    """Pad the model in place and save it in `folder`; return its class and a note on the cost.
 
-    The model is used up. Raises GraspError: the layers are equal already, there is no room, or what
-    reads from `folder` computes something else.
+    The model cannot be used afterwards. Raises GraspError if all layers have equal widths already,
+    the disk is full, or the model read back from `folder` gives other outputs.
     """
     before = UnitSpace.of(model)
     if all(layer == before.layers[0] for layer in before.layers):
@@ -44,14 +44,14 @@ def write_uniform(
     write_pretrained(target, tokenizer, folder, max_shard_size="5GB")
     architecture = type(target).__name__
     del target
-    move(model, "meta")  # the memory is for the one that is read back
+    move(model, "meta")  # frees its memory for the model that is read back
     check_exported(folder, *load_model(folder, dtype=None), probe)
     cost = f"{before.total_params:,} parameters became {after.total_params:,}, padded with zeros"
     return architecture, f"{cost}; {note}" if note else cost
 
 
 def _pad(model: PreTrainedModel, space: UnitSpace) -> None:
-    """Every layer to the widest FFN and the most KV groups; new units come last."""
+    """Pad every layer to the widest FFN and the most KV groups; new units come last."""
     ffn = max(layer.ffn for layer in space.layers)
     groups = max(layer.kv_groups for layer in space.layers)
     for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
@@ -64,7 +64,7 @@ def _pad(model: PreTrainedModel, space: UnitSpace) -> None:
 
 
 def _add_rows(sizes: dict[Rows, int]) -> None:
-    """Zeros below each projection, up to its new size, within the linear layer that holds it."""
+    """Add zero rows below each projection, up to its new size, within its linear layer."""
     below: dict[Any, list[tuple[Rows, int]]] = {}
     for rows, size in sizes.items():
         below.setdefault(rows.linear, []).append((rows, size - rows.size))

@@ -1,8 +1,8 @@
-"""`grasp verify DIR`: is this checkpoint what it says it is?
+"""`grasp verify DIR`: check that a checkpoint matches its record.
 
 The checkpoint is loaded in fresh processes, the way its users will load it, and compared with
-grasp.json and with the probe: logits of the model in memory when it was saved. What needs no other
-process is checked before a checkpoint is published, too.
+grasp.json and with the probe (logits of the model in memory when it was saved). The checks that
+need no other process also run before a checkpoint is published.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from grasp.checkpoint.record import Record, sha256
 from grasp.errors import GraspError
 
-if TYPE_CHECKING:  # slow to import, and a folder that is none of ours needs none
+if TYPE_CHECKING:  # slow to import, and not needed to refuse other folders
     from grasp.checkpoint.probe import Probe
 
-# Another CPU, GPU or torch release rounds differently; relative to the largest logit.
+# Relative to the largest logit. Another CPU, GPU or torch release rounds differently.
 TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 5e-2, "torch.float16": 1e-2}
 
 
@@ -49,10 +49,10 @@ class VerifyReport:
 
 
 def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> VerifyReport:
-    """Check a checkpoint written by grasp; a failed check is in the report, not an exception.
+    """Check a checkpoint written by grasp; failed checks are reported, not raised.
 
-    A modeling_grasp.py that is not this release's own is run only with `trust_remote_code`. Raises
-    GraspError if the folder is no grasp checkpoint.
+    A modeling_grasp.py that differs from this release's runs only with `trust_remote_code`. Raises
+    GraspError if the folder is not a grasp checkpoint.
     """
     folder = Path(folder).resolve()
     record, own_code = Record.read(folder), _model_type(folder).startswith("grasp_")
@@ -76,10 +76,10 @@ def verify(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -
 
 
 def check_saved(folder: Path, model: Any, tokenizer: Any) -> None:
-    """The checks of `verify` that need no other process, before a checkpoint is published.
+    """Run the checks of `verify` that need no other process, before a checkpoint is published.
 
-    `model` and `tokenizer` have just been read from `folder`, onto the device of the model that was
-    saved. Raises GraspError with the checks that fail.
+    `model` and `tokenizer` were just read from `folder`, onto the device of the saved model. Raises
+    GraspError with the failed checks.
     """
     from grasp.checkpoint.probe import Probe
 
@@ -89,7 +89,7 @@ def check_saved(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def check_exported(folder: Path, model: Any, tokenizer: Any, probe: Probe) -> None:
-    """The same for a folder without grasp.json that computes what `probe` does but for rounding."""
+    """Check a folder without grasp.json: its outputs must match `probe` up to rounding."""
     found = probe.compare(model, tokenizer)
     computed = [_check_logits("logits", found, exact=False), _check_tokens("tokenizer", found)]
     _refuse_failed(folder, [_check_tensors(folder), *computed])
@@ -123,7 +123,7 @@ def _check_disk(folder: Path, record: Record) -> list[Check]:
 
 
 def _check_files(folder: Path, hashes: dict[str, str]) -> Check:
-    """The weight files are those that were written, to the last bit."""
+    """Check that the weight files are bit-identical to those that were written."""
     found = {path.name for path in folder.glob("*.safetensors")}
     wrong = sorted(found.symmetric_difference(hashes))
     wrong += [
@@ -135,7 +135,7 @@ def _check_files(folder: Path, hashes: dict[str, str]) -> Check:
 
 
 def _check_tensors(folder: Path) -> Check:
-    """Every tensor of the index is there and finite."""
+    """Check that every tensor of the index exists and is finite."""
     from safetensors import SafetensorError, safe_open
 
     count = 0
@@ -152,7 +152,7 @@ def _check_tensors(folder: Path) -> Check:
 
 
 def check_sparsity(folder: Path, sparsity: dict[str, Any]) -> Check:
-    """The matrices of the decoder blocks have the zeros of the pattern, and as many as written."""
+    """Check that decoder matrices hold the pattern and have the recorded number of zeros."""
     from safetensors import SafetensorError
 
     try:
@@ -182,7 +182,7 @@ def _zeros_by_pattern(folder: Path, sparsity: dict[str, Any]) -> Check:
 
 
 def _index(folder: Path) -> Iterable[tuple[str, list[str] | None]]:
-    """(file, its tensors), with None for all where there is one file and so no index."""
+    """Return (file, names of its tensors); None means all, for a single file without an index."""
     path = folder / "model.safetensors.index.json"
     if not path.is_file():
         return [("model.safetensors", None)]
@@ -209,7 +209,7 @@ def _check_loaded(folder: Path, title: str, way: str, record: Record) -> list[Ch
 
 
 def _check_found(title: str, found: dict[str, Any], record: Record) -> list[Check]:
-    """`Probe.compare` against what grasp.json says and the probe."""
+    """Check the result of `Probe.compare` against grasp.json and the probe."""
     widths = list(zip(found["ffn"], found["kv"], strict=False))
     kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in record.kept]
     wrong = [i for i, pair in enumerate(zip(widths, kept, strict=False)) if pair[0] != pair[1]]
@@ -231,7 +231,7 @@ def _check_found(title: str, found: dict[str, Any], record: Record) -> list[Chec
 
 
 def _check_logits(name: str, found: dict[str, Any], *, exact: bool = True) -> Check:
-    """Bit-equal to the probe, if `exact`, where processor and torch are those that computed it."""
+    """Compare logits with the probe: if `exact`, bit by bit on the same processor and software."""
     import torch
 
     from grasp.model.load import environment
@@ -265,14 +265,14 @@ def _check_tokens(name: str, found: dict[str, Any]) -> Check:
 
 
 def _in_fresh_process(folder: Path, way: str) -> dict[str, Any]:
-    """Run probe.py in a new interpreter; {"error": why} if that fails."""
+    """Run probe.py in a new interpreter; return {"error": reason} if that fails."""
     source = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
     root = str(Path(__file__).parents[2])  # where grasp is imported from, installed or not
     with tempfile.TemporaryDirectory() as scratch:
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": scratch,  # copies of modeling_grasp.py; none survives
+            "HF_MODULES_CACHE": scratch,  # copies of modeling_grasp.py, removed at the end
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         }
         result = Path(scratch, "result.json")

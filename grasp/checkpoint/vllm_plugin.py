@@ -1,7 +1,7 @@
-"""The plugin by which vLLM runs pruned checkpoints without their remote code.
+"""Plugin that lets vLLM run pruned checkpoints without their remote code.
 
 vLLM finds `register` by its entry point (group vllm.general_plugins in pyproject.toml) and calls it
-in each of its processes. Layers then come from transformers through vLLM's Transformers backend.
+in each of its processes. vLLM's Transformers backend then runs the layers from transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
 
 def register() -> None:
-    """Name our architectures to vLLM; to be called any number of times."""
+    """Register our architectures with vLLM; calling this repeatedly is safe."""
     from vllm import ModelRegistry
 
     for _, _, causal_class in FAMILIES.values():

@@ -1,8 +1,8 @@
-"""Biases that give back, on average, what dropped units added: W times the mean of their outputs.
+"""Biases that compensate for dropped units on average: W times the mean of their activations.
 
-Source: FLAP (arXiv 2312.11983), its bias compensation, which goes with any mask. The means are the
-dense model's. Only a family whose config can give o_proj and down_proj biases can carry them, and
-then every projection has one: the others' are zeros.
+Source: the bias compensation of FLAP (arXiv 2312.11983), which works with any mask. The means are
+those of the dense model. The family's config must allow biases in o_proj and down_proj. Every
+projection then gets a bias; the others are zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grasp.model.units import decoder_layers
 def mean_biases(
     model: PreTrainedModel, mask: Mask, blocks: Tensor, journal: Journal
 ) -> list[Tensor]:
-    """What the dense model's dropped units add on average to each down_proj and o_proj.
+    """The mean that dropped units add to each down_proj and o_proj of the dense model.
 
     fp32 [hidden] each, layer by layer; blocks: int64 [samples, seq_len].
     """
@@ -40,7 +40,7 @@ def mean_biases(
 
 @torch.no_grad()
 def add_biases(model: PreTrainedModel, biases: list[Tensor]) -> None:
-    """Add what `mean_biases` gave to down_proj and o_proj, in place."""
+    """Add the result of `mean_biases` to down_proj and o_proj, in place."""
     model.config.update(dict.fromkeys(SWITCHES, True))
     left = iter(biases)
     for modules in decoder_layers(model):

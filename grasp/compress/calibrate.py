@@ -1,7 +1,7 @@
 """Calibration: scales learned on the pruned model and folded into its weights.
 
 gamma = 1 + 0.5 tanh(theta), theta from 0, mask frozen (GRASPrune, arXiv 2604.19398, section 3.4).
-It works on the model already cut to its kept units: the same function at the pruned model's price.
+Scales are learned on the model after the cut: the same function, at the cost of the pruned model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def learn_scales(
     settings: TrainSettings,
     journal: Journal,
 ) -> Tensor:
-    """Scales in (0.5, 1.5) for `fold_scales`, fp32; blocks int64 [samples, seq_len]."""
+    """Learn scales in (0.5, 1.5) for `fold_scales`, fp32; blocks: int64 [samples, seq_len]."""
     count = scale_count(model, kind)
     theta = torch.zeros(count, device=model.device)
     with scaled(model, UnitSpace.of(model), kind) as live:

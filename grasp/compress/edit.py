@@ -1,7 +1,7 @@
-"""Edits: what pruning does to a model's weights, as values.
+"""Edits: the changes that pruning makes to a model's weights, as values.
 
-Each is applied to the model at hand once it is known, and all of them once more to the weights as
-they are stored, where a narrower dtype has rounded those at hand.
+Each edit is applied to the model in memory as soon as it is known. If that model was rounded to a
+narrower dtype, all edits are applied once more to the weights as they are stored.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Refit:
-    """Replace what is left of down_proj and o_proj by what `refit` found."""
+    """Replace the kept columns of down_proj and o_proj by those that `refit` returned."""
 
     columns: list[Tensor]
 

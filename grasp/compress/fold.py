@@ -16,10 +16,10 @@ from grasp.model.units import Rows, UnitSpace, decoder_layers
 
 
 def fold(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """What `mask` keeps, as a dense model of the class that its checkpoint will name.
+    """The units that `mask` keeps, as a dense model of the class that its checkpoint will name.
 
-    `model` stays as it is; the two share what nothing was cut from (embeddings, norms, head).
-    Raises GraspError where no class has these widths.
+    `model` is unchanged; the two share the weights that are not cut (embeddings, norms, head).
+    Raises GraspError if no class supports these widths.
     """
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     cut = copy.deepcopy(model, shared)
@@ -29,7 +29,7 @@ def fold(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
 
 @torch.no_grad()
 def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
-    """Slice the model in place to the kept units: dense, with widths of its own in each layer."""
+    """Slice the model in place to the kept units: dense, with its own widths in each layer."""
     layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
     for modules, units, (ffn, kv) in layers:
         device = modules.mlp.down_proj.weight.device
@@ -45,12 +45,12 @@ def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
 
 
 def expand(index: Tensor, width: int) -> Tensor:
-    """Indices of blocks of `width` rows to indices of the rows."""
+    """Turn indices of blocks of `width` rows into indices of the rows."""
     return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
 
 
 def _keep_rows(kept: dict[Rows, Tensor]) -> None:
-    """Slice linear layers to the kept rows of their projections, which stay in their order."""
+    """Slice linear layers to the kept rows of their projections, in their order."""
     rows: dict[Any, list[Tensor]] = {}
     for projection, own in kept.items():
         rows.setdefault(projection.linear, []).append(projection.start + own)
@@ -63,7 +63,7 @@ def _keep_rows(kept: dict[Rows, Tensor]) -> None:
 
 
 def _say_heads(attention: Any, heads: int, kv_heads: int) -> None:
-    """Where an attention looks up its number of heads, instead of reading it off its weights."""
+    """Set the head counts that an attention does not read from its weights."""
     attention.config = LayerConfig(attention.config, num_attention_heads=heads)
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = kv_heads

@@ -1,11 +1,12 @@
-"""Refit: least squares on what is kept, layer by layer, before the dropped columns are cut away.
+"""Refit: the kept columns compensate for the dropped ones by least squares, before the cut.
 
-With H the input of `down_proj` (or `o_proj`) on calibration text, S its kept columns, R the dropped
-ones and W the weight, the target is the dense module on the pruned prefix's own input, W H. The
-kept columns take over what the dropped ones did, W_S + W_R G[R, S] (G[S, S] + D)^-1, where G is the
-Gram matrix H H^T: a ridge towards the weights as they are. D is `RIDGE` times the diagonal of G, so
-that channels of any magnitude are damped alike. Layers go in depth order: each sees what the
-refitted ones before it give. Closed form, no backprop, no parameters added.
+Let W be the weight of `down_proj` (or `o_proj`), H its input on calibration text, S its kept and R
+its dropped columns. The target is W H: the dense module on the input that the pruned layers before
+it give. The kept columns become W_S + W_R G[R, S] (G[S, S] + D)^-1, where G is the Gram matrix
+H H^T. This is ridge regression towards the present weights. D is `RIDGE` times the diagonal of G,
+so that channels of any magnitude are damped alike. Layers are refitted in depth order, each on the
+output of the refitted ones before it. The solution is in closed form: no backprop, no parameters
+added.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def refit(
 ) -> list[Tensor]:
     """Refit o_proj and down_proj of `model` in place to the kept units; dropped columns become 0.
 
-    blocks: int64 [samples, seq_len], of which it takes the first, up to `TOKENS_PER_CHANNEL`.
-    Returns the kept columns of down_proj and o_proj, layer by layer, in fp32, before the model's
-    dtype rounds them, on the CPU. `planning.plan.refit_memory` says what is in memory at one time.
-    Raises GraspError where activations are not finite.
+    blocks: int64 [samples, seq_len]; the first are used, up to `TOKENS_PER_CHANNEL` tokens per
+    channel of the widest FFN. Returns the kept columns of down_proj and o_proj, layer by layer, in
+    fp32 on the CPU, before the model's dtype rounds them. `planning.plan.refit_memory` estimates
+    the peak memory. Raises GraspError if activations are not finite.
     """
     tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
     blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
@@ -55,7 +56,7 @@ def refit(
         down_proj, o_proj = modules.outputs
         heads = expand(kv, units.group_size * units.head_dim)
         own = {}
-        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # as the layer runs
+        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # in the order that they run
             gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
             for x in inputs_of(linear, run, hidden.split(1)):
                 x = x.flatten(0, -2).float()
@@ -69,14 +70,14 @@ def refit(
 
 
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
-    """Columns `kept` (int64) of `linear.weight` [out, in] take over from the others, in place.
+    """Refit the columns `kept` (int64) of `linear.weight` [out, in] in place; the others become 0.
 
-    gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve`, and where gram
-    is not finite.
+    gram: [in, in]. Returns the columns in fp32. Raises GraspError as `ridge_solve` does, and if
+    gram is not finite.
     """
     known = gram[kept]
     if not known.isfinite().all():
-        raise GraspError("activations are not finite: use --dtype fp32, or --compensate none")
+        raise GraspError("activations are not finite: use `dtype='fp32'` or `compensate='none'`")
     dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     dropped[kept] = False
     lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
@@ -88,12 +89,12 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
 
 
 def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
-    """(gram + D)^-1 target, fp64 [in, out], with D the ridge; gram: fp64 [in, in], used up.
+    """Solve (gram + D)^-1 target, fp64 [in, out], with ridge D; overwrites gram, fp64 [in, in].
 
-    `power` is what a channel has on average. A factorisation that fails is tried again with ten
-    times the ridge, twice. Raises GraspError where gram has no factorisation.
+    `power` is the mean of the diagonal over all channels, also dropped ones. A factorisation that
+    fails is tried again with ten times the ridge, twice. Raises GraspError if all fail.
     """
-    # a channel that is never active keeps its weight: what is solved for is the change
+    # a channel that is never active keeps its weight, because the solution is the change
     known = gram.diagonal().clone()
     own = known.clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
     for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
@@ -101,4 +102,4 @@ def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             return torch.cholesky_solve(target, factor)
-    raise GraspError("refit found no solution: give more --samples, or use --compensate none")
+    raise GraspError("refit found no solution: use more `samples` or `compensate='none'`")

@@ -1,4 +1,4 @@
-"""English that is on every machine: the language reference and the docstrings of Python itself."""
+"""The built-in English text: Python's own language reference and docstrings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from grasp.errors import GraspError
 
 
 def builtin_rows() -> list[str]:
-    """`pydoc_data.topics` and the docstrings of the standard library's top-level modules.
+    """`pydoc_data.topics`, and the docstrings of the standard library's top-level modules.
 
-    1.4 MB under the PSF licence. They differ between versions of Python; a recipe records the
-    sha256. Raises GraspError where this Python comes without them.
+    1.4 MB under the PSF licence. The text depends on the version of Python; a recipe records its
+    sha256. Raises GraspError if this Python has no `pydoc_data`.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise GraspError("this Python has no pydoc_data: give --calibration") from None
+        raise GraspError("this Python has no pydoc_data: give `calibration`") from None
 
     docstrings = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

@@ -1,4 +1,4 @@
-"""Conversations as text: rendered through the chat template that comes with a tokenizer."""
+"""Render conversations as text with the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 from grasp.data.reading import Empty
 from grasp.errors import GraspError, reason
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # any other has the same name in both
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other roles have the same name in both
 
 
 def render_chat(tokenizer: Any, conversation: list[Any], where: str) -> str | Empty:
-    """The text of a conversation as the model sees it, with whatever tokens the template adds.
+    """Render a conversation as the model sees it, including the tokens that the template adds.
 
-    Messages have `role` and `content`, or ShareGPT's `from` and `value`; a content in parts is
-    that of its texts. Empty where a message is. Raises GraspError, which names `where`: no chat
-    template, no messages, a part that is not text, or a template that refuses the conversation.
+    Messages have `role` and `content`, or ShareGPT's `from` and `value`. A content in parts becomes
+    the joined texts of its parts. Returns Empty if a message has no content. Raises GraspError,
+    which names `where`: no chat template, no messages, a part that is not text, or a template that
+    refuses the conversation.
     """
     if not tokenizer.chat_template:
         raise GraspError(
@@ -36,13 +37,13 @@ def render_chat(tokenizer: Any, conversation: list[Any], where: str) -> str | Em
 
 
 def template_name(tokenizer: Any) -> str:
-    """Whose chat template it is, and the hash that tells it from others."""
+    """The name of the tokenizer, and a hash of its chat template."""
     digest = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
     return f"the chat template of {tokenizer.name_or_path} (sha256 {digest[:12]})"
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-    """As templates expect it: role, content (None: there is none) and what else it has."""
+    """The message as templates expect it: role, content (None if missing) and its other keys."""
     if not isinstance(message, dict) or not {"role", "from"} & {*message}:
         found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
         raise GraspError(
@@ -51,7 +52,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if "role" not in message:
         role = SHAREGPT_ROLES.get(message["from"], message["from"])
         message = {"role": role, "content": message.get("value")}
-    # a table has all keys in all rows, and templates ask whether a key is there
+    # a table has every key in every row, but templates test whether a key is present
     message = {key: value for key, value in message.items() if value is not None}
     calls = "" if "tool_calls" in message else None
     return {**message, "content": _text_of(message.get("content", calls), where)}

@@ -1,10 +1,9 @@
-"""A source's rows become one text, and that one tensor of token ids.
+"""Join the rows of a source into one text, and tokenise it.
 
-Rows are joined by two newlines, which is how GPTQ, SparseGPT and the papers after them feed
-WikiText-2 to a model. A plain text file is one row, except WikiText's own files: their rows are
-their lines, as in the hub's copy, so that a local `wiki.test.raw` and the data set
-`wikitext:wikitext-2-raw-v1:test` give the same string. No BOS is put anywhere but by a chat
-template: evaluation adds one to each window when asked.
+Rows are joined by two newlines, as GPTQ, SparseGPT and later papers do for WikiText-2. A plain text
+file is one row. WikiText's own files have one row per line, as in the hub's copy, so that a local
+`wiki.test.raw` and the data set `wikitext:wikitext-2-raw-v1:test` give the same string. Only a chat
+template adds a BOS here; evaluation adds one to each window on request.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ ROW_SEPARATOR = "\n\n"
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One text as token ids, with what a recipe needs to say where they come from.
+    """One text as token ids, with the facts that a recipe records about its origin.
 
-    `ids` is int64 [tokens] on the CPU. `sha256` is that of the UTF-8 text (of the int64 ids when
-    the model wrote them itself). `notes` are for the user: what was left out or rendered.
+    `ids` is int64 [tokens] on the CPU. `sha256` is the hash of the UTF-8 text (of the int64 ids if
+    there is no text). `notes` tell the user which records were left out or rendered.
     """
 
     name: str
@@ -65,8 +64,8 @@ def read_corpus(
 ) -> Corpus:
     """Read `spec` (see `find_source`) and tokenise all of it, without special tokens.
 
-    `text_field` is the field or column that holds texts or conversations; `split` is that of a
-    data set where the spec names none. Raises GraspError.
+    `text_field` is the field or column that holds texts or conversations. `split` is used for a
+    data set whose spec names none. Raises GraspError.
     """
     source = find_source(spec, split)
     text, notes = read_text(source, tokenizer, text_field)
@@ -82,10 +81,10 @@ def read_corpus(
 
 
 def read_text(source: Source, tokenizer: Any, text_field: str) -> tuple[str, tuple[str, ...]]:
-    """The joined rows of a source, conversations rendered by the tokenizer, and notes on them.
+    """The joined rows of a source, with conversations rendered, and notes for the user.
 
-    Records without text are left out, with a note. Raises GraspError: no text, more records
-    without than with it, lone surrogates.
+    Records without text are left out, with a note. Raises GraspError: no text, more records without
+    text than with it, lone surrogates.
     """
     named = source.file or source.label
     rows: list[str] = []
@@ -101,12 +100,12 @@ def read_text(source: Source, tokenizer: Any, text_field: str) -> tuple[str, tup
     if len(empty) > len(rows):
         raise GraspError(
             f"{named} has no text in {len(empty):,} of {len(empty) + len(rows):,} records "
-            f"({empty[0]}): name the right field with --text-field"
+            f"({empty[0]}): name the right field as `text_field`"
         )
     text = ROW_SEPARATOR.join(rows)
     if not text.strip():
         raise GraspError(f"{named} holds no text: expected {SOURCES}")
-    if re.search("[\ud800-\udfff]", text):  # JSON can escape them, no tokenizer takes them
+    if re.search("[\ud800-\udfff]", text):  # valid in JSON, but no tokenizer accepts them
         raise GraspError(f"{named} holds lone surrogates, which are not text: remove them")
     notes = []
     if empty:

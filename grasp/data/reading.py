@@ -1,7 +1,7 @@
-"""What `--calibration` and `--eval-text` name, and the rows that are there; torch is not needed.
+"""Read the rows of the text that `calibration` or `eval_text` names, without torch.
 
-A row is a text or a conversation. Files of rows are read as they stream in, gzip and zstd included;
-data sets of the hub or of a folder are read by `datasets`.
+A row is a text or a conversation. Files are streamed, gzip and zstd included. Data sets of the hub
+or of a folder are read by `datasets`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 UNREAD = (".arrow", ".bz2", ".docx", ".pdf", ".tar", ".tgz", ".xlsx", ".xz", ".zip")
 DATA = (".txt", ".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", *COMPRESSIONS, *UNREAD)
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "parquet": b"PAR1"}
-HEAD = 1 << 16  # bytes that are looked at before the long work
+HEAD = 1 << 16  # bytes that are checked before the long work
 HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}")
 CHAT_FIELDS = ("messages", "conversations")
 CSV_CELL = 2**31 - 1  # characters; the default of `csv` is 131,072
@@ -41,7 +41,7 @@ SOURCES = "a text, .jsonl, .json, .csv or .parquet file, or a hub data set as na
 
 @dataclass(frozen=True)
 class Source:
-    """Where a text is: `builtin`, a file, or a data set of the hub or of a folder."""
+    """The place of a text: `builtin`, a file, or a data set of the hub or of a folder."""
 
     name: str
     file: Path | None = None
@@ -57,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Empty:
-    """What stands in for the text of a record that has none."""
+    """Replaces the text of a record that has none."""
 
     why: str
 
@@ -66,19 +66,21 @@ Row = str | list[Any] | Empty  # a list is a conversation
 
 
 def find_source(spec: str, split: str = "train") -> Source:
-    """The source that `spec` names, checked as far as the file system can tell, in milliseconds.
+    """The source that `spec` names, checked on the file system only, within milliseconds.
 
     `spec` is `builtin`, a file, or `name[:config[:split]]` for a data set of the hub or a folder;
-    `split` is used where it names none. What exists on disk is never looked for on the hub, nor is
-    what looks like a file. Raises GraspError: nothing named, no such file, a file that cannot be
-    read or is of an unknown kind, a folder without data.
+    `split` is used if the spec names none. A path that exists or looks like a file is never looked
+    up on the hub. Raises GraspError: an empty spec, no such file, a file that cannot be read or has
+    an unknown type, a folder without data.
     """
     if spec == "builtin":
         return Source(spec)
     if not spec.strip():
         raise GraspError(f"{spec!r} names no text: expected {SOURCES}, or builtin")
     if spec == "self":
-        raise GraspError(f"self is only for --calibration, the model writes it: expected {SOURCES}")
+        raise GraspError(
+            f"only `calibration` may be self (the model's own text): expected {SOURCES}"
+        )
     if os.path.exists(spec) and not os.path.isdir(spec):
         _check_file(Path(spec))
         return Source(spec, file=Path(spec))
@@ -94,11 +96,11 @@ def find_source(spec: str, split: str = "train") -> Source:
 
 
 def read_rows(source: Source, text_field: str = "text") -> Iterator[tuple[str, Row]]:
-    """Where it stands ("line 3") and the row of each record of a source.
+    """Yield the position ("line 3") and the row of each record of a source.
 
-    A plain text file is one row; a WikiText file has its lines. Of a record or a table,
-    `text_field` is the row or, where there is no field `text`, a conversation in one of
-    CHAT_FIELDS. Raises GraspError, with the path and the reason of any reader's own error.
+    A plain text file is one row; a WikiText file has one row per line. In other sources, the row is
+    `text_field` or, if there is no field `text`, a conversation in one of CHAT_FIELDS.
+    Raises GraspError; errors of a reader become one line with the path and the reason.
     """
     if source.file is None:
         if source.split is None:
@@ -114,10 +116,10 @@ def read_rows(source: Source, text_field: str = "text") -> Iterator[tuple[str, R
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where it stands ("line 3") and the value of each record of a JSON file.
+    """Yield the position ("line 3") and the value of each record of a JSON file.
 
-    One a line, those of an array, or a single object over several lines. Raises GraspError: no
-    such file, not UTF-8, not JSON.
+    The file has one record per line, an array of records, or one object over several lines. Raises
+    GraspError: no such file, not UTF-8, not JSON.
     """
     lines = enumerate(_lines(path), 1)
     number, first = next((pair for pair in lines if pair[1].strip()), (0, ""))
@@ -134,12 +136,12 @@ def json_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def wikitext_rows(text: str) -> list[str]:
-    """The rows that the hub's copy of a WikiText file has: its lines, blank ones as ""."""
+    """The rows of a WikiText file as in the hub's copy: its lines, blank ones as ""."""
     return [line if line.strip() else "" for line in io.StringIO(text)]
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Format and compression by suffix: ("json", "gzip") of a.jsonl.gz, "" where none is known."""
+    """Format and compression by suffix: ("json", "gzip") for a.jsonl.gz, "" if not known."""
     stem, suffix = os.path.splitext(name.lower())
     compression = COMPRESSIONS.get(suffix, "")
     if compression:
@@ -148,11 +150,11 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a file of a kind that is not read, or whose first bytes are not of its kind."""
+    """Raise GraspError for a file type that is not read, or first bytes that do not match it."""
     kind, compression = _kind(path.name)
     if kind == "unread" or (kind == "parquet" and compression):
         raise GraspError(f"{path} is of a kind that is not read: expected {SOURCES}")
-    if not path.is_file():  # a pipe, which can be read once
+    if not path.is_file():  # a pipe, which can be read only once
         return
     with _os_errors(path), open(path, "rb") as file:
         head = file.read(HEAD)
@@ -171,7 +173,7 @@ def _has_data(folder: str) -> bool:
 
 @contextmanager
 def _os_errors(path: Path) -> Iterator[None]:
-    """What the file system or a decompressor says, as one line."""
+    """Turn an error of the file system or a decompressor into one line."""
     try:
         yield
     except FileNotFoundError:
@@ -193,7 +195,7 @@ def _decode(where: str, data: bytes, *, final: bool = True) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, unpacked and decoded, each with its end."""
+    """The lines of a file, decompressed and decoded, each with its line end."""
     _, compression = _kind(path.name)
     with _os_errors(path), open(path, "rb") as file:
         stream: Iterable[bytes] = _unpacked(file, compression) if compression else file
@@ -209,7 +211,7 @@ def _unpacked(file: IO[bytes], compression: str) -> Iterable[bytes]:
 
 
 def _text_rows(path: Path, text_field: str) -> Iterator[tuple[str, Row]]:
-    # so that copies of WikiText with CRLF read as the original
+    # so that copies of WikiText with CRLF give the same rows as the original
     text = re.sub("\r\n?", "\n", "".join(_lines(path)))
     # a WikiText file begins with a heading, " = Robert Boulter = "
     rows = wikitext_rows(text) if re.match(r"\s* = .+ = \n", text) else [text]
@@ -237,7 +239,7 @@ def _is_json(text: str) -> bool:
 
 
 def _parse(path: Path, line: int, text: str) -> Any:
-    """The value of `text`, which begins in this line of the file."""
+    """Parse `text`, which begins at `line` of the file. Raises GraspError."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -254,7 +256,7 @@ def _csv_rows(path: Path, text_field: str) -> Iterator[tuple[str, Row]]:
     try:
         columns = next(rows, [])
         at = columns.index(_column(str(path), text_field, columns, chat=False))
-        for row in filter(None, rows):  # blank lines are no rows
+        for row in filter(None, rows):  # skip blank lines
             where = f"line {rows.line_num:,}"
             if len(row) != len(columns):
                 raise GraspError(
@@ -292,7 +294,7 @@ def _dataset_rows(source: Source, text_field: str) -> Iterator[tuple[str, Row]]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     try:
         rows = datasets.load_dataset(source.name, source.config, split=source.split)
-    except Exception as error:  # its readers raise their own errors, of many kinds
+    except Exception as error:  # its readers may raise anything
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
         raise GraspError(
             f"{source.label}, split {source.split}, is neither a file nor a data set that loads "
@@ -307,7 +309,7 @@ def _dataset_rows(source: Source, text_field: str) -> Iterator[tuple[str, Row]]:
 
 
 def _field(names: Iterable[str], text_field: str) -> str | None:
-    """`text_field`, or a conversation's field where the text is in no field of its own."""
+    """The name of the field to read: `text_field`, or a CHAT_FIELDS one if there is no `text`."""
     wanted = (text_field, *CHAT_FIELDS) if text_field == "text" else (text_field,)
     return next((name for name in wanted if name in names), None)
 
@@ -317,7 +319,7 @@ def _column(source: str, text_field: str, columns: Sequence[str], *, chat: bool 
     if field is None:
         raise GraspError(
             f"{source} has no column '{text_field}' (found: {_clipped(', '.join(columns))}): "
-            "name the right one with --text-field"
+            "name the right one as `text_field`"
         )
     if list(columns).count(field) > 1:
         raise GraspError(f"{source} has two columns named '{field}': rename one of them")
@@ -325,19 +327,19 @@ def _column(source: str, text_field: str, columns: Sequence[str], *, chat: bool 
 
 
 def _row(where: str, what: str, value: Any, asked_for: bool = True) -> Row:
-    """The row that a value is. A text may only be in a field that was asked for by name."""
+    """Check `value` and return it as a row. Plain text must be in the field `asked_for`."""
     if value is None or value == []:
         return Empty(f"{what} is {'null' if value is None else 'empty'}")
     if isinstance(value, list) or (isinstance(value, str) and asked_for):
         return value
     wanted = "a text or a list of messages" if asked_for else "a list of messages"
     raise GraspError(
-        f"{where}: {what} holds {type(value).__name__}, not {wanted}: name the right field with "
-        "--text-field"
+        f"{where}: {what} holds {type(value).__name__}, not {wanted}: name the right field as "
+        "`text_field`"
     )
 
 
 def _clipped(text: str) -> str:
-    """On one line, and not too much of it."""
+    """`text` on one line, cut to 200 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 200 else line[:200] + " ..."

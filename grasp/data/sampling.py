@@ -1,4 +1,4 @@
-"""Text that the model writes itself."""
+"""Text sampled from the model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def sample_corpus(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Text that the model writes itself (`self`): samples * seq_len ids, no data needed.
+    """Text sampled from the model (`self`): samples * seq_len ids, no data needed.
 
     Each sample starts after a BOS, which is not part of it, and is drawn at temperature 1 from the
-    whole vocabulary. An EOS is kept and continued after, as in packed training text. Draws are made
-    on the CPU from one generator, so the seed means the same on every device.
+    whole vocabulary. An EOS is kept, and sampling continues after it, as in packed training text.
+    Draws are made on the CPU from one generator, so that a seed means the same on every device.
+    Raises GraspError if the tokenizer has neither BOS nor EOS.
     """
     start = next(
         (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None

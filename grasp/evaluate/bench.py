@@ -1,4 +1,4 @@
-"""How fast and how large one model is, or two in one run: prefill, decode, KV cache, weights."""
+"""Measure speed and size of one model, or of two in turns: prefill, decode, KV cache, weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUANTILES = (0.5, 0.1, 0.9)
 
 @dataclass(frozen=True)
 class Spread:
-    """Of what the repetitions gave."""
+    """Median, 10 % and 90 % quantile over repetitions."""
 
     median: float
     q10: float
@@ -43,15 +43,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Phase:
-    """Prefill (a step is a batch of prompts) or decode (a token for each) of one shape.
+    """Times of prefill or decode for one shape.
 
-    `seconds`, `tokens_per_second` and `repetitions`, the seconds a step of each, go by model.
+    A prefill step reads a batch of prompts; a decode step adds one token to each. `seconds`,
+    `tokens_per_second` and `repetitions` (seconds per step of each) have one entry per model.
     """
 
     seconds: tuple[Spread, ...]
-    tokens_per_second: tuple[float, ...]  # of the median
+    tokens_per_second: tuple[float, ...]  # from the median
     repetitions: tuple[tuple[float, ...], ...]
-    speedup: Spread | None  # seconds of `against` over those of the model, pair by pair
+    speedup: Spread | None  # ratio of seconds, `against` / model, pair by pair
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Bench:
-    """Speed and size of one model, or of two in the same minutes."""
+    """Speed and size of one model, or of two measured in turns."""
 
     models: tuple[Benched, ...]
     cases: tuple[Case, ...]
@@ -77,7 +78,7 @@ class Bench:
         return ("", *(model.model for model in self.models), *[""] * (len(self.models) > 1))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """(what, each model's, ratio if there are two) for a table."""
+        """Return table rows: (name, one value per model, ratio if there are two)."""
         sizes: list[tuple[str, Sequence[float]]] = [
             ("weights on disk", [m.disk_bytes for m in self.models]),
             ("weights in memory", [m.memory_bytes for m in self.models]),
@@ -100,7 +101,7 @@ class Bench:
         return rows
 
     def measured_on(self) -> str:
-        """How it was measured, in one line."""
+        """Describe in one line how it was measured."""
         how = self.settings
         runs = dict.fromkeys(f"{m.runtime}, {m.dtype}" for m in self.models)
         pairs = ", both models in turns, speed-up pair by pair (10 % to 90 %)"
@@ -133,40 +134,40 @@ def bench(
     record: bool = False,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time `model`, and `against` if given, in every batch size with every prompt length.
+    """Time `model`, and `against` if given, at every batch size with every prompt length.
 
-    A repetition is one prefill, with the head on the last token alone, and `tokens` decode steps
-    through the model's own forward and cache; the models take turns, in alternating order, after a
-    warm-up each. Both are in memory at the same time. `dtype` is that of models in transformers
-    (auto: bf16 on a GPU, fp32 on a CPU); a GGUF file has its own, and a cache in f16. `compile`
-    decodes through torch.compile with a static cache, compiled in the warm-up; prefill stays as it
-    is. `plot` names a PNG of tokens per second. `record` adds the result to the files of `model`, a
-    checkpoint of grasp.
+    A repetition is one prefill, with the head on the last token only, and `tokens` decode steps
+    through the model's own forward and cache. After one warm-up each, the models take turns in
+    alternating order. Both are in memory at the same time. `dtype` applies to models in
+    transformers (auto: bf16 on a GPU, fp32 on a CPU); a GGUF file has its own, with a cache in f16.
+    `compile` decodes through torch.compile with a static cache, compiled during the warm-up;
+    prefill is not compiled. `plot` names a PNG file for tokens per second. `record` adds the result
+    to the files of `model`, which must be a grasp checkpoint.
 
-    Raises GraspError: a model that does not load, numbers it cannot take, a cache with which it
-    computes something else, no llama.cpp for a .gguf file, a model or a machine that torch cannot
-    compile for, memory that runs out.
+    Raises GraspError if a model does not load or does not support the numbers, its KV cache changes
+    its outputs, llama.cpp is missing for a .gguf file, torch cannot compile the model on this
+    machine, or memory runs out.
     """
     numbers: dict[str, Sequence[int]] = {
-        "--batch-sizes": batch_sizes,
-        "--prompt-lens": prompt_lens,
-        "--tokens": [tokens],
-        "--repetitions": [repetitions],
+        "batch_sizes": batch_sizes,
+        "prompt_lens": prompt_lens,
+        "tokens": [tokens],
+        "repetitions": [repetitions],
     }
-    for option, counts in numbers.items():
+    for name, counts in numbers.items():
         if not counts or min(counts) < 1:
-            given = ",".join(map(str, counts)) or "is empty"
-            raise GraspError(f"{option} {given}: choose whole numbers from 1")
+            given = ",".join(map(str, counts)) or "none"
+            raise GraspError(f"`{name}` must be at least 1, got {given}")
     plot = _plot_path(plot)
     if record:
         check_record(Path(model))
     names = [model] if against is None else [model, against]
     for name in names if compile else ():
         if is_for_llama_cpp(name):
-            raise GraspError(f"--compile: {name} runs in llama.cpp, not in torch: leave it out")
+            raise GraspError(f"`compile` is for torch, and {name} runs in llama.cpp: leave it out")
     device = pick_device(device)
     longest = max(prompt_lens) + tokens
-    fix = "lower --batch-sizes, --prompt-lens or --tokens, or use --dtype bf16"
+    fix = "lower `batch_sizes`, `prompt_lens` or `tokens`, or use `dtype='bf16'`"
     with memory_errors(f"device {device}", fix):
         runners: list[Transformers | LlamaCpp] = []
         for name in names:
@@ -177,8 +178,8 @@ def bench(
         for runner in runners:
             if longest > runner.limit:
                 raise GraspError(
-                    f"--prompt-lens {max(prompt_lens)} and --tokens {tokens} are more than "
-                    f"{runner.name} takes: at most {runner.limit} together"
+                    f"`prompt_lens` and `tokens` must be at most {runner.limit} together for "
+                    f"{runner.name}, got {max(prompt_lens)} and {tokens}"
                 )
         shapes = [(b, p) for b in dict.fromkeys(batch_sizes) for p in dict.fromkeys(prompt_lens)]
         cases, cache = [], [0.0 for _ in runners]
@@ -190,7 +191,7 @@ def bench(
 
         for batch, prompt in shapes:
             if compile:
-                torch.compiler.reset()  # its limit on shapes is small
+                torch.compiler.reset()  # torch.compile limits the number of shapes
             runs = _in_turns(runners, batch, prompt, tokens, repetitions, report)
             cases.append(_case(batch, prompt, runs))
             if batch * prompt == max(batch_sizes) * max(prompt_lens):
@@ -230,7 +231,7 @@ def _in_turns(
     repetitions: int,
     report: Callable[[], None],
 ) -> list[list[Run]]:
-    """Runs of each model; the warm-up, which checks and may compile, is not among them."""
+    """Return the runs of each model, without the warm-up, which checks and may compile."""
     generator = torch.Generator().manual_seed(SEED)
     vocabulary = min(runner.vocabulary for runner in runners)
     ids = torch.randint(vocabulary, (batch, prompt), generator=generator)
@@ -251,7 +252,7 @@ def _case(batch: int, prompt: int, runs: list[list[Run]]) -> Case:
 
 
 def _phase(seconds: list[list[float]], tokens: int) -> Phase:
-    """`seconds` [models][repetitions] of a step that gives so many tokens."""
+    """Summarise `seconds` [models][repetitions] of a step that yields `tokens` tokens."""
     spreads = tuple(map(Spread.of, seconds))
     ratios = [theirs / ours for ours, *others in zip(*seconds, strict=True) for theirs in others]
     return Phase(
@@ -271,17 +272,17 @@ def _shape(case: Case) -> str:
 
 
 def _plot_path(plot: str | Path | None) -> Path | None:
-    """Raises GraspError where no PNG can be written, before anything is timed."""
+    """Raise GraspError, before anything is timed, if no PNG can be written."""
     path = Path(plot) if plot is not None else None
     if path and path.suffix != ".png":
-        raise GraspError(f"--plot {path} is no PNG: name a file that ends in .png")
+        raise GraspError(f"`plot` must name a file that ends in .png, got {path}")
     if path and not path.parent.is_dir():
-        raise GraspError(f"--plot {path} is in no folder that exists: make {path.parent} first")
+        raise GraspError(f"`plot` {path} must be in a folder that exists: make {path.parent} first")
     return path
 
 
 def _plot(result: Bench, path: Path) -> None:
-    """Bars of tokens per second by shape, prefill beside decode, and the speed-up above."""
+    """Plot tokens per second by shape, prefill next to decode, with the speed-up above the bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""Perplexity as the papers report it, with every setting that changes the number beside it."""
+"""Perplexity as papers report it, together with every setting that affects the number."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood, in nats a token, and how it was measured."""
+    """exp of the mean negative log-likelihood, in nats per token, and how it was measured."""
 
     value: float
     nll: float
@@ -34,7 +34,7 @@ class Perplexity:
     windows_available: int
     seq_len: int
     bos: bool
-    dtype: str  # of the arithmetic, whatever the weights are stored in
+    dtype: str  # of the arithmetic, not of the stored weights
     data: str
     split: str | None
     sha256: str  # of the text
@@ -65,21 +65,22 @@ def perplexity(
     bos: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of any causal LM of transformers, in fp32, on the device where it is.
+    """Measure the perplexity of a causal LM of transformers, in fp32, on its current device.
 
-    Weights stay as they are: a narrower one is cast while its module runs, which gives the same as
-    a model in fp32 and takes the memory of one matrix.
+    Stored weights do not change: a narrower one is cast to fp32 while its module runs. The result
+    equals that of an fp32 model, for the extra memory of one matrix.
 
-    The corpus is cut from its beginning into windows of `seq_len` tokens (a shorter rest is left
-    out), each scored alone: seq_len - 1 predictions. `windows` limits it to the first so many. With
-    `bos` a window is a BOS and seq_len - 1 tokens of the corpus, so the model sees as many. Loss
-    summed in fp64. `seq_len` None means 2048, or the model's limit where that is less.
+    The corpus is cut from its beginning into windows of `seq_len` tokens; a shorter rest is left
+    out. Each window is scored on its own: seq_len - 1 predictions. `windows` limits the number of
+    windows. With `bos`, a window is a BOS and seq_len - 1 tokens of the corpus, so the length stays
+    the same. The loss is summed in fp64. `seq_len` None means 2048, or the model's limit if that is
+    less.
 
-    Raises GraspError: a length beyond the model's, too little text, ids that are not the model's,
-    a loss that is not finite.
+    Raises GraspError if the length exceeds the model's limit, the text is too short, token ids are
+    outside the model's vocabulary, or the loss is not finite.
     """
     if batch_size < 1:
-        raise GraspError(f"--batch-size {batch_size} is too small: choose at least 1")
+        raise GraspError(f"`batch_size` must be at least 1, got {batch_size}")
     inputs, available = _windows(model, corpus, seq_len, windows, bos)
     count, length = inputs.shape
     was_training = model.training
@@ -130,8 +131,8 @@ def evaluate_text(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of a model or checkpoint on a text, both named as on the command line."""
-    find_source(text, "test")  # a mistyped one fails before the model is read
+    """Measure the perplexity of a model on a text, both named as on the command line."""
+    find_source(text, "test")  # a mistyped name fails before the model is read
     loaded, tokenizer = load_model(
         model,
         dtype=None,
@@ -154,11 +155,11 @@ def evaluate_text(
 def _windows(
     model: Any, corpus: Corpus, seq_len: int | None, windows: int | None, bos: bool
 ) -> tuple[Tensor, int]:
-    """Input ids int64 [windows, seq_len], and how many windows the corpus has in all."""
+    """Return input ids int64 [windows, seq_len], and the number of windows in the whole corpus."""
     limit = longest(model)
     length = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
     if not 2 <= length <= limit:
-        raise GraspError(f"--seq-len {length} is outside what this model takes: 2 to {limit}")
+        raise GraspError(f"`seq_len` must be between 2 and {limit} for this model, got {length}")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if corpus.tokens and int(corpus.ids.max()) >= vocabulary:
         raise GraspError(
@@ -166,29 +167,29 @@ def _windows(
             f"{vocabulary}: use the tokenizer that belongs to the model"
         )
     if windows is not None and windows < 1:
-        raise GraspError(f"--windows {windows} is no window: ask for at least 1")
+        raise GraspError(f"`windows` must be at least 1, got {windows}")
     step = length - bos
     available = corpus.tokens // step
     if available < (windows or 1):
         raise GraspError(
             f"too little text: {corpus.name} has {corpus.tokens:,} tokens, {available:,} windows "
             f"of {length}; {windows or 1} need {(windows or 1) * step:,} tokens: "
-            "ask for fewer --windows, a shorter --seq-len (of prune: --eval-windows, "
-            "--eval-seq-len) or give more text"
+            "use fewer `windows`, a shorter `seq_len` (of prune: `eval_windows`, "
+            "`eval_seq_len`) or more text"
         )
     count = min(available, windows or available)
     inputs = corpus.ids[: count * step].view(count, step)
     if bos:
         token = model.config.bos_token_id
         if token is None:
-            raise GraspError("--bos: this model has no BOS token; evaluate without it")
+            raise GraspError("`bos` needs a BOS token, which this model has not: leave it out")
         inputs = F.pad(inputs, (1, 0), value=token)
     return inputs, available
 
 
 @contextmanager
 def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """Every module computes in fp32: narrower weights of its own are cast while it runs."""
+    """Make every module compute in fp32: its own narrower weights are cast while it runs."""
     narrow = {
         module: [w for w in module.parameters(recurse=False) if w.dtype in NARROW]
         for module in model.modules()
@@ -216,7 +217,7 @@ def _nll(model: Any, ids: Tensor) -> Tensor:
     """Summed negative log-likelihood of ids[:, 1:], an fp64 scalar on the CPU."""
     logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
-    # in slices: the fp32 copy of [tokens, vocabulary] is what fills a GPU otherwise
+    # in slices: an fp32 copy of all [tokens, vocabulary] would fill a GPU
     parts = [
         F.cross_entropy(rows.float(), wanted, reduction="none").double().sum()
         for rows, wanted in zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)

@@ -1,7 +1,7 @@
-"""What runs a model to time it: transformers, or llama.cpp for a .gguf file.
+"""Runtimes that are timed: transformers, or llama.cpp for a .gguf file.
 
-Each takes the same prompts through one prefill, with the head on the last token alone, and decodes
-greedily from its KV cache, token by token; neither times anything that it has not checked.
+Each runs the same prompts through one prefill, with the head on the last token only, then decodes
+greedily from its KV cache, token by token. Both check what they ran before they report a time.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from grasp.model.header import read_header
 from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, packed_errors
 from grasp.model.source import resolve
 
-WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph in its second
+WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph on its second call
 
 
 @dataclass(frozen=True)
 class Benched:
-    """One model: what ran it, and its bytes."""
+    """One model: its runtime, and its size in bytes."""
 
     model: str
     runtime: str
     dtype: str  # of the weights
     disk_bytes: int  # of the files that hold the weights
-    memory_bytes: int  # of the weights as they are computed with
+    memory_bytes: int  # of the weights as loaded for computation
     kv_dtype: str
     kv_bytes_per_token: float  # of the cache itself, after the largest case
     kv_bytes_per_token_planned: int  # by config.json or the GGUF header
@@ -48,13 +48,13 @@ class Run(NamedTuple):
     """One repetition of a shape."""
 
     prefill: float  # seconds until every sequence of the batch has its first token
-    decode: float  # seconds a token of each
+    decode: float  # seconds per step, which adds one token to each sequence
 
 
 class Transformers:
     """A model in transformers, on a CPU or a GPU.
 
-    `compiled` puts its decode step through torch.compile (on a GPU with CUDA graphs), over a static
+    `compiled` runs the decode step through torch.compile (with CUDA graphs on a GPU), on a static
     cache with room for the prompt and all tokens.
     """
 
@@ -80,11 +80,11 @@ class Transformers:
         if compiled:
             mode = "reduce-overhead" if self.model.device.type == "cuda" else "default"
             self._step = torch.compile(self.model, mode=mode)
-        self._static: StaticCache | None = None  # of the shape that was warmed up
+        self._static: StaticCache | None = None  # for the shape that was warmed up
 
     @torch.inference_mode()
     def warm_up(self, ids: Tensor, tokens: int) -> None:
-        """The first run of a shape, in which a step is compiled.
+        """Run a shape for the first time; this compiles the decode step if `compiled`.
 
         Raises GraspError unless decoding from the cache gives the logits of one full pass.
         """
@@ -97,14 +97,14 @@ class Transformers:
                     _, sequence, logits = self._run(ids, tokens)
         except torch._dynamo.exc.TorchDynamoException as failed:
             raise GraspError(
-                f"--compile: torch cannot compile {self.name} ({reason(failed)}): install a C++ "
-                "compiler such as g++ if that is what it lacks, or leave --compile out"
+                f"`compile`: torch cannot compile {self.name} ({reason(failed)}): install a C++ "
+                "compiler such as g++ if that is what it lacks, or leave `compile` out"
             ) from failed
         whole = self.model(sequence, use_cache=False, logits_to_keep=1).logits.float()
         error = ((logits.float() - whole).norm() / whole.norm()).item()
-        # quantised weights are multiplied in 16 bit, whatever the rest of the model is in
+        # quantised weights are multiplied in 16 bit, whatever the model's dtype
         dtype = torch.float16 if self.header.quantised else self.model.dtype
-        if not error <= torch.finfo(dtype).eps ** 0.5:  # a NaN is no agreement either
+        if not error <= torch.finfo(dtype).eps ** 0.5:  # not >: NaN must fail too
             raise GraspError(
                 f"{self.name} computes something else from its KV cache: relative error {error:.1e}"
                 " of the logits; nothing was timed (`grasp verify` tells whether it is damaged)"
@@ -112,11 +112,11 @@ class Transformers:
 
     @torch.inference_mode()
     def run(self, ids: Tensor, tokens: int) -> Run:
-        """One prefill of `ids` int64 [batch, prompt], and `tokens` decode steps."""
+        """Time one prefill of `ids` int64 [batch, prompt], and `tokens` decode steps."""
         return self._run(ids, tokens)[0]
 
     def _run(self, ids: Tensor, tokens: int) -> tuple[Run, Tensor, Tensor]:
-        """Also all tokens that went in [batch, prompt + tokens], and the last one's logits."""
+        """Return the run, its input tokens [batch, prompt + tokens], and the last logits."""
         ids = ids.to(self.model.device)
         if self._static is not None:
             self._static.reset()
@@ -147,7 +147,7 @@ class Transformers:
         return time.perf_counter()
 
     def cache_bytes_per_token(self) -> float:
-        """Of the last run, after its prefill."""
+        """Return the cache bytes per token of the last run, after its prefill."""
         return self._cache_bytes_per_token
 
     def describe(self, kv_bytes: float) -> Benched:
@@ -180,7 +180,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """A .gguf file in llama.cpp: its own server, which times prefill and decode itself."""
+    """A .gguf file in llama.cpp, whose own server times prefill and decode."""
 
     packages = ("xllamacpp",)
 
@@ -201,16 +201,16 @@ class LlamaCpp:
         ]
         if device != "cpu" and not gpus:
             raise GraspError(
-                f"--device {device}: the installed xllamacpp sees no GPU; install its build for "
-                "yours, or use --device cpu"
+                f"the installed xllamacpp sees no GPU for `device={device!r}`: install its build "
+                "for yours, or use `device='cpu'`"
             )
-        self._folder = tempfile.TemporaryDirectory()  # for the caches that are measured
+        self._folder = tempfile.TemporaryDirectory()  # for saved caches, to measure them
         params = xllamacpp.CommonParams()
         params.model.path = str(self.path)
         params.n_parallel, params.n_ctx = batch, batch * (longest + 8)
-        params.n_batch = batch * longest  # so that all prompts of a batch end in one decode call
+        params.n_batch = batch * longest  # so that one decode call reads all prompts of a batch
         params.n_gpu_layers = 0 if device == "cpu" else 999
-        if device != "cpu":  # one of them, as in torch
+        if device != "cpu":  # a single GPU, as in torch
             params.split_mode = xllamacpp.llama_split_mode.LLAMA_SPLIT_MODE_NONE
             params.main_gpu = torch.device(device).index or 0
         threads = torch.get_num_threads()
@@ -220,26 +220,26 @@ class LlamaCpp:
         params.slot_save_path = f"{self._folder.name}/"
         try:
             self._server = xllamacpp.Server(params)
-        except Exception as error:  # with a reason of its own
+        except Exception as error:  # its message holds the reason
             raise GraspError(f"llama.cpp cannot load {name}: {reason(error)}") from error
-        self._open = build_opener(ProxyHandler({})).open  # no proxy between us and ourselves
+        self._open = build_opener(ProxyHandler({})).open  # no proxy for a local server
         self._meta = self._ask("/v1/models")["data"][0]["meta"]
         self._slots: list[int] = []
         self.vocabulary, self.limit = self._meta["n_vocab"], self._meta["n_ctx_train"]
 
     def warm_up(self, ids: Tensor, tokens: int) -> None:
-        """The first run of a shape."""
+        """Run a shape for the first time."""
         self.run(ids, tokens)
 
     def run(self, ids: Tensor, tokens: int) -> Run:
-        """One prefill of `ids` int64 [batch, prompt], and `tokens` decode steps.
+        """Time one prefill of `ids` int64 [batch, prompt], and `tokens` decode steps.
 
         Raises GraspError if llama.cpp took part of a prompt from a cache, or stopped early.
         """
         answers = self._ask(
             "/completion",
             prompt=ids.tolist(),
-            n_predict=tokens + 1,  # the first is the prefill's
+            n_predict=tokens + 1,  # the first one comes from the prefill
             temperature=0,
             ignore_eos=True,
             cache_prompt=False,
@@ -260,7 +260,10 @@ class LlamaCpp:
         return Run(prefill, decode / tokens)
 
     def cache_bytes_per_token(self) -> float:
-        """Of the last run, as llama.cpp saves it: with some bytes that say whose each cell is."""
+        """Return the cache bytes per token of the last run, as saved by llama.cpp.
+
+        They include a few bytes per cell that name its sequence.
+        """
         saved = [self._ask(f"/slots/{s}?action=save", filename="slot") for s in self._slots]
         return sum(slot["n_written"] for slot in saved) / sum(slot["n_saved"] for slot in saved)
 
@@ -292,5 +295,5 @@ class LlamaCpp:
 
 
 def is_for_llama_cpp(name: str) -> bool:
-    """A .gguf file by name, as opposed to the demo model: what llama.cpp is to run."""
+    """Return whether llama.cpp runs this model: a .gguf file, except for the demo model."""
     return resolve(name).kind == "gguf" and not name.startswith("demo:")

@@ -1,7 +1,8 @@
 """Zero-shot accuracy by lm-eval, of one model or of two on the same documents.
 
-Tasks are lm-eval's own, from the hub, or those in tasks/, which ask the same questions of
-local JSON lines: FOLDER/piqa.validation.jsonl and so on, with the fields of the hub's data set.
+Tasks are lm-eval's own, with documents from the hub, or those in tasks/. The latter ask the same
+questions, but read local JSON lines: FOLDER/piqa.validation.jsonl and so on, with the fields of the
+hub's data set.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ VERSIONS = ("lm_eval", "torch", "transformers", "datasets")
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task, and its standard error (None: one document, or none defined)."""
+    """One metric of one task, and its standard error (None: one document, or undefined)."""
 
     value: float
     stderr: float | None
@@ -46,18 +47,18 @@ class Score:
 
 @dataclass(frozen=True)
 class ModelScores:
-    """The scores of one model, as scores[task][metric], and what about it changes them."""
+    """The scores of one model, as scores[task][metric], and its settings that affect them."""
 
     model: str
     dtype: str
     bos: bool  # its tokenizer puts a BOS before each text
-    truncated: int  # requests cut from the left, to what it takes
+    truncated: int  # requests cut from the left to the model's limit
     scores: dict[str, dict[str, Score]]
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Scores of one or two models, and everything that changes them."""
+    """Scores of one or two models, and everything that affects them."""
 
     models: tuple[ModelScores, ...]
     tasks: dict[str, dict[str, Any]]  # version, few_shot, documents, ..._available, data, sha256
@@ -68,7 +69,7 @@ class ZeroShot:
         return ("task", "metric", *(model.model for model in self.models))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """(task, metric, score of each model) for a table."""
+        """Return table rows: (task, metric, score of each model)."""
         return [
             (task, metric, *(str(model.scores[task][metric]) for model in self.models))
             for task, metrics in self.models[0].scores.items()
@@ -76,7 +77,7 @@ class ZeroShot:
         ]
 
     def measured_on(self) -> str:
-        """How it was measured, in one line."""
+        """Describe in one line how it was measured."""
         tasks = "; ".join(
             f"{name} {task['version']}: {task['data']}, {_of(task)}, {task['few_shot']}-shot"
             for name, task in self.tasks.items()
@@ -108,7 +109,7 @@ def evaluate_tasks(
     tasks: str | Sequence[str],
     *,
     against: str | None = None,
-    data: str | Path | None = None,
+    tasks_data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 1,
     device: str = "auto",
@@ -118,35 +119,35 @@ def evaluate_tasks(
 ) -> ZeroShot:
     """Score `model`, and `against` if given, on tasks of lm-eval ("piqa,arc_easy" or a list).
 
-    `data` is a folder of local documents, for the tasks in tasks/; without it they come from
-    the hub and any task of lm-eval may be named. `limit` takes the first so many documents of each.
-    Models load as everywhere in grasp, in fp32 on a CPU and as stored on a GPU; log-probabilities
-    are fp32 on both. No chat template is used. `record` adds the scores to the files of `model`, a
-    checkpoint of grasp.
+    `data` is a folder of local documents for the tasks in tasks/; without it, documents come from
+    the hub and any task of lm-eval may be named. `limit` uses only the first documents of each
+    task. Models are loaded in fp32 on a CPU and as stored on a GPU; log-probabilities are fp32 on
+    both. No chat template is used. `record` adds the scores to the files of `model`, which must be
+    a grasp checkpoint.
 
-    Raises GraspError: lm-eval is not installed, an unknown task, documents that are missing,
-    damaged or too long, a model that does not load or whose scores are not numbers.
+    Raises GraspError if lm-eval is not installed, a task is unknown, documents are missing, damaged
+    or too long, a model does not load, or its scores are not numbers.
     """
     if limit is not None and limit < 1:
-        raise GraspError(f"--limit {limit} is no document: ask for at least 1")
+        raise GraspError(f"`limit` must be at least 1, got {limit}")
     if batch_size < 1:
-        raise GraspError(f"--batch-size {batch_size} is too small: choose at least 1")
+        raise GraspError(f"`batch_size` must be at least 1, got {batch_size}")
     device = pick_device(device)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     models = [name for name in (model, against) if name is not None]
     for name in models:
-        resolve(name)  # a mistyped one fails before anything is fetched
+        resolve(name)  # a mistyped name fails before anything is fetched
     if record:
         check_record(Path(model))
     with _reported(progress):
-        loaded = _load_tasks([name.strip() for name in names], data)
+        loaded = _load_tasks([name.strip() for name in names], tasks_data)
         results = [
             _evaluate(name, loaded, limit, batch_size, device, trust_remote_code) for name in models
         ]
     scores = ZeroShot(
         models=tuple(scores for scores, _ in results),
         tasks={
-            name: _describe(name, task, results[0][1], data)
+            name: _describe(name, task, results[0][1], tasks_data)
             for name, task in loaded["tasks"].items()
         },
         settings={
@@ -165,17 +166,18 @@ def evaluate_tasks(
 
 
 def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> dict[str, Any]:
-    """The documents of a task in tasks/, by split; lm-eval calls it for its data set.
+    """Read the documents of a task in tasks/, by split; lm-eval calls this for its data set.
 
-    `file` is TASK.SPLIT.jsonl, a record a line. Raises GraspError unless each has all `fields`.
+    `file` is TASK.SPLIT.jsonl, one record per line. Raises GraspError if a record lacks one of
+    `fields`.
     """
     import datasets
 
     path = Path(folder, file)
     if not path.is_file():
         raise GraspError(
-            f"--tasks-data {folder} has no {file}: put it there, a JSON record a line with the "
-            f"fields {', '.join(fields)}"
+            f"`tasks_data` {folder} has no {file}: put it there, one JSON record per line, with "
+            f"the fields {', '.join(fields)}"
         )
     records = []
     for where, record in json_records(path):
@@ -186,9 +188,7 @@ def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> di
                 f"{path}, {where}: no '{lacking[0]}'; expected a record with the fields "
                 f"{', '.join(fields)}"
             )
-        if (
-            values.get("label") == -1
-        ):  # how data sets keep the answers of a test split to themselves
+        if values.get("label") == -1:  # data sets mark hidden answers of a test split like this
             raise GraspError(
                 f"{path}, {where}: label -1 gives no answer; use a split that has them"
             )
@@ -199,7 +199,7 @@ def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> di
 
 
 def _load_tasks(names: Sequence[str], data: str | Path | None) -> dict[str, Any]:
-    """lm-eval's tasks and groups of tasks, with their documents."""
+    """Load lm-eval's tasks and groups of tasks, with their documents."""
     from lm_eval.tasks import TaskManager
 
     if data is None:
@@ -209,7 +209,7 @@ def _load_tasks(names: Sequence[str], data: str | Path | None) -> dict[str, Any]
         manager = TaskManager(
             include_path=LOCAL_TASKS, include_defaults=False, metadata={"folder": str(data)}
         )
-        place = f"those that read --tasks-data: there are {', '.join(manager.all_tasks)}"
+        place = f"those that read `tasks_data`: there are {', '.join(manager.all_tasks)}"
     for name in names:
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, 1)
@@ -223,11 +223,11 @@ def _load_tasks(names: Sequence[str], data: str | Path | None) -> dict[str, Any]
                 loaded[kind].update(found)
         except GraspError:
             raise
-        except Exception as error:  # the hub, a data set or a task may fail in as many ways
+        except Exception as error:  # the hub, a data set or a task may fail in many ways
             fix = (
                 f"check the documents in {data}"
                 if data is not None
-                else "check the connection, or give local documents with --tasks-data"
+                else "check the connection, or give local documents as `tasks_data`"
             )
             raise GraspError(f"task {name} does not load: {reason(error)}: {fix}") from error
     for task in loaded["tasks"].values():
@@ -245,7 +245,7 @@ def _evaluate(
     device: str,
     trust_remote_code: bool,
 ) -> tuple[ModelScores, dict[str, Any]]:
-    """The scores of one model, and lm-eval's own result."""
+    """Return the scores of one model, and lm-eval's own result."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -282,7 +282,7 @@ def _evaluate(
         dtype=dtype,
         bos=lm.tok_encode("a")[0] == tokenizer.bos_token_id,
         truncated=sum(
-            len(lm.tok_encode("".join(request.args))) > lm.max_length + 1  # the last is no input
+            len(lm.tok_encode("".join(request.args))) > lm.max_length + 1  # the last is only scored
             for request in requests
             if request.request_type == "loglikelihood"
         ),
@@ -292,7 +292,7 @@ def _evaluate(
 
 
 def _scores(values: dict[str, Any]) -> dict[str, Score]:
-    """The metrics among lm-eval's values, which are named `metric,filter`."""
+    """Return the metrics among lm-eval's values, whose keys are `metric,filter`."""
     scores = {}
     for key, value in values.items():
         metric, _, chosen = key.partition(",")
@@ -306,7 +306,7 @@ def _scores(values: dict[str, Any]) -> dict[str, Score]:
 
 
 def _likelihoods(request: Any) -> list[float]:
-    """What the model gave an answer or a text; what it wrote itself has none."""
+    """Return the log-likelihoods of a request's answer or text; generated text has none."""
     values = (reply[0] if isinstance(reply, tuple) else reply for reply in request.resps)
     return [value for value in values if isinstance(value, float)]
 
@@ -314,7 +314,7 @@ def _likelihoods(request: Any) -> list[float]:
 def _describe(
     name: str, task: Any, result: dict[str, Any], data: str | Path | None
 ) -> dict[str, Any]:
-    """What a task's scores depend on, beside the model."""
+    """Describe what a task's scores depend on besides the model."""
     config = task.config
     split = config.test_split or config.validation_split
     if data is not None:
@@ -336,7 +336,7 @@ def _describe(
 
 
 class _Bar:
-    """What lm-eval asks of a tqdm bar, reported to `progress` instead."""
+    """Replacement for lm-eval's tqdm bar, which reports to `progress` instead."""
 
     def __init__(self, progress: Progress | None, items: Any = (), **options: Any) -> None:
         self.items, self.done, self.total = items, 0, options.get("total") or len(items)
@@ -358,14 +358,13 @@ class _Bar:
 
 @contextlib.contextmanager
 def _reported(progress: Progress | None) -> Iterator[None]:
-    """lm-eval with `progress` in place of its bar of requests, and without its other bars and
-    remarks."""
+    """Report lm-eval's requests to `progress`, and hide its other bars and its log messages."""
     try:
         import lm_eval.api.model as tokenizing
         import lm_eval.api.task as preparing
         import lm_eval.models.huggingface as running
     except ImportError:
-        raise GraspError(f"--tasks needs lm-eval: {install('tasks')}") from None
+        raise GraspError(f"`tasks` needs lm-eval: {install('tasks')}") from None
     import datasets
 
     with contextlib.ExitStack() as undo:

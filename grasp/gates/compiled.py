@@ -1,4 +1,4 @@
-"""RMSNorm and RoPE as a kernel each, by torch.compile: some ten small ones a layer otherwise."""
+"""Compile RMSNorm and RoPE into one kernel each; uncompiled, they launch some ten per layer."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 from grasp.errors import reason
 from grasp.model.units import decoder_layers
 
-ROPE = "apply_rotary_pos_emb"  # what transformers calls it in each family
-VARIANTS = 64  # of one function, by shapes and gradients, all norms of a process together
+ROPE = "apply_rotary_pos_emb"  # its name in each family of transformers
+VARIANTS = 64  # of one function, by shapes and gradients; all norms of a process share them
 
 
 @contextmanager
 def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[None]:
-    """Compile the norms of this instance and, for the time being, RoPE of its family.
+    """Within the context, compile the norms of this instance and the RoPE of its family.
 
-    Where a norm does not compile, forward or backward, `note` gets a line that says why and all
-    stays as it is. What does not fit the usual names is left alone, as is a norm with a forward of
-    its own: one that a scale is part of is a single kernel already.
+    If a norm does not compile, forward or backward, `note` receives the reason in one line and
+    nothing is compiled. Modules without the usual names are left alone. So are norms with an
+    instance-level forward: a norm that includes a scale is already a single kernel.
     """
     norms: list[Any] = [
         m
@@ -60,6 +60,6 @@ def _failure(norm: nn.Module) -> str | None:
     x = torch.ones_like(weight)[None, None].requires_grad_()
     try:
         torch.compile(norm.forward)(x).sum().backward()
-    except Exception as error:  # of any of the compilers behind it
+    except Exception as error:  # from any of the compilers behind it
         return reason(error)
     return None

@@ -1,12 +1,13 @@
-"""A patched, cut or layer-by-layer model must compute what the model computes: tried on one text.
+"""Check on a short text that a gated, cut or layer-by-layer model still computes the same.
 
-Gates put an FFN together from its linear layers, and some passes run a decoder layer by layer. A
-family that computes more there would be learned and fitted for another function. So the model's
-own pass over a short text is compared with that of the model with every gate and scale at 1, run
-layer by layer, or cut where units were gated off before. What differs is refused by name.
+Gates rebuild an FFN from its linear layers, and some passes run a decoder layer by layer. If a
+family computes more there, gates and fits would be learned for another function. So the model's own
+pass is compared with two others: one with every gate and scale at 1, one layer by layer. A cut
+model is compared with the model whose dropped units are gated off. GraspError names the first
+module that differs.
 
-On a CPU in fp32 gates and layers change no bit of the supported families. Elsewhere, and where
-units are cut, sums run in another order and kernels round in other places: see `tolerance`.
+On a CPU in fp32, gates and layers change no bit of the supported families. Elsewhere, and after a
+cut, sums run in another order and kernels round in other places: see `tolerance`.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from grasp.gates.scales import scaled
 from grasp.model.layerwise import first_hidden, layer_options, output_of, runner
 from grasp.model.units import UnitSpace, decoder_layers
 
-TOKENS = 64  # at most: enough to see another function, of little cost for a large model
-SAFETY = 4  # a model that is refused wrongly is worse than a difference of a few roundings
+TOKENS = 64  # at most: enough to detect another function, and cheap for a large model
+SAFETY = 4  # refusing a good model is worse than accepting a few roundings more
 LOGITS = "logits"
 
-Outputs = dict[str, Tensor]  # of modules by their names, in the order of the pass; logits last
+Outputs = dict[str, Tensor]  # by module name, in the order of the pass; logits last
 
 
 def tolerance(model: PreTrainedModel, depth: int) -> float:
-    """The error that rounding explains behind `depth` modules, relative to the norm of an output.
+    """The error that rounding explains after `depth` modules, relative to the norm of an output.
 
-    Each module rounds its output to the model's dtype and its sums in fp32, of as many terms as the
-    widest layer has inputs; independent errors add up in squares. This is `SAFETY` times that:
-    logits of SmolLM2-135M, 60 modules deep, differ on a CPU by 0.027 in bf16, by 0.004 in fp16 and
-    not at all in fp32, where 0.24, 0.03 and 1.5e-4 are tolerated.
+    Each module rounds its output to the model's dtype, and its sums to fp32; a sum has as many
+    terms as the widest layer has inputs. Independent errors add up in squares. The tolerance is
+    `SAFETY` times that. Logits of SmolLM2-135M, 60 modules deep, differ on a CPU by 0.027 in
+    bf16, 0.004 in fp16 and 0 in fp32; the tolerances are 0.24, 0.03 and 1.5e-4.
     """
     terms = max(linear.weight.shape[1] for m in decoder_layers(model) for linear in m.linears)
     own, sums = (torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
@@ -51,16 +52,16 @@ def tolerance(model: PreTrainedModel, depth: int) -> float:
 
 @torch.no_grad()
 def check_gates(model: PreTrainedModel, kind: ScaleKind, site: GateSite, ids: Tensor) -> float:
-    """Refuse a model that gates and scales of 1 change. Returns the relative error of its logits.
+    """Check that gates and scales of 1 leave a model unchanged.
 
-    ids: int64 [1, seq_len], of which `TOKENS` are read. Raises GraspError with the first module
-    that differs by more than its `tolerance`.
+    ids: int64 [1, seq_len], of which the first `TOKENS` are used. Returns the relative error of the
+    logits. Raises GraspError with the first module that differs by more than its `tolerance`.
     """
     ids, modules = _short(model, ids), _gated_modules(model)
     want = _outputs(model, modules, lambda: model(input_ids=ids, use_cache=False))
 
     def run() -> Any:
-        with scaled(model, UnitSpace.of(model), kind, site):  # masked as they learn
+        with scaled(model, UnitSpace.of(model), kind, site):  # with the mask of training
             return model(input_ids=ids, attention_mask=unpadded(ids), use_cache=False)
 
     got = _tried(model, lambda: _outputs(model, modules, run), "gated")
@@ -71,7 +72,7 @@ def check_gates(model: PreTrainedModel, kind: ScaleKind, site: GateSite, ids: Te
 
 @torch.no_grad()
 def gated_outputs(model: PreTrainedModel, mask: Mask, ids: Tensor) -> Outputs:
-    """What `check_cut` compares with: the model whose dropped units are gated off."""
+    """Outputs of the model with its dropped units gated off, for `check_cut` to compare with."""
     ids, modules = _short(model, ids), _gated_modules(model)
     with gated(model, mask.space) as gates:
         gates.set(mask.keep.to(model.device, torch.float32))
@@ -80,9 +81,10 @@ def gated_outputs(model: PreTrainedModel, mask: Mask, ids: Tensor) -> Outputs:
 
 @torch.no_grad()
 def check_cut(model: PreTrainedModel, want: Outputs, ids: Tensor) -> float:
-    """Refuse a model that computes something else once `mask` is cut out of it.
+    """Check that a cut model computes the same as with its dropped units gated off.
 
-    `want` are its `gated_outputs` before, of the same ids. Returns and raises as `check_gates`.
+    `want`: the `gated_outputs` before the cut, for the same ids. Returns and raises as
+    `check_gates`.
     """
     ids, modules = _short(model, ids), _gated_modules(model)
 
@@ -97,9 +99,9 @@ def check_cut(model: PreTrainedModel, want: Outputs, ids: Tensor) -> float:
 
 @torch.no_grad()
 def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str) -> float:
-    """Refuse a model whose decoder layers, run one by one, give something else than its own pass.
+    """Check that decoder layers, run one by one, give the same outputs as the model's own pass.
 
-    Returns the relative error of what the last layer gives; ids and errors as `check_gates`.
+    Returns the relative error of the last layer's output; ids and errors as in `check_gates`.
     """
     ids, layers = _short(model, ids), list(model.get_decoder().layers)
     modules = _named(model, layers)
@@ -134,7 +136,7 @@ def _named(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Modu
 def _outputs(
     model: PreTrainedModel, modules: dict[nn.Module, str], run: Callable[[], Any]
 ) -> Outputs:
-    """What `modules` and `run` itself, which runs the model, give; on the CPU."""
+    """The outputs of `modules` while `run` runs the model, and its logits: fp32 on the CPU."""
     seen: Outputs = {}
 
     def see(_: nn.Module, args: Any, output: Any, name: str) -> None:
@@ -148,24 +150,24 @@ def _outputs(
 
 
 def _tried(model: PreTrainedModel, run: Callable[[], Outputs], how: str) -> Outputs:
-    """What a way to run a model gives that its own code may have something against."""
+    """Call `run`, and raise GraspError if the model's own code fails."""
     try:
         return run()
     except (GraspError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a foreign model's own code may raise
+    except Exception as error:  # a foreign model's code may raise anything
         raise GraspError(
             f"{type(model).__name__} is not supported: it does not run {how} ({reason(error)})"
         ) from error
 
 
 def _compare(model: PreTrainedModel, want: Outputs, got: Outputs, what: str) -> float:
-    """The relative error of the last outputs; GraspError with the first that are too far apart."""
+    """The relative error of the last output. Raises GraspError with the first above tolerance."""
     error = 0.0
     for depth, name in enumerate(want, 1):
         if not want[name].isfinite().all():
             dtype = str(model.dtype).removeprefix("torch.")
-            raise GraspError(f"the model's own {name} is not finite in {dtype}: use --dtype fp32")
+            raise GraspError(f"the model's own {name} is not finite in {dtype}: use `dtype='fp32'`")
         error, limit = _error(want[name], got[name]), tolerance(model, depth)
         if not error <= limit:
             kind = "" if name == LOGITS else f" ({type(model.get_submodule(name)).__name__})"

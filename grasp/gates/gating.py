@@ -1,7 +1,7 @@
-"""Gates on a live model: one number per unit, multiplied into what enters `down_proj` and `o_proj`.
+"""Gates on a live model: one factor per unit on the inputs of `down_proj` and `o_proj`.
 
-`with gated(model, space) as gates:` patches this instance only, and leaves it as it was: FFN
-modules get an instance-level `forward`, attention runs through a function registered with
+`with gated(model, space) as gates:` patches this instance only, and restores it on exit. FFN
+modules get an instance-level `forward`. Attention runs through a function registered with
 transformers' AttentionInterface, so no model family's attention code is copied.
 """
 
@@ -41,10 +41,10 @@ class Gates:
         self.set(torch.ones(space.size, device=model.device))
 
     def set(self, values: Tensor, open_counts: Sequence[int] | None = None) -> None:
-        """Values of all gates, [units] in the order of UnitSpace: 0/1 masks or any scales.
+        """Set all gates, [units] in the order of UnitSpace: 0/1 masks or any scales.
 
-        `open_counts` is what `count` gives for these values: closed units are then skipped. On a
-        CPU they are skipped without it.
+        `open_counts` is the result of `count` for these values; with it, closed units are skipped.
+        On a CPU they are always skipped.
         """
         pieces = iter(values.split(self._sizes))
         counts = iter(self._sizes if open_counts is None else open_counts)
@@ -53,29 +53,29 @@ class Gates:
             modules.attention.grasp_gate = (next(pieces), next(counts), self._site)
 
     def count(self, values: Tensor) -> list[int]:
-        """How many gates are not 0 in each layer's FFN and attention; a GPU is waited for once."""
+        """The number of nonzero gates per FFN and attention, by layer; waits for a GPU once."""
         upto = (values != 0).cumsum(0)[self._ends]
         return upto.diff(prepend=upto.new_zeros(1)).tolist()
 
 
 @contextmanager
 def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -> Iterator[Gates]:
-    """Gates of 1 on every unit of `model`, taken off again on leaving.
+    """Put gates of 1 on every unit of `model`, and remove them on exit.
 
-    `site="kv"` multiplies the gate into K (after RoPE) and V, as the published code does, instead
-    of into the attention's output: the same forward for a hard mask, another gradient.
+    `site="kv"` multiplies K (after RoPE) and V by the gate, as the published code does, instead of
+    the attention's output. For a hard mask the forward pass is the same; the gradient differs.
     """
     before = model.config._attn_implementation
     modules = decoder_layers(model)
     down = [w for m in modules if _fused(m) and (w := m.mlp.down_proj.weight).device.type != "cpu"]
     gates = Gates(model, space, site)
-    # a library's hook may have put a forward on the instance before us
+    # a library's hook may already have put a forward on the instance
     forwards = [{k: v for k, v in vars(m.mlp).items() if k == "forward"} for m in modules]
     try:
         model.set_attn_implementation(EAGER if before == "eager" else SDPA)
         for m in modules:
             m.mlp.forward = _ffn_forward(m)
-        for w in down:  # one by one: the same values, a channel in one piece of memory
+        for w in down:  # one by one: same values, but each channel contiguous in memory
             w.data = w.data.t().contiguous().t()
         yield gates
     finally:
@@ -89,7 +89,7 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
 
 
 def _fused(modules: LayerModules) -> bool:
-    """Whether a layer's FFN is what `gated_swiglu_ffn` computes."""
+    """Whether `gated_swiglu_ffn` computes a layer's FFN."""
     linears = (modules.gate.linear, modules.up.linear, modules.mlp.down_proj)
     is_silu = isinstance(modules.activation, nn.SiLU | SiLUActivation)
     return is_silu and all(linear.bias is None for linear in linears)
@@ -134,7 +134,7 @@ def _attention_forward(
 
 
 def _takes_kernel(module: Any, query: Tensor, attention_mask: Tensor | None) -> bool:
-    """Plain causal attention on a GPU; on a CPU, PyTorch's attention and a product are faster."""
+    """True for plain causal attention on a GPU; on a CPU, PyTorch's own attention is faster."""
     plain = module.config._attn_implementation == SDPA and attention_mask is None
     return plain and _kernel_is_faster(query)
 
@@ -150,10 +150,10 @@ def _inner(module: Any) -> Any:
 
 
 def unpadded(ids: Tensor) -> Tensor:
-    """A padding mask of ones for a gated model, that nobody needs to read to know that it is one.
+    """A padding mask of ones, bool in the shape of `ids`, marked as such for a gated model.
 
-    Without a mask transformers looks in each forward pass whether sequences are packed, and with
-    one whether all of it is true: either makes a GPU wait.
+    In each forward pass, transformers checks whether sequences are packed (without a mask) or
+    whether the mask is all true. Either check makes a GPU wait; the mark makes it unnecessary.
     """
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask.grasp_unpadded = True  # type: ignore[attr-defined]
@@ -161,10 +161,10 @@ def unpadded(ids: Tensor) -> Tensor:
 
 
 def _unless_unpadded(make: Any, **kwargs: Any) -> Any:
-    """The mask that `make` builds, none where an unpadded sequence is plainly causal.
+    """The mask that `make` builds, or None if an unpadded sequence is plainly causal.
 
-    That transformers would find out itself, but not while a CUDA graph is captured: then it builds
-    a mask, and the graph would hold masked attention for good.
+    transformers finds this out itself, but not while a CUDA graph is captured. It would then build
+    a mask, and the graph would always run masked attention.
     """
     if hasattr(kwargs["attention_mask"], "grasp_unpadded"):
         kwargs["attention_mask"] = None

@@ -1,4 +1,4 @@
-"""Memory modes: layers whose activations are computed again in the backward pass, not kept."""
+"""Memory modes: some layers recompute their activations in the backward pass to save memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grasp.machine import memory_errors
 from grasp.model.header import of_model
 from grasp.planning.plan import learning_memory
 
-SLACK = 0.9  # of free memory: the allocator's fragments and the estimate's error take the rest
+SLACK = 0.9  # of free memory; the rest is for fragmentation and the estimate's error
 
 
 @contextmanager
 def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryMode]:
-    """Learn on this instance in `config.memory`; gives the mode that "auto" stands for.
+    """Within the context, apply `config.memory` to this instance; gives the mode, "auto" resolved.
 
-    Raises GraspError for a memory that is full all the same, with the mode to try then.
+    On out-of-memory, raises GraspError with the mode to resume with.
     """
     mode = choose(model, config) if config.memory == "auto" else config.memory
     every = RECOMPUTE_EVERY.get(mode)
@@ -32,7 +32,7 @@ def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryM
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
-    fix = f"run the same with --memory low (now {mode}): it goes on where it stopped"
+    fix = f"run the same with `memory='low'` (now {mode}) to resume"
     try:
         with memory_errors(config.device, fix) if mode != "low" else nullcontext():
             yield mode
@@ -44,7 +44,7 @@ def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryM
 
 
 def choose(model: PreTrainedModel, config: PruneConfig) -> MemoryMode:
-    """The fastest mode that a GPU has room for beside the model, "low" if none; on a CPU "fast"."""
+    """The fastest mode that fits in free GPU memory, "low" if none does; "fast" on a CPU."""
     if model.device.type != "cuda":
         return "fast"
     cached = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)

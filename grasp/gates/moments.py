@@ -1,4 +1,4 @@
-"""Means and variances of what enters or leaves linear layers on calibration text."""
+"""Means and variances of the inputs or outputs of linear layers on calibration text."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def channel_moments(
 ) -> list[Moments]:
     """Moments of the input or output of each tapped linear; blocks: int64 [samples, seq_len].
 
-    One block at a time, merged in fp32 as means and variances: sums of squares would lose the
-    digits of a channel whose mean is far from 0. Resumes from its journal, bit for bit. Raises
-    GraspError where the loss is not finite.
+    Blocks run one at a time; their means and variances are merged in fp32. Sums of squares would
+    lose digits for a channel whose mean is far from 0. Resumes from its journal, bit for bit.
+    Raises GraspError if the loss is not finite.
     """
     seen: dict[int, tuple[Tensor, ...]] = {}
 
@@ -77,9 +77,9 @@ def channel_moments(
 def column_moments(
     model: PreTrainedModel, space: UnitSpace, blocks: Tensor, journal: Journal
 ) -> list[tuple[Tensor, Moments, int]]:
-    """(weight, moments of its input, units) of each down_proj and o_proj, as UnitSpace runs.
+    """(weight, moments of its input, units) of each down_proj and o_proj, in UnitSpace order.
 
-    A unit's columns lie side by side: `columns.view(units, -1)` has a row for each.
+    A unit's columns are adjacent: `columns.view(units, -1)` has one row per unit.
     """
     linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
     units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]

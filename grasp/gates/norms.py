@@ -1,4 +1,4 @@
-"""Which RMSNorm feeds which linear layers: a scale on what enters them can join its weight."""
+"""Find the RMSNorm that feeds given linear layers, so that it can apply a scale on their input."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Linears = tuple[nn.Linear, ...]
 
 @dataclass(frozen=True)
 class Norm:
-    """A module that computes x / sqrt(mean(x^2) + eps) * weight, and learns nothing."""
+    """A frozen module that computes x / sqrt(mean(x^2) + eps) * weight."""
 
     module: nn.Module
-    weight: Tensor  # as it multiplies, [d]: Gemma's is 1 + what it stores
+    weight: Tensor  # the factor, [d]: Gemma's is 1 + the stored weight
     eps: float
 
     @contextmanager
     def scaled(self, scale: Callable[[], Tensor]) -> Iterator[None]:
-        """Its output times what `scale` returns, [d], by one op; as it was on leaving."""
+        """Multiply its output by `scale()`, [d], in the same op; restored on exit."""
         module: Any = self.module
         before = vars(module).get("forward")
         module.forward = lambda x: rms_norm_scale(x, self.weight, scale(), self.eps)
@@ -44,9 +44,9 @@ class Norm:
 
 @torch.no_grad()
 def norms_before(model: PreTrainedModel, groups: Sequence[Linears]) -> dict[Linears, Norm]:
-    """For groups of linear layers the norm whose output all of them read, and nothing else does.
+    """For each group of linear layers, the norm whose output they all read and nothing else reads.
 
-    Found by running the decoder on one token. Groups without such a norm are left out.
+    Runs the decoder on one token to find out. Groups without such a norm are left out.
     """
     if not groups:
         return {}
@@ -64,12 +64,12 @@ def norms_before(model: PreTrainedModel, groups: Sequence[Linears]) -> dict[Line
 
 
 class _Readers(TorchFunctionMode):
-    """What reads the outputs of watched modules: linear layers, by their weights, and functions."""
+    """Records what reads outputs of watched modules: weights of linear layers, and functions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.of: dict[nn.Module, list[Any]] = {}
-        self._outputs: dict[int, tuple[Tensor, list[Any]]] = {}  # by id, which is theirs while held
+        self._outputs: dict[int, tuple[Tensor, list[Any]]] = {}  # by id, unique while held
 
     def watch(self, module: nn.Module, _: Any, output: Tensor) -> None:
         self._outputs[id(output)] = output, self.of.setdefault(module, [])
@@ -78,7 +78,7 @@ class _Readers(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(isinstance(x, Tensor) for x in tree_leaves(out)):  # no shape or the like
+        if any(isinstance(x, Tensor) for x in tree_leaves(out)):  # not a shape or the like
             for x in tree_leaves((args, kwargs)):
                 if id(x) in self._outputs:
                     self._outputs[id(x)][1].append(args[1] if func is F.linear else func)
@@ -86,7 +86,7 @@ class _Readers(TorchFunctionMode):
 
 
 def _rms_norm(module: Any) -> Norm | None:
-    """`module` as a norm, if it is a plain RMSNorm: tried out in fp32, down to where eps counts."""
+    """`module` as a Norm if it is a plain RMSNorm, tested in fp32 down to where eps matters."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):

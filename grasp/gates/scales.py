@@ -1,9 +1,9 @@
-"""Scales on a live model: numbers that multiply channels and fold into its weights.
+"""Scales on a live model: factors on channels, which fold into its weights.
 
-The paper (GRASPrune, arXiv 2604.19398, section 3.4) has one scale a unit, where its gate sits. Ours
-("channel") adds one for each channel on the other ends of the linear layers, but for the outputs of
-gate_proj: W becomes diag(r) W diag(c), which folds as well, costs nothing at inference and adds no
-parameter.
+The paper (GRASPrune, arXiv 2604.19398, section 3.4) has one scale per unit, at the place of its
+gate. Our kind "channel" adds one per channel at the other ends of the linear layers, except the
+outputs of gate_proj: W becomes diag(r) W diag(c). These scales fold too, so they cost nothing at
+inference and add no parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from grasp_kernels import channel_scale
 
 @dataclass(frozen=True)
 class End:
-    """One end of linear layers that share what passes there, and the modules that it passes."""
+    """The input shared by `linears`, or the output of one, and the modules to hook for it."""
 
     side: Literal["in", "out"]
     linears: tuple[nn.Linear, ...]
@@ -40,7 +40,7 @@ class End:
 
 
 class Scales:
-    """Gates, and behind them scales. Values keep their graph, so gradients reach all of them."""
+    """Gates and scales of a patched model. Values keep their graph, so gradients reach them all."""
 
     def __init__(self, gates: Gates, units: int, places: list[End]) -> None:
         self._gates, self._units = gates, units
@@ -48,7 +48,7 @@ class Scales:
         self._pieces: tuple[Tensor, ...] = ()
 
     def set(self, values: Tensor, open_counts: list[int] | None = None) -> None:
-        """[units + channels]: gates in the order of UnitSpace, scales in the order of `ends`."""
+        """Set [units + channels]: gates in the order of UnitSpace, scales in that of `ends`."""
         gates, scales = values.split([self._units, sum(self._sizes)])
         self._gates.set(gates, open_counts)
         self._pieces = scales.split(self._sizes)
@@ -66,10 +66,10 @@ class Scales:
 def scaled(
     model: PreTrainedModel, space: UnitSpace, kind: ScaleKind, site: GateSite = "output"
 ) -> Iterator[Scales]:
-    """Gates and scales of 1 on `model`, taken off again on leaving.
+    """Put gates and scales of 1 on `model`, and remove them on exit.
 
-    A scale is one op for each tensor that it multiplies; where a plain RMSNorm makes that tensor,
-    the scale is part of the norm.
+    A scale is one op per tensor that it multiplies. If a plain RMSNorm outputs that tensor, the
+    scale is part of the norm.
     """
     places = ends(model, kind)
     norms = norms_before(model, [end.linears for end in places if end.side == "in"])
@@ -95,7 +95,7 @@ def _on_output(scale: Callable[[], Tensor]) -> Callable[..., Tensor]:
 
 
 class _OnInput:
-    """A hook before modules that share their input: it multiplies once, for all of them."""
+    """A pre-hook on modules that share an input; it multiplies the input once for all of them."""
 
     def __init__(self, scale: Callable[[], Tensor], readers: int) -> None:
         self._scale, self._readers = scale, readers
@@ -113,12 +113,12 @@ class _OnInput:
 
 
 def scale_count(model: PreTrainedModel, kind: ScaleKind) -> int:
-    """How many scales there are: one a unit of the model, one a channel of its `ends`."""
+    """The number of scales: one per unit of the model, and one per channel of its `ends`."""
     return UnitSpace.of(model).size + sum(end.channels for end in ends(model, kind))
 
 
 def ends(model: PreTrainedModel, kind: ScaleKind) -> list[End]:
-    """Where scales sit besides the gates, in depth order; for "unit" nowhere."""
+    """The places of scales besides the gates, in depth order; none for "unit"."""
     if kind == "unit":
         return []
     found = []
@@ -132,13 +132,13 @@ def ends(model: PreTrainedModel, kind: ScaleKind) -> list[End]:
 
 
 def scale(theta: Tensor) -> Tensor:
-    """Scales in (0.5, 1.5) of unbounded `theta`; 1 where it is 0."""
+    """Map unbounded `theta` to scales in (0.5, 1.5); 0 gives 1."""
     return 1 + 0.5 * torch.tanh(theta)
 
 
 @torch.no_grad()
 def fold_scales(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> None:
-    """Multiply fp32 [`scale_count`] into the weights of this model, as `Scales.set` orders them."""
+    """Multiply scales into the weights in place: fp32 [`scale_count`], in `Scales.set` order."""
     space, places = UnitSpace.of(model), ends(model, kind)
     per_unit, *pieces = scales.split([space.size, *(end.channels for end in places)])
     for m, (index, ffn, kv) in zip(decoder_layers(model), space.segments(), strict=True):

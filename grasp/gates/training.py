@@ -1,4 +1,4 @@
-"""One training loop for everything that lives on gates: AdamW on one small vector, model frozen."""
+"""The training loop for gates and scales: AdamW on one small vector, with the model frozen."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from grasp.journal import Journal
 from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
-GRAPH_TOKENS = 2048  # at once; up to here launching kernels takes a GPU longer than running them
+GRAPH_TOKENS = 2048  # per pass; up to here, launching kernels takes longer than running them
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How gates and scales are trained; `lr` is that of AdamW."""
+    """How gates and scales are trained; `lr` is the learning rate of AdamW."""
 
     epochs: int
     batch_size: int = 1
     accumulate: int = 1
     lr: float = 1e-2
     schedule: Schedule = "constant"
-    decay: float = 0.0  # of scales, over an epoch at the full rate
+    decay: float = 0.0  # of scales, per epoch at the full rate
     seed: int = 0
 
     @classmethod
@@ -52,7 +52,7 @@ class TrainSettings:
 
 
 class Multipliers(Protocol):
-    """What multiplies channels of a live model: `Gates`, or `Scales` too."""
+    """Factors on channels of a live model: `Gates` or `Scales`."""
 
     def set(self, values: Tensor, open_counts: list[int] | None = None) -> None: ...
 
@@ -71,19 +71,19 @@ def train_gates(
     *,
     scales: int = 0,
 ) -> Tensor:
-    """Minimise the next-token loss over `theta` (fp32 [units]); returns it, trained.
+    """Minimise the next-token loss over `theta` (fp32 [units]) and return the trained vector.
 
     `gate_values(theta, progress)` gives the gates; progress is an fp64 scalar on the device, in
-    [0, 1). `blocks` is int64 [samples, seq_len]; each epoch visits all of them in an order of its
-    own, fixed by the seed. AdamW with betas (0.9, 0.99), its rate constant as published or falling
-    to 0 along a half cosine. No weight decay (GRASPrune, section 4.1) but on the last `scales` of
-    theta: what little text cannot tell from noise stays near 0, a scale of 1. It is set by the
-    epoch, so that a step decays less where there is more text (arXiv 2405.13698). `info` adds to
-    the log. Raises GraspError when the loss is not finite. Same state, same order, same result: a
-    run that resumes from its journal ends where an uninterrupted one does, on a CPU bit for bit.
+    [0, 1). `blocks` is int64 [samples, seq_len]; each epoch visits all of them in its own order,
+    fixed by the seed. AdamW has betas (0.9, 0.99) and a rate that is constant, as published, or
+    falls to 0 along a half cosine. There is no weight decay (GRASPrune, section 4.1), except on the
+    last `scales` entries of theta: those that a short text cannot tell from noise stay near 0, a
+    scale of 1. Decay is set per epoch, so more text means less decay per step (arXiv 2405.13698).
+    `info` adds to the log. Raises GraspError if the loss is not finite. A run that resumes from its
+    journal ends where an uninterrupted one does, on a CPU bit for bit.
 
-    On a GPU norms and RoPE are compiled, and small steps are launched as one CUDA graph; large
-    ones read back, once a step, how many units are open, and compute only those.
+    On a GPU, norms and RoPE are compiled. A small step is launched as one CUDA graph. A large step
+    reads back once how many units are open, and computes only those.
     """
     theta = theta.detach().clone().requires_grad_()
     on_gpu = theta.device.type == "cuda"
@@ -139,12 +139,12 @@ class Step:
     gate_values: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     batch_size: int
-    decay: Tensor | None = None  # [units], of theta, times the rate
+    decay: Tensor | None = None  # [units], of theta, per unit of the rate
 
     def __call__(self, ids: Tensor, progress: Tensor, *, count: bool = False) -> Tensor:
-        """Move theta by the mean loss of `ids`, int64 [samples, seq_len]; returns that loss.
+        """Update theta on the mean loss of `ids`, int64 [samples, seq_len]; returns that loss.
 
-        `count` reads back how many gates are open, so that a GPU computes no others.
+        `count` reads back how many gates are open, so that a GPU computes only those.
         """
         values = self.gate_values(self.theta, progress)
         z = values.detach().requires_grad_()
@@ -164,12 +164,12 @@ class Step:
 
 
 class CapturedStep:
-    """A step as one CUDA graph: the first calls run as they are, the next is captured.
+    """A step as one CUDA graph, captured after the first `WARM_UP` calls.
 
-    A step of other shapes than the first, as the last of a run may be, runs as it is.
+    A step with another shape than the first, such as the last of a run, runs without the graph.
     """
 
-    WARM_UP = 3  # kernels compile, the optimiser makes its state
+    WARM_UP = 3  # kernels compile, the optimiser creates its state
 
     def __init__(self, step: Step, note: Callable[[str], None]) -> None:
         self._step, self._note = step, note
@@ -209,8 +209,8 @@ class CapturedStep:
 def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len].
 
-    A frozen head that is a plain linear layer never makes all logits. Others (capped or scaled
-    logits, heads that train) go through the model's own loss.
+    If the head is frozen and a plain linear layer, logits are computed in chunks. Other models
+    (capped or scaled logits, heads that train) use their own loss.
     """
     head = model.get_output_embeddings()
     if head is None or head.weight.requires_grad or not _head_is_plain(model, ids[:1, :2]):
@@ -226,9 +226,10 @@ _PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether a model's logits are its decoder's output times the head's weight: tried, once.
+    """Whether logits are the decoder's output times the head's weight; tested once per model.
 
-    To the last bit, and of one pass: two may differ by a bit on a GPU, a soft cap by little more.
+    Compares bit for bit within one pass: two passes may differ by a bit on a GPU, and a soft cap
+    may differ by little more.
     """
     if model not in _PLAIN:
         passed: list[Any] = []
@@ -265,7 +266,7 @@ def finite_mean(losses: list[Tensor], step: int) -> float:
     for back, value in enumerate(reversed(values)):
         if not math.isfinite(value):
             raise GraspError(
-                f"the loss is {value} at step {step - back}: try a smaller --lr or --dtype fp32, "
+                f"the loss is {value} at step {step - back}: try a smaller `lr` or `dtype='fp32'`, "
                 "and check that the dense model's own loss is finite"
             )
     return sum(values) / len(values)
@@ -284,7 +285,7 @@ def _state(theta: Tensor, optimizer: torch.optim.Optimizer, done: int) -> dict[s
 def _restore(
     theta: Tensor, optimizer: torch.optim.Optimizer, state: dict[str, Tensor] | None
 ) -> int:
-    """Put a saved state back; returns the number of steps it had done."""
+    """Restore a saved state; returns the number of steps that it had done."""
     if state is None:
         return 0
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Which class of transformers, or of ours, computes a decoder of given widths.
+"""Choose the class, from transformers or grasp, that computes a decoder of given widths.
 
-Layers of different widths take one of the classes in modeling_grasp.py, equal widths a stock class.
+Layers of different widths need a class of modeling_grasp.py; equal widths need a stock class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grasp.model.load import move
 from grasp.model.modeling_grasp import FAMILIES
 from grasp.model.units import LayerUnits, UnitSpace
 
-# Config keys that a class or save_pretrained sets anew.
+# Config keys that a class or save_pretrained sets itself.
 _WRITTEN_ANEW = (
     "architectures",
     "auto_map",
@@ -36,10 +36,10 @@ _WRITTEN_ANEW = (
 
 
 def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedConfig, str | None]:
-    """The config of the class that has the widths of `space`, and why, if not the model's own.
+    """The config of a class that supports the widths of `space`, and a note.
 
-    `config` is the content of the model's config.json. Raises GraspError with what its classes
-    have against these widths.
+    `config` is the content of the model's config.json. The note says why the class is not the
+    model's own; None if it is. Raises GraspError with the reason if no class supports the widths.
     """
     family = config["model_type"].removeprefix("grasp_")  # a pruned model may be pruned again
     own = {k: v for k, v in config.items() if k not in _WRITTEN_ANEW}
@@ -51,7 +51,7 @@ def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedCo
             return _mistral_config(values)
         try:
             return CONFIG_MAPPING[family](**values), None
-        except Exception as error:  # a rule on head counts, of whatever kind
+        except Exception as error:  # its rule on head counts may raise anything
             raise GraspError(
                 f"its class refuses layers of {values['num_attention_heads']} query heads "
                 f"({reason(error.__cause__ or error)})"
@@ -77,7 +77,7 @@ def config_of(config: Mapping[str, Any], space: UnitSpace) -> tuple[PreTrainedCo
 
 
 def without_weights(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """`model` in the widths of `space` as the class that will load it; and why, if not its own.
+    """`model` in the widths of `space`, as the class that will load it, and `config_of`'s note.
 
     Parameters are on the meta device, buffers are real.
     """
@@ -90,9 +90,9 @@ def without_weights(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTraine
 
 
 def as_saved(model: PreTrainedModel, space: UnitSpace) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will load it, ready to run; and why, if not its own.
+    """The model as the class that will load it, ready to run, and `config_of`'s note.
 
-    It shares the weights of `model`, which have the widths of `space` already.
+    It shares the weights of `model`, which already have the widths of `space`.
     """
     target, note = without_weights(model, space)
     target.load_state_dict(model.state_dict(), assign=True)
@@ -109,8 +109,11 @@ def _widths(layer: LayerUnits) -> dict[str, int]:
 
 
 def _mistral_config(values: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
-    """Llama's config class wants heads that divide the hidden size; Mistral's is the same decoder
-    without that rule, and without biases."""
+    """A Mistral config for a Llama whose query heads do not divide the hidden size, and a note.
+
+    LlamaConfig requires that they do. Mistral is the same decoder without this rule and without
+    biases. Raises GraspError for a model with biases.
+    """
     heads = values["num_attention_heads"]
     rule = f"{heads} query heads do not divide the hidden size {values['hidden_size']}"
     if values.pop("attention_bias", False) or values.pop("mlp_bias", False):

@@ -1,8 +1,8 @@
-"""What a model is, from its `config.json` or GGUF header alone: no weights, no torch.
+"""Describe a model from its `config.json` or GGUF header alone, without weights or torch.
 
-The supported families are a table of structural facts, enough to count every parameter
-exactly. Any other `model_type` is built on torch's meta device and read by structure, as a loaded
-model would be: slower, and refused with the reason where the structure does not fit.
+A table holds the structure of the supported families, enough to count every parameter exactly. Any
+other `model_type` is built on torch's meta device and read by structure, like a loaded model. This
+is slower, and raises GraspError with the reason if the structure does not fit.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from grasp.model.source import quantisation, read_config, read_json, resolve
 from grasp.model.stored import has_own_head
 from grasp.model.units import LayerUnits, UnitSpace
 
-SWITCHES = ("attention_bias", "mlp_bias")  # of a config: biases in all projections
-LONG_ARRAY = 4096  # a tokenizer's; the model's own arrays have an item a layer
+SWITCHES = ("attention_bias", "mlp_bias")  # config keys; together: biases in all projections
+LONG_ARRAY = 4096  # longer arrays are the tokenizer's; the model's have one item per layer
 
 
 @dataclass(frozen=True)
 class Family:
-    """Which projections have a bias (True, False or the config's switch), and what else differs."""
+    """The structure of a family. A bias is True, False or the config key that switches it on."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     fused_qkv: bool = False
     qk_norm: bool = False
-    head_dim: int | None = None  # where the config names none; None: hidden_size / heads
-    norms: int = 2  # in a layer, of the hidden size
+    head_dim: int | None = None  # if the config has none; None: hidden_size / heads
+    norms: int = 2  # per layer, each of the hidden size
     geglu: bool = False
     softcap: bool = False  # on attention scores
-    tied: bool = False  # embeddings, where the config does not say
+    tied: bool = False  # embeddings, if the config does not say
     gguf: str = "llama"  # llama.cpp's architecture for equal widths
 
     @property
@@ -48,13 +48,13 @@ class Family:
 
     @property
     def deci_lacks(self) -> str | None:
-        """What llama.cpp's architecture for widths that differ by layer would have to compute."""
+        """The operation that llama.cpp's per-layer architecture lacks; None if it has all."""
         return "GeGLU" if self.geglu else "norms on q and k" if self.qk_norm else None
 
 
 _BIAS = ("attention_bias", "attention_bias")
 _GEMMA = Family(*_BIAS, head_dim=256, geglu=True, tied=True, gguf="gemma")
-# the only list of families beside modeling_grasp.STOCK, whose file travels without this one
+# the only other list of families is modeling_grasp.STOCK, whose file travels without this one
 FAMILIES = {
     "llama": Family(*_BIAS, "mlp_bias"),
     "mistral": Family(),
@@ -65,30 +65,30 @@ FAMILIES = {
     "gemma2": replace(_GEMMA, norms=4, softcap=True, gguf="gemma2"),
     "gemma3_text": replace(_GEMMA, norms=4, qk_norm=True, gguf="gemma3"),
 }
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies ignore the text's length
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on length
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a config.json or a GGUF header says of a model."""
+    """A model as its config.json or GGUF header describes it."""
 
     space: UnitSpace
     family: str  # model_type, without the prefix of grasp's own classes
     facts: Family
     vocab_size: int
     source: str  # what was read
-    rope: str = "default"  # its type, and "partial" where a part of each head stays as it is
-    stored_bytes: int = 2  # of a weight, as `load_model` has it where it is asked for no dtype
-    longest: int | None = None  # tokens that it takes at once, where the config says
-    quantised: str | None = None  # how, as "gptq, 4 bit"
-    config: Mapping[str, Any] | None = field(default=None, repr=False)  # None of GGUF
+    rope: str = "default"  # its type, with "partial" if only part of each head is rotated
+    stored_bytes: int = 2  # per weight, if `load_model` gets no dtype
+    longest: int | None = None  # sequence, in tokens, if the config says
+    quantised: str | None = None  # the scheme, such as "gptq, 4 bit"
+    config: Mapping[str, Any] | None = field(default=None, repr=False)  # None for GGUF
 
 
 def read_header(spec: str) -> Header:
-    """Read what `grasp.model.source.resolve` takes, or a config.json itself. Raises GraspError.
+    """Read the header of anything that `grasp.model.source.resolve` accepts, or a config.json.
 
-    Where a folder's weights hold a head of their own, it is counted, whatever config.json says; of
-    a hub model, whose weights may not be here yet, config.json alone is asked.
+    If the weights in a folder have a separate head, it is counted, whatever config.json says. For a
+    hub model, whose weights may not be on disk yet, only config.json is read. Raises GraspError.
     """
     if spec.endswith(".json"):
         config, name = read_json(Path(spec)), spec
@@ -106,7 +106,7 @@ def read_header(spec: str) -> Header:
 
 
 def from_config(config: Mapping[str, Any]) -> Header:
-    """The header of a config.json, that of a checkpoint with per-layer widths included."""
+    """The header of a config.json, with or without per-layer widths. Raises GraspError."""
     model_type = str(config.get("model_type"))
     name = model_type.removeprefix("grasp_")
     known: dict[str, Any] = {
@@ -126,7 +126,7 @@ def from_config(config: Mapping[str, Any]) -> Header:
     head_dim = config.get("head_dim") or family.head_dim
     head_dim = head_dim or hidden // _size(config, "num_attention_heads")
     layers, fixed = [], 0
-    # with ten layers or more, transformers writes them as 00, 01, ...
+    # with ten layers or more, transformers writes the keys as 00, 01, ...
     overrides = {int(key): own for key, own in (config.get("per_layer_config") or {}).items()}
     for index in range(_size(config, "num_hidden_layers")):
         own = {**config, **overrides.get(index, {})}
@@ -150,7 +150,7 @@ def from_config(config: Mapping[str, Any]) -> Header:
 
 
 def of_model(model: Any) -> Header:
-    """The header of a live model, of any device."""
+    """The header of a live model, on any device."""
     return replace(from_config(model.config.to_dict()), space=UnitSpace.of(model))
 
 
@@ -175,12 +175,12 @@ def _from_structure(text: str) -> Header:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = json.loads(text)
-    # transformers would look for the library that reads such weights
+    # with it, transformers would look for the library that reads quantised weights
     config.pop("quantization_config", None)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except Exception as error:  # whatever a foreign model's own code may raise
+    except Exception as error:  # a foreign model's code may raise anything
         raise GraspError(
             f"model_type {config['model_type']!r} is none of {', '.join(FAMILIES)}, and "
             f"transformers cannot build it either ({reason(error)})"
@@ -198,7 +198,7 @@ def _from_gguf(path: Path) -> Header:
     from gguf import GGUFReader, GGUFValueType
 
     class HeaderReader(GGUFReader):
-        """Steps over the tokenizer's long arrays, on which GGUFReader spends seconds."""
+        """Skips the tokenizer's long arrays, on which GGUFReader spends seconds."""
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type == GGUFValueType.ARRAY:
@@ -208,7 +208,7 @@ def _from_gguf(path: Path) -> Header:
             return super()._get_field_parts(orig_offs, raw_type)
 
         def _end(self, offset: int, item_type: int, count: int) -> int:
-            """Where an array ends whose first item is at `offset`."""
+            """The end of an array whose first item is at `offset`."""
             scalar = self.gguf_scalar_to_np.get(GGUFValueType(item_type))
             if scalar is not None:
                 return offset + count * np.dtype(scalar).itemsize
@@ -222,7 +222,7 @@ def _from_gguf(path: Path) -> Header:
     except (OSError, ValueError, IndexError, struct.error) as error:
         raise GraspError(f"{path} is not a readable GGUF file ({error})") from None
     fields = {name: field.contents() for name, field in reader.fields.items() if field.data}
-    # [in, out], as GGUF has it; rope_freqs holds constants that transformers computes
+    # [in, out], as in GGUF; rope_freqs holds constants that transformers computes
     shapes = {t.name: t.shape.tolist() for t in reader.tensors if not t.name.startswith("rope_")}
     family = str(fields.get("general.architecture"))
     try:

@@ -1,4 +1,4 @@
-"""A decoder taken layer by layer: what enters a layer, and what it is called with."""
+"""Run a decoder layer by layer: the inputs and keyword arguments of each layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 
 class _Stop(Exception):
-    """Ends a forward pass whose rest nobody needs."""
+    """Ends a forward pass early, when the rest is not needed."""
 
 
 def inputs_of(
     module: nn.Module, run: Callable[[Tensor], Any], items: Iterable[Tensor]
 ) -> Iterator[Tensor]:
-    """What enters `module` when `run` gets each of `items`; the rest of the pass is left out."""
+    """Yield the input of `module` when `run` gets each of `items`; the pass stops there."""
     seen: list[Tensor] = []
 
     def stop(_: Any, args: tuple[Tensor, ...]) -> None:
@@ -34,7 +34,7 @@ def inputs_of(
 
 @torch.no_grad()
 def first_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """What enters the first layer: [samples, seq_len, hidden] in the model's dtype, on its device.
+    """The input of the first layer: [samples, seq_len, hidden] in the model's dtype and device.
 
     blocks: int64 [samples, seq_len], run one by one.
     """
@@ -51,7 +51,7 @@ def first_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 def layer_options(model: PreTrainedModel, block: Tensor) -> list[dict[str, Any]]:
     """The keyword arguments that each decoder layer gets: masks, positions, rotations.
 
-    block: int64 [1, seq_len]; every block of that length gets the same.
+    block: int64 [1, seq_len]; the arguments are the same for every block of this length.
     """
     options: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -71,7 +71,7 @@ def runner(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], Tens
 
 
 def output_of(output: Any) -> Tensor:
-    """The hidden states of what a module returns: some families put them into a tuple."""
+    """The hidden states in a module's output, which is a tuple in some families."""
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -1,4 +1,4 @@
-"""MODEL on the command line, made a model: its weights, its tokenizer, the device it goes to."""
+"""Load the MODEL of the command line: its weights and its tokenizer, on the chosen device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model or pruned checkpoint and its tokenizer, in bf16 on a GPU and fp32 on a CPU."""
+    """Load a model or pruned checkpoint and its tokenizer, in bf16 on a GPU and fp32 on a CPU."""
     import torch
 
     device = pick_device(device)
@@ -56,10 +56,10 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be pruned or evaluated.
 
-    The model is in eval mode, in `dtype` (None: as stored) on `device` (see `pick_device`), uses
-    SDPA attention (eager where it has a softcap) and needs no gradients. From GGUF it is
-    dequantised (to fp32 where `dtype` is None) and carries the plain config of its family. Only
-    safetensors are read, and a checkpoint's own code runs only with `trust_remote_code`. Raises
+    The model is frozen and in eval mode, in `dtype` (None: as stored) on `device` (see
+    `pick_device`). It uses SDPA attention, or eager if it has a softcap. A GGUF model is
+    dequantised (to fp32 if `dtype` is None) and gets the plain config of its family. Other weights
+    must be safetensors. A checkpoint's own code runs only with `trust_remote_code`. Raises
     GraspError.
     """
     source = resolve(spec)
@@ -80,20 +80,23 @@ def load_model(
                 model, tokenizer = _load_safetensors(source, dtype, trust_remote_code)
     except GraspError:
         raise
-    except Exception as error:  # a damaged or foreign checkpoint fails in as many ways
+    except Exception as error:  # a damaged or foreign checkpoint may raise anything
         kind = None if source.kind == "gguf" else quantisation(read_config(source))
         which = f", which is quantised ({kind})" if kind else ""
         raise GraspError(f"cannot load {os.fspath(spec)}{which}: {reason(error)}") from error
     _untie_if_it_has_a_head(model)
     for module in model.modules():
-        if hasattr(module, "scalar_embed_scale"):  # Gemma's, which a narrow dtype has rounded
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's, rounded in a narrow dtype
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 @contextlib.contextmanager
 def packed_errors(name: str, model: Any) -> Iterator[None]:
-    """What the library that runs quantised weights says, as one line; nothing for other models."""
+    """Turn an error of the library that runs quantised weights into one line.
+
+    Errors of models that are not quantised pass through unchanged.
+    """
     kind = quantisation(model.config.to_dict())
     try:
         yield
@@ -108,22 +111,22 @@ def packed_errors(name: str, model: Any) -> Iterator[None]:
 
 
 def _untie_if_it_has_a_head(model: Any) -> None:
-    """Let the config say what the weights do: what is saved from it must not lose a head."""
+    """Set `tie_word_embeddings` to match the weights, so that saving keeps a separate head."""
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False
 
 
 def longest(model: PreTrainedModel) -> int:
-    """The most tokens that a model takes at once."""
+    """The longest sequence that a model accepts, in tokens."""
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Change the dtype of the parameters in place, and of nothing else.
 
-    `model.to(dtype)` would round the rotary frequencies too, which a loaded model has in fp32: it
-    would no longer compute what it computes after saving and loading.
+    `model.to(dtype)` would also round the rotary frequencies, which are fp32 in a loaded model. The
+    model would then compute something else than after saving and loading.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -132,7 +135,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """`cast` for the time being, to a `dtype` that can hold what is stored."""
+    """`cast` within the context, to a `dtype` that holds the stored values exactly."""
     stored = [parameter.dtype for parameter in model.parameters()]
     cast(model, dtype)
     try:
@@ -149,18 +152,18 @@ def move(model: Any, device: str) -> PreTrainedModel:
 
 
 def best_dtype(device: str) -> Literal["fp32", "bf16"]:
-    """bf16 on a GPU; fp32 on a CPU, where bf16 without instructions for it is 5 times slower."""
+    """bf16 on a GPU; fp32 on a CPU, where bf16 is 5 times slower without its own instructions."""
     return "fp32" if device == "cpu" else "bf16"
 
 
 def check_device(device: str) -> None:
-    """Refuse a name that no machine has for a device, without torch. Raises GraspError."""
+    """Raise GraspError if `device` cannot be the name of a device; needs no torch."""
     if not DEVICE.fullmatch(device):
-        raise GraspError(f"--device {device} is no device: write cpu, cuda, cuda:1 or auto")
+        raise GraspError(f"`device` must be cpu, cuda, cuda:1 or auto, got {device!r}")
 
 
 def pick_device(device: str) -> str:
-    """A torch device by name; "auto" is a GPU where there is one. Raises GraspError."""
+    """The name of a usable torch device; "auto" is a GPU if there is one. Raises GraspError."""
     check_device(device)
 
     import torch
@@ -178,13 +181,13 @@ def pick_device(device: str) -> str:
     if (capability := torch.cuda.get_device_capability(asked)) < (8, 0):
         raise GraspError(
             f"{torch.cuda.get_device_name(asked)} has compute capability "
-            f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use --device cpu"
+            f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use `device='cpu'`"
         )
     return device
 
 
 def processor(device: torch.device) -> str:
-    """The name of what `device` computes on. Math libraries choose their kernels by it."""
+    """The name of the GPU or CPU behind `device`, by which math libraries choose kernels."""
     import torch
 
     if device.type == "cuda":
@@ -197,7 +200,7 @@ def processor(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What has to be the same for two runs of one model to agree bit for bit."""
+    """All that must be equal for two runs of one model to agree bit for bit."""
     import torch
     import transformers
 
@@ -224,14 +227,14 @@ def _load_safetensors(
         location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
     )
     for problem, keys in (("lack", "missing_keys"), ("hold, unused by it,", "unexpected_keys")):
-        # transformers would go on: with random numbers, or without what the weights say
+        # transformers would continue with random weights, or without the unexpected ones
         if names := sorted(loading[keys]):
             raise GraspError(
                 f"{location} is not the model that its config.json describes: its weights "
                 f"{problem} {names[0]} ({len(names)} such tensors): get both from one place"
             )
     if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # older releases take SDPA, and lose the softcap
+        model.set_attn_implementation("eager")  # older releases use SDPA, without the softcap
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:
@@ -250,7 +253,7 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     packed = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, **options
     )
-    # A model that came from GGUF refuses save_pretrained: hand its weights to a plain one.
+    # A model loaded from GGUF refuses save_pretrained: give its weights to a plain one.
     model_class = type(packed)
     values = packed.config.to_dict()
     values.pop("quantization_config", None)
@@ -265,7 +268,7 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     )
     model.generation_config = GenerationConfig.from_model_config(config)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    for name in ("bos_token", "eos_token", "pad_token"):  # 5.14 takes its EOS for its BOS
+    for name in ("bos_token", "eos_token", "pad_token"):  # 5.14 uses the EOS as BOS
         token_id = getattr(config, f"{name}_id")
         if isinstance(token_id, int):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
@@ -273,7 +276,7 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _check_rope(file: Path) -> None:
-    """transformers reads no rope scaling out of GGUF: it would compute another function."""
+    """Raise GraspError for scaled rotary positions, which transformers ignores in GGUF."""
     reader = importlib.import_module("gguf").GGUFReader(str(file))
     kinds = [
         bytes(field.parts[-1]).decode()
@@ -290,7 +293,7 @@ def _check_rope(file: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars from transformers, nor its table of what a load lacks: we say that."""
+    """Silence transformers' progress bars and its table of missing weights, which we report."""
     from transformers.utils import logging
 
     bars, report = logging.is_progress_bar_enabled(), logging.get_logger(LOADER)
@@ -308,8 +311,8 @@ def quiet() -> Iterator[None]:
 def _parsed_once() -> Iterator[None]:
     """Let transformers read a GGUF file in half the time, and without its own progress bar.
 
-    It parses the whole file anew for config, weights and tokenizer, and builds the table of tensor
-    names anew for every module. The bar ignores transformers' switch, so it is caught on stderr.
+    It parses the whole file once each for config, weights and tokenizer, and builds the table of
+    tensor names once per module. The bar ignores transformers' switch, so stderr is captured.
     """
     gguf: Any = importlib.import_module("gguf")
     slow = gguf.GGUFReader, gguf.get_tensor_name_map

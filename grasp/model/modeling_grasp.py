@@ -1,4 +1,4 @@
-"""Decoders whose layers have widths of their own: FFN channels, query heads and KV heads.
+"""Decoders whose layers differ in width: FFN channels, query heads and KV heads.
 
 This file travels with every pruned checkpoint and needs only torch, transformers (5.14 or later)
 and huggingface_hub. Parameter names, rope, caches, attention backends and gradient checkpointing
@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-# model types of transformers whose layers take every width from the config that they are built from
+# model types of transformers whose layers read every width from the config they are built with
 STOCK = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
 
 
 class PerLayerConfig:
-    """Mixin over a family's config."""
+    """Mixin for a family's config: its checks, adapted to per-layer widths."""
 
     def validate_architecture(self: Any) -> None:
         # Replaces Llama's rule that heads divide the hidden size: head_dim is explicit here.
@@ -42,14 +42,14 @@ class PerLayerConfig:
                 )
 
     def validate_rope(self: Any) -> None:
-        # Rules on long rope divide the hidden size by heads: those of the model before pruning.
+        # Rules on long rope divide the hidden size by the number of heads before pruning.
         whole = copy.copy(self)
         vars(whole).pop("_heterogeneity_spec", None)
         super(PerLayerConfig, whole).validate_rope()  # type: ignore[misc]
 
 
 class LayerConfig:
-    """What the modules of one layer read: its own widths, and all else in the model's config."""
+    """The config of one layer's modules: its own widths, all else from the model's config."""
 
     def __init__(self, config: Any, **widths: int) -> None:
         vars(self).update(widths, shared=config)
@@ -61,12 +61,12 @@ class LayerConfig:
 
 
 class PerLayerWidths(PreTrainedModel):
-    """Mixin over a family's Model and ForCausalLM: each layer is built from its own config."""
+    """Mixin for a family's Model and ForCausalLM: each layer is built from its own config."""
 
     layer_class: type[nn.Module]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        # The global config refuses to name a width that varies; a layer's config answers.
+        # The global config raises for a width that varies; a layer's config has one.
         hollow = copy.copy(config.per_layer_config[0])
         hollow.num_hidden_layers = 0
         super().__init__(hollow)  # everything but the layers
@@ -76,7 +76,7 @@ class PerLayerWidths(PreTrainedModel):
         decoder.layers = nn.ModuleList()
         for i, own in enumerate(config.per_layer_config):
             layer = self.layer_class(own, i)
-            # shared, so that set_attn_implementation reaches it; Phi-3 asks it for query heads
+            # shared, so that set_attn_implementation reaches it; Phi-3 reads query heads from it
             shared = LayerConfig(config, num_attention_heads=own.num_attention_heads)
             module: Any
             for module in layer.modules():
@@ -87,7 +87,7 @@ class PerLayerWidths(PreTrainedModel):
 
 
 def _classes(model_type: str) -> tuple[Any, Any, Any]:
-    """Our config, decoder and language model over those of a stock family."""
+    """Derive our config, decoder and language model from those of a stock family."""
     config_class = CONFIG_MAPPING[model_type]
     model_class: Any = MODEL_MAPPING[config_class]
     causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
@@ -112,10 +112,10 @@ def _classes(model_type: str) -> tuple[Any, Any, Any]:
 
 # stock model_type -> our config, decoder and language model
 FAMILIES = {model_type: _classes(model_type) for model_type in STOCK}
-# auto_map in config.json names them, and pickle does
+# auto_map in config.json and pickle look them up by name
 globals().update({c.__name__: c for classes in FAMILIES.values() for c in classes})
 
-# Beside a checkpoint, where this is a copy, auto_map in config.json does the same.
+# For the copy beside a checkpoint, auto_map in config.json does the same.
 if __name__ == "grasp.model.modeling_grasp":
     for config_class, model_class, causal_class in FAMILIES.values():
         AutoConfig.register(config_class.model_type, config_class)

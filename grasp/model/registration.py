@@ -1,8 +1,8 @@
-"""`import grasp` lets transformers' Auto classes load pruned checkpoints, and costs no time.
+"""Register pruned models with transformers' Auto classes on `import grasp`, at no cost in time.
 
-The classes are registered at once where transformers has loaded its Auto classes, and otherwise
-when it has: at the end of the outermost import that brings them, since our classes import much of
-transformers themselves. An import hook waits for that moment and then removes itself.
+If transformers has loaded its Auto classes, ours are registered at once. Otherwise an import hook
+registers them at the end of the outermost import that loads the Auto classes, because our classes
+import much of transformers themselves. The hook then removes itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLASSES = "grasp.model.modeling_grasp"
 
 
 def register() -> None:
-    """Register now, or when the Auto classes load."""
+    """Register our classes now, or as soon as the Auto classes are loaded."""
     if AUTO in sys.modules:
         importlib.import_module(CLASSES)
     else:
@@ -28,9 +28,9 @@ def register() -> None:
 
 
 class _UntilAutoIsLoaded(MetaPathFinder):
-    """Finds modules of transformers as they are always found, and notes when they have loaded."""
+    """Finds modules of transformers as usual, and notes when they are loaded."""
 
-    loading = 0  # imports under way, one inside the other
+    loading = 0  # nested imports in progress
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

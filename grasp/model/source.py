@@ -1,7 +1,7 @@
-"""MODEL on the command line: what it names, and what its files say before any weight is read.
+"""Resolve the MODEL of the command line, and read its files before any weight is loaded.
 
-A folder, a .gguf file, the demo model or a hub name. Free of torch, so that a mistake is answered
-at once.
+MODEL is a folder, a .gguf file, the demo model or a hub name. This module imports no torch, so that
+a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Source:
 
 
 def resolve(spec: str | os.PathLike[str]) -> Source:
-    """Decide what a MODEL argument names, without reading it. Raises GraspError.
+    """Find the source that a MODEL argument names, without reading it. Raises GraspError.
 
-    Hub names are `org/name`; what exists on disk comes first.
+    Hub names are `org/name`; a path that exists on disk comes first.
     """
     spec = os.fspath(spec)
     if spec.startswith("demo:"):
@@ -69,8 +69,11 @@ def _demo_file(name: str) -> Path:
 
 
 def check_readable(source: Source) -> None:
-    """Refuse what cannot be loaded, as far as files and the hub can tell. Raises GraspError:
-    no config.json, an adapter, pickle weights or none, no tokenizer, a hub that does not answer."""
+    """Raise GraspError if the files or the hub show that a source cannot be loaded.
+
+    Causes: no config.json, an adapter, only pickle weights, no weights, no tokenizer, or a hub that
+    does not answer.
+    """
     if source.kind == "gguf":
         return
     read_config(source)
@@ -94,10 +97,10 @@ def check_readable(source: Source) -> None:
 
 
 def read_config(source: Source) -> dict[str, Any]:
-    """The config.json of a folder or a hub model. Raises GraspError: none, or that of an adapter.
+    """The config.json of a folder or a hub model. Raises GraspError: no config.json, an adapter.
 
-    Weights of an adapter in the model's own folder are refused too: transformers would load them
-    as further layers.
+    An adapter beside a model's weights is an error too: transformers would load it as further
+    layers.
     """
     name = source.location
     if source.kind == "hub":
@@ -140,7 +143,7 @@ def _number(found: dict[str, Any]) -> Any:
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """How a config.json says that its weights are quantised: "gptq, 4 bit", or None."""
+    """The quantisation scheme in a config.json, such as "gptq, 4 bit"; None if it has none."""
     found = config.get("quantization_config") or config.get("compression_config")
     if not found:
         return None
@@ -153,7 +156,7 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def hub_answers() -> bool:
-    """One question to the hub, without the minute of retries that its own client makes."""
+    """Whether the hub answers one request; its own client would retry for a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -161,14 +164,16 @@ def hub_answers() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception:  # which ones depends on the client's release
+    except Exception:  # the type depends on the client's release
         return False
     return True
 
 
 def _hub_files(name: str) -> tuple[Path | None, Path | None]:
-    """config.json and adapter_config.json of a hub model, where it has them, from the cache where
-    the hub does not answer. Raises GraspError."""
+    """The config.json and adapter_config.json of a hub model, each None if it has none.
+
+    They come from the cache if the hub does not answer. Raises GraspError.
+    """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -1,4 +1,4 @@
-"""The tensors of a model folder, from the headers of its safetensors files: nothing is loaded."""
+"""List the tensors of a model folder from its safetensors headers, without loading them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stored:
     size: int
 
     def equals(self, other: Stored) -> bool:
-        """Bit for bit; what differs is mostly told by the first chunk."""
+        """Compare bit for bit; most tensors that differ do so in the first chunk."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return all(a == b for a, b in zip(self._chunks(), other._chunks(), strict=True))
@@ -39,9 +39,9 @@ class Stored:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor by name, of the files that transformers would load; empty where there are none.
+    """Every tensor, by name, in the files that transformers would load; empty if there are none.
 
-    Raises GraspError: a file that is damaged, cut off or missing.
+    Raises GraspError if a file is damaged, cut off or missing.
     """
     if (folder / SINGLE).exists():
         return _tensors(folder / SINGLE)
@@ -76,7 +76,7 @@ def _tensors(file: Path) -> dict[str, Stored]:
 
 
 def has_own_head(folder: Path) -> bool:
-    """Whether an lm_head is stored that is not the embeddings, whatever config.json says."""
+    """Whether the weights have an lm_head that differs from the embeddings."""
     tensors = stored_tensors(folder)
     head = tensors.get("lm_head.weight")
     inputs = next((t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None)

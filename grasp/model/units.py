@@ -1,9 +1,9 @@
-"""Units: what can be removed from a decoder, and exactly what each removal saves.
+"""Units: the parts that can be removed from a decoder, and the exact cost of each.
 
 Two kinds of unit (GRASPrune, arXiv 2604.19398, section 3): an **FFN channel** (a row of
 `gate_proj` and `up_proj` with its column of `down_proj`) and a **KV group** (the rows of one KV
 head in `k_proj` and `v_proj`, of its G query heads in `q_proj`, and the matching columns of
-`o_proj`). Projections may be linear layers of their own or rows of a fused one (`gate_up_proj`,
+`o_proj`). A projection may be a separate linear layer or rows of a fused one (`gate_up_proj`,
 `qkv_proj`).
 
 Costs are integers in multiples of the hidden size d: a channel costs 3 (3d weights), a group
@@ -20,14 +20,14 @@ from typing import Any
 from grasp.errors import GraspError
 
 FFN_COST = 3
-# the linear layers of an FFN or an attention: one by one, or fused in this order
+# the linear layers of an FFN or an attention: separate, or fused in this order
 FFN_NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
 ATTENTION_NAMES = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
 
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """The units of one decoder layer. The bias figures are parameters that leave with one unit."""
+    """The units of one decoder layer. `channel_bias` and `group_bias` count biases per unit."""
 
     ffn: int
     kv_groups: int
@@ -51,7 +51,7 @@ class LayerUnits:
 
 @dataclass(frozen=True, repr=False)
 class UnitSpace:
-    """Every removable unit of a model. `fixed_params` counts what no mask can remove."""
+    """Every removable unit of a model. `fixed_params` counts parameters no mask can remove."""
 
     hidden_size: int
     layers: tuple[LayerUnits, ...]
@@ -67,7 +67,7 @@ class UnitSpace:
 
     @classmethod
     def of(cls, model: Any) -> UnitSpace:
-        """Read the units off a live model (any device, `meta` included). Raises GraspError."""
+        """Read the units of a live model (any device, `meta` included). Raises GraspError."""
         modules = decoder_layers(model)
         layers = tuple(_layer_units(m) for m in modules)
         hidden = modules[0].gate.weight.shape[1]
@@ -100,7 +100,7 @@ class UnitSpace:
         return sum(2 * layer.kv_groups * layer.head_dim for layer in self.layers) * bytes_per_value
 
     def segments(self) -> Iterator[tuple[int, slice, slice]]:
-        """(layer, slice of its FFN channels, slice of its KV groups) into a flat unit vector."""
+        """Yield (layer, slice of its FFN channels, slice of its KV groups) of a unit vector."""
         start = 0
         for index, layer in enumerate(self.layers):
             middle, end = start + layer.ffn, start + layer.units
@@ -108,7 +108,7 @@ class UnitSpace:
             start = end
 
     def resized(self, widths: Sequence[tuple[int, int]]) -> UnitSpace:
-        """The space of the same model with (FFN channels, KV groups) left in each layer."""
+        """The space of the same model with `widths`: (FFN channels, KV groups) of each layer."""
         layers = tuple(
             replace(layer, ffn=ffn, kv_groups=groups)
             for layer, (ffn, groups) in zip(self.layers, widths, strict=True)
@@ -117,13 +117,13 @@ class UnitSpace:
 
 
 def units(model: Any) -> UnitSpace:
-    """What can be removed from a live model, and what each removal saves. Raises GraspError."""
+    """The removable units of a live model, and the cost of each. Raises GraspError."""
     return UnitSpace.of(model)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A projection: the rows of a linear layer from `start` on, all of them unless it is fused."""
+    """A projection: `size` rows of a linear layer from `start`; all rows unless it is fused."""
 
     linear: Any
     start: int
@@ -140,13 +140,13 @@ class Rows:
         return None if self.linear.bias is None else self.of(self.linear.bias)
 
     def of(self, values: Any) -> Any:
-        """This projection's part of values that the linear layer has one of for each row."""
+        """This projection's part of `values`, which has one entry per row of the linear layer."""
         return values[self.start : self.start + self.size]
 
 
 @dataclass(frozen=True)
 class LayerModules:
-    """The two prunable modules of one decoder layer, and where their projections lie."""
+    """The two prunable modules of one decoder layer, and their projections."""
 
     attention: Any  # has o_proj, head_dim
     mlp: Any  # has down_proj
@@ -163,7 +163,7 @@ class LayerModules:
 
     @property
     def outputs(self) -> tuple[Any, Any]:
-        """down_proj and o_proj: the linear layers whose columns are units, as UnitSpace runs."""
+        """down_proj and o_proj, whose columns are units, in the order of UnitSpace."""
         return self.mlp.down_proj, self.attention.o_proj
 
     @property
@@ -178,7 +178,7 @@ class LayerModules:
 
     @property
     def activation(self) -> Any:
-        """What the output of `gate` goes through."""
+        """The activation function on the output of `gate`."""
         return getattr(self.mlp, "act_fn", None) or self.mlp.activation_fn
 
 
@@ -227,7 +227,7 @@ def _has(module: Any, names: tuple[str, ...]) -> bool:
 
 
 def _check_linears(model: Any, *parts: tuple[Any, tuple[tuple[str, ...], ...]]) -> None:
-    """Refuse what is more than a linear layer, and would be cut as one."""
+    """Raise GraspError if a projection is not a plain linear layer."""
     from torch import nn  # here, so that a plan from config.json alone needs no torch
 
     for module, forms in parts:
@@ -295,7 +295,7 @@ def _check_ffn(mlp: Any) -> None:
 
 
 def _head_dim(modules: LayerModules) -> int:
-    """The head size of an attention that folds by whole heads. Raises GraspError."""
+    """The head size of an attention whose heads can be removed one by one. Raises GraspError."""
     attention, queries, keys = modules.attention, modules.q.size, modules.k.size
     kind, head_dim = type(attention).__name__, getattr(attention, "head_dim", None)
     if not isinstance(head_dim, int):
@@ -315,6 +315,6 @@ def _head_dim(modules: LayerModules) -> int:
 
 
 def _beside(module: Any, forms: tuple[tuple[str, ...], ...]) -> list[tuple[str, Any]]:
-    """The parameters of a module, by name, that are not of its linear layers."""
+    """The parameters of a module, with names, that are outside its linear layers."""
     linears = _linear_names(forms)
     return [(n, p) for n, p in module.named_parameters() if n.split(".")[0] not in linears]

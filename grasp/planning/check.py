@@ -1,7 +1,7 @@
-"""What can be refused at once: by the options, the file system and a config.json, without torch.
+"""Early checks of the options, the file system and a config.json, without torch.
 
-`plan` and every verb that works on a model ask here first, so that a mistake costs no minutes and
-what is planned is what can be made.
+`plan` and every verb that works on a model run these checks first, so that a mistake is reported at
+once and a plan describes a run that is possible.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from grasp.planning.layouts import check_layout
 
 
 def check(config: PruneConfig | SparsifyConfig) -> Header:
-    """The header of the model that `config` names, if all that it asks for can be had.
+    """Check what `config` asks for, and return the header of the model that it names.
 
-    Raises GraspError: texts that are not there, a model that is not supported or whose weights are
-    quantised, a sequence longer than it takes, a budget or layout that it cannot meet, a pattern
-    that does not fit it.
+    Raises GraspError: a missing text, a model that is not supported or is quantised, a sequence
+    longer than it accepts, a budget or layout that it cannot meet.
     """
     if config.calibration != "self":
         find_source(config.calibration)
@@ -33,18 +32,18 @@ def check(config: PruneConfig | SparsifyConfig) -> Header:
 
 
 def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
-    """Refuse what the model of `header` cannot do or meet. Raises GraspError."""
+    """Raise GraspError if the model of `header` cannot meet the options of `config`."""
     if header.longest is not None and config.seq_len > header.longest:
         raise GraspError(
-            f"--seq-len {config.seq_len} is more than this model takes: at most {header.longest}"
+            f"`seq_len` must be at most {header.longest} for this model, got {config.seq_len}"
         )
     if isinstance(config, SparsifyConfig):
         return
-    biased = config.compensate == "bias"
+    biased = config.compensation == "bias"
     if biased and not header.facts.carries_biases:
         raise GraspError(
-            f"--compensate bias: {header.family} has no class with biases in o_proj and down_proj "
-            "(llama has): use --compensate refit"
+            f"`compensate='bias'` needs a class with biases in o_proj and down_proj, and "
+            f"{header.family} has none (llama has): use `compensate='refit'`"
         )
     config.budget.check_multiples(header.space)
     check_layout(header, config.budget, biased=biased)
@@ -52,7 +51,7 @@ def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
 
 
 def check_plain(model: str, header: Header, done: str = "cut") -> None:
-    """Refuse weights that are packed in a way of their own. Raises GraspError."""
+    """Raise GraspError if the weights are quantised."""
     if header.quantised:
         raise GraspError(
             f"{model} is quantised ({header.quantised}), and its weights cannot be {done}: name "
@@ -61,7 +60,7 @@ def check_plain(model: str, header: Header, done: str = "cut") -> None:
 
 
 def check_export(model: str) -> None:
-    """Refuse what cannot be loaded, or not written in another format. Raises GraspError."""
+    """Raise GraspError if the model cannot be loaded or cannot be converted."""
     check_readable(resolve(model))
     check_plain(model, read_header(model), "converted")
 
@@ -69,13 +68,13 @@ def check_export(model: str) -> None:
 def check_reading(
     model: str, *, text: str | None = None, seq_len: int | None = None, device: str = "auto"
 ) -> None:
-    """Refuse what cannot be loaded and run, or not in that length. Raises GraspError."""
+    """Raise GraspError if the model, text, sequence length or device cannot be used."""
     check_device(device)
-    if text is not None:  # on disk, while a model on the hub takes seconds to look up
+    if text is not None:  # first, because looking up a model on the hub takes seconds
         find_source(text, "test")
     source = resolve(model)
     check_readable(source)
     longest = None if source.kind == "gguf" else read_config(source).get("max_position_embeddings")
     if seq_len is not None and not 2 <= seq_len <= (longest or seq_len):
-        takes = f"2 to {longest}" if longest else "at least 2"
-        raise GraspError(f"--seq-len {seq_len} is outside what this model takes: {takes}")
+        expected = f"between 2 and {longest}" if longest else "at least 2"
+        raise GraspError(f"`seq_len` must be {expected} for this model, got {seq_len}")

@@ -1,7 +1,7 @@
-"""Which layouts a result can have, and so what to advise: the one place that decides it.
+"""Decide which layouts a result can have, and which options to suggest instead.
 
-A result is saved as a class of transformers (uniform layout) or as one of ours (per-layer), so a
-layout is open where there is a class that computes the model with every width a budget allows.
+A result is saved as a class of transformers (uniform layout) or as one of ours (per-layer). A
+layout is available if such a class computes the model with every width that the budget allows.
 """
 
 from __future__ import annotations
@@ -17,53 +17,49 @@ from grasp.model.header import FAMILIES, SWITCHES, Header, from_config
 
 
 def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> None:
-    """Raises GraspError if some widths that `budget` allows have no class to be saved as.
+    """Raise GraspError if `budget` allows widths that no class can be saved with.
 
-    `biased`: the result has biases in all projections. The error names what would do, if anything.
-    A stock class is asked itself, which takes transformers and torch: for the uniform layout only.
+    `biased`: the result has biases in all projections. The error names options that would work, if
+    any. For the uniform layout the stock class itself is tried, which imports transformers.
     """
     why = lacks(header, budget, biased=biased)
     if why is None:
         return
     fixes = _fixes(header, budget, biased)
     fix = f"use {' or '.join(fixes)}" if fixes else "grasp cannot prune this model"
-    raise GraspError(f"--layout {budget.layout} is not open to {header.family}: {why}: {fix}")
+    raise GraspError(
+        f"`layout={budget.layout!r}` is not possible for {header.family}: {why}: {fix}"
+    )
 
 
 def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
-    """Options that would do: the other layout and multiples of KV groups, or else both at once."""
+    """Options that would work: the other layout, a multiple of KV groups, or only both together."""
     (other,) = {*get_args(Layout)} - {budget.layout}
     groups = header.space.layers[0].kv_groups
     multiples = [m for m in range(budget.kv_multiple + 1, groups + 1) if groups % m == 0]
 
-    def open_to(**changed: Any) -> bool:
+    def works(**changed: Any) -> bool:
         with suppress(GraspError):  # a budget that these multiples cannot meet
             asked = replace(budget, **changed)
             asked.limit(header.space)
             return lacks(header, asked, biased=biased) is None
         return False
 
-    fixes = [f"--layout {other}"] if open_to(layout=other) else []
-    fixes += [f"--kv-multiple {m}" for m in multiples if open_to(kv_multiple=m)][:1]
-    return (
-        fixes
-        or [
-            f"--layout {other} --kv-multiple {m}"
-            for m in multiples
-            if open_to(layout=other, kv_multiple=m)
-        ][:1]
-    )
+    fixes = [f"`layout={other!r}`"] if works(layout=other) else []
+    fixes += [f"`kv_multiple={m}`" for m in multiples if works(kv_multiple=m)][:1]
+    both = [m for m in multiples if not fixes and works(layout=other, kv_multiple=m)][:1]
+    return fixes + [f"`layout={other!r}` with `kv_multiple={m}`" for m in both]
 
 
 def lacks(header: Header, budget: Budget, *, biased: bool = False) -> str | None:
-    """What is in the way of the budget's layout; None where nothing is."""
+    """Why the budget's layout is not available; None if it is."""
     if budget.layout == "per-layer":
         if header.family in FAMILIES:
             return None
         return f"no class has its layers in widths of their own ({', '.join(FAMILIES)} have one)"
     if len({*header.space.layers}) > 1:
         return "its layers differ in width"
-    if header.config is None:  # GGUF: known when it is loaded
+    if header.config is None:  # GGUF: known only after loading
         return None
     return _class_lacks(header.config, header, budget, biased)
 
@@ -71,8 +67,8 @@ def lacks(header: Header, budget: Budget, *, biased: bool = False) -> str | None
 def _class_lacks(
     config: Mapping[str, Any], header: Header, budget: Budget, biased: bool
 ) -> str | None:
-    """What the stock class has against a width that the budget allows."""
-    from grasp.model.classes import config_of  # and with it transformers: seconds
+    """Why the stock class refuses a width that the budget allows; None if it accepts all."""
+    from grasp.model.classes import config_of  # imports transformers: seconds
 
     if biased:
         config = {**config, **dict.fromkeys(SWITCHES, True)}

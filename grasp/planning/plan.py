@@ -1,6 +1,7 @@
-"""What pruning will give and take, before anything runs: from `config.json` or a GGUF header alone.
+"""Plan a run: its result and its cost, from `config.json` or a GGUF header alone.
 
-Free of torch, so that the answer comes at once. Counts and limits are exact; memory is an estimate.
+No torch is imported, so that the answer comes at once. Counts and limits are exact; memory is an
+estimate.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from grasp.model.units import FFN_COST, UnitSpace
 from grasp.planning.check import check
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-LOGITS_AT_ONCE = 2**25  # as grasp_kernels.linear_cross_entropy makes them
+LOGITS_AT_ONCE = 2**25  # as in grasp_kernels.linear_cross_entropy
 
 
 class Range(NamedTuple):
-    """Bounds that hold whatever the data says, both included."""
+    """Bounds that hold for any data, both inclusive."""
 
     least: int
     most: int
@@ -41,7 +42,7 @@ class Range(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A number of the dense model, and its bounds for the pruned one."""
+    """A number for the dense model, and its bounds for the pruned one."""
 
     before: int
     after: Range
@@ -49,19 +50,22 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated peak bytes while gates learn, on top of what the runtime itself takes.
+    """Estimated peak bytes while gates learn, on top of the memory of the runtime itself.
 
     Assumes frozen weights without gradients, the loss in chunks, and every gate open, as in the
-    first step. `activations` is what is kept for the backward pass, times the tokens of a batch: of
-    a layer two FFN widths (four with GeGLU, which is not fused), queries, keys, values and
-    attention output in the model's dtype, the input of each norm in fp32; of a layer that is
-    computed again its input alone, until its turn comes. Attention is flash-style, but for a
-    softcap on its scores, which are then saved for all pairs of tokens. Scales of channels save
-    what they multiply, at both ends of all linear layers; those in front of queries and of the FFN
-    are part of the norm there, which then keeps its input in the model's dtype. `workspace` is what
-    the loss or an FFN's backward pass needs for a moment, whichever comes at the dearer time;
-    `gates` are the scores and the scales that learn along, with all that AdamW and the projection
-    hold.
+    first step.
+
+    `activations` are saved for the backward pass, for all tokens of a batch. A layer saves two FFN
+    widths (four with GeGLU, which is not fused), queries, keys, values and attention output in the
+    model's dtype, and the input of each norm in fp32. A recomputed layer saves only its input,
+    until its backward pass. Attention is flash-style, unless its scores have a softcap: then they
+    are saved for all pairs of tokens. Channel scales save the tensors that they multiply, at both
+    ends of all linear layers. The scales before q, k, v and the FFN are part of the norm, which
+    then saves its input in the model's dtype.
+
+    `workspace` is temporary memory of the loss or of an FFN's backward pass, whichever gives the
+    higher total. `gates` are the scores and the scales trained with them, with the state of AdamW
+    and of the projection.
     """
 
     weights: int
@@ -85,7 +89,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Plan:
-    """Parameters in numbers, weights in bytes, the KV cache in bytes a token, all at `dtype`."""
+    """A planned run: parameter counts, bytes of weights and of KV cache per token at `dtype`."""
 
     model: str
     family: str
@@ -100,9 +104,9 @@ class Plan:
     weight_bytes: Size
     kv_bytes_per_token: Size
     memory: Memory
-    refit_memory: int | None  # estimated peak bytes while least squares refit, if they do
-    evaluation_memory: int  # estimated peak bytes while the dense model's perplexity is computed
-    learning_tokens: int  # forward and backward, of gates and of the scales after the mask
+    refit_memory: int | None  # estimated peak bytes of refit, if it runs
+    evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
+    learning_tokens: int  # forward and backward, for gates and for the scales after the mask
     learning_seconds: float | None
     runtimes: tuple[Runtime, ...]
 
@@ -120,7 +124,7 @@ class Plan:
         if self.refit_memory is not None:
             stages.insert(1, ("refitting", self.refit_memory))
         peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
-        time = "give --tokens-per-second for the time"
+        time = "give `tokens_per_second` for the time"
         if self.learning_seconds is not None:
             time = f"{self.learning_seconds / 60:,.1f} minutes"
         facts = [
@@ -158,17 +162,17 @@ def plan(
     memory: PlannedMemory = "fast",
     **options: Any,
 ) -> Plan:
-    """Plan `grasp prune` with the same options, which `PruneConfig.of` names.
+    """Plan `grasp prune` with the same options, those of `PruneConfig.of`.
 
-    `spec` is what `grasp.model.source.resolve` takes, or a config.json. Raises GraspError where
-    `prune` would refuse (see `check`).
+    `spec` is anything that `grasp.model.source.resolve` accepts, or a config.json. Raises
+    GraspError wherever `prune` would, at its start (see `check`).
     """
     if dtype not in DTYPE_BYTES:
-        raise GraspError(f"--dtype {dtype} cannot be planned: choose {' or '.join(DTYPE_BYTES)}")
+        raise GraspError(f"`dtype` of a plan must be {' or '.join(DTYPE_BYTES)}, got {dtype!r}")
     if memory not in ("fast", *RECOMPUTE_EVERY):
-        raise GraspError(f"--memory {memory} cannot be planned: choose fast, balanced or low")
+        raise GraspError(f"`memory` of a plan must be fast, balanced or low, got {memory!r}")
     if tokens_per_second is not None and not tokens_per_second > 0:
-        raise GraspError(f"--tokens-per-second {tokens_per_second} is no speed: choose one above 0")
+        raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
     config = PruneConfig.of(spec, **options)
     budget, header = config.budget, check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
@@ -195,7 +199,7 @@ def plan(
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
         refit_memory=(
             refit_memory(header, config.samples, config.seq_len, width)
-            if config.compensate == "refit"
+            if config.compensation == "refit"
             else None
         ),
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
@@ -206,18 +210,18 @@ def plan(
 
 
 def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
-    """What any mask under `budget` costs in all, and how many K values a token it leaves.
+    """Bounds on the cost of any mask under `budget`, and on the K values per token that it keeps.
 
-    The most is the budget's limit. The least follows from the leftover being filled: what stays
-    unspent is less than one block, an FFN block as long as one is left to take.
+    The upper bound is the budget's limit. The lower bound holds because the projection fills the
+    remainder: less than one block stays unspent, an FFN block as long as one can be added.
     """
     limit = budget.limit(space)
-    # all of a kind may be kept, so bounds on the other follow from what the first can take
+    # bounds on KV groups follow from the least and the most that FFN channels can cost
     ffn = FFN_COST * sum(layer.ffn for layer in space.layers)
     ffn_floor = FFN_COST * budget.ffn_multiple * len(space.layers)
     kv = space.cost - ffn
     kv_floor = budget.kv_multiple * sum(layer.kv_cost for layer in space.layers)
-    # cost of a KV group over its head_dim; one number except in foreign per-layer models
+    # cost of a KV group per head_dim; the same in all layers, except in foreign per-layer models
     ratios = [2 * layer.group_size + 2 for layer in space.layers]
 
     unspent = budget.step(space) - 1
@@ -236,13 +240,13 @@ def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
 
 
 def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
-    """All parameters of a result that costs `cost`, with the biases of the units that stay."""
+    """Bounds on all parameters of a result that costs `cost`, biases of kept units included."""
     most = space.total_params - space.fixed_params - space.prunable_params
     least = sum(
         layer.channel_bias * budget.ffn_multiple + layer.group_bias * budget.kv_multiple
         for layer in space.layers
     )
-    if cost.least == space.cost:  # nothing goes
+    if cost.least == space.cost:  # nothing is dropped
         least = most
     fixed, d = space.fixed_params, space.hidden_size
     return Range(fixed + d * cost.least + least, fixed + d * cost.most + most)
@@ -255,7 +259,7 @@ def _times(factor: int, values: Range) -> Range:
 def learning_memory(
     header: Header, tokens: int, seq_len: int, width: int, mode: MemoryMode, scales: ScaleKind
 ) -> Memory:
-    """Estimate for a batch of `tokens` in sequences of `seq_len`, in a dtype of `width` bytes."""
+    """Estimate for a batch of `tokens`, in sequences of `seq_len` and a dtype of `width` bytes."""
     space, facts, saved, learned = header.space, header.facts, [], header.space.size
     for layer in space.layers:
         keys = layer.kv_groups * layer.head_dim
@@ -267,14 +271,14 @@ def learning_memory(
         own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
             own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
-        else:  # values are a part of the fused output, which stays whole
+        else:  # values are a view of a fused output, all of which is kept
             own += width * (2 + facts.fused_qkv) * (queries + keys)
         saved.append(own + width * ends + 4 * (queries + keys) * facts.qk_norm)
     kept = list(saved)
     if every := RECOMPUTE_EVERY.get(mode):
         kept[::every] = [width * space.hidden_size] * len(kept[::every])
-    logits = tokens * header.vocab_size * (width + 8)  # of a head that caps them: whole
-    if not facts.softcap:  # a chunk of them, where their gradient is made in place
+    logits = tokens * header.vocab_size * (width + 8)  # all at once, if the head caps them
+    if not facts.softcap:  # one chunk, with its gradient computed in place
         held = min(tokens * header.vocab_size, max(LOGITS_AT_ONCE, header.vocab_size))
         logits = held * width
     in_loss = tokens * sum(kept), logits
@@ -288,10 +292,11 @@ def learning_memory(
 
 
 def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
-    """Estimate for a GPU where nearly all of the widest FFN stays, in a dtype of `width` bytes.
+    """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes.
 
-    Weights, hidden states of the text, a Gram matrix, its rows of kept channels; in fp64 what these
-    have among themselves, the factor of it twice, the right-hand side and its solutions.
+    Assumes that nearly all of the widest FFN is kept. Counts weights, hidden states of the text, a
+    Gram matrix and its rows of kept channels. In fp64: the Gram matrix of the kept channels, its
+    factor twice, the right-hand side and the solutions.
     """
     space, widest = header.space, max(layer.ffn for layer in header.space.layers)
     tokens = seq_len * min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
@@ -300,7 +305,7 @@ def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
 
 
 def evaluation_memory(header: Header, tokens: int) -> int:
-    """Estimate for a window of `tokens`: weights as stored, the fp32 logits, the head cast."""
+    """Estimate for a window of `tokens`: stored weights, fp32 logits, the head cast to fp32."""
     weights = header.stored_bytes * header.space.total_params
     cast = header.space.hidden_size if header.stored_bytes < 4 else 0
     return weights + 4 * header.vocab_size * (tokens + cast)
@@ -313,7 +318,7 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         no_gguf = f"its architectures for {header.family} have no rope of type {header.rope}"
     if budget.layout == "uniform":
         stock = "equal widths in all layers: a stock class, no code of grasp's"
-        if header.family == "llama":  # whose config wants heads that divide the hidden size
+        if header.family == "llama":  # its config requires heads that divide the hidden size
             stock += " (Mistral's, the same decoder, for head counts that Llama's refuses)"
         return [
             Runtime("transformers", True, stock),
@@ -323,7 +328,7 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         ]
     if header.facts.deci_lacks:
         no_gguf = f"deci, its per-layer architecture, has no {header.facts.deci_lacks}"
-        no_gguf += ": needs --layout uniform"
+        no_gguf += ": needs `layout='uniform'`"
     gguf = "grasp export --to gguf writes its per-layer architecture, deci"
     return [
         Runtime("transformers, after import grasp", True, "grasp's class"),
@@ -335,16 +340,16 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         Runtime(
             "vLLM, Transformers backend",
             True,
-            f"sizes each layer by its own config; tensor parallelism by divisors of --kv-multiple "
+            f"sizes each layer by its own config; tensor parallelism by divisors of `kv_multiple` "
             f"({budget.kv_multiple})",
         ),
         Runtime("llama.cpp", no_gguf is None, no_gguf or gguf),
         Runtime(
-            "transformers, stock class", False, "one width for all layers: needs --layout uniform"
+            "transformers, stock class", False, "one width for all layers: needs `layout='uniform'`"
         ),
         Runtime(
             "SGLang, TensorRT-LLM, MLX",
             False,
-            "their per-layer models cannot drop query heads: needs --layout uniform",
+            "their per-layer models cannot drop query heads: needs `layout='uniform'`",
         ),
     ]

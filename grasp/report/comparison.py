@@ -1,4 +1,4 @@
-"""What people look at after `grasp compare`: tables and a plot, all from its compare.json."""
+"""The results page of `grasp compare`: tables and a plot, all from its compare.json."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 Summary = dict[str, Any]  # the content of compare.json
 Record = dict[str, Any]  # one of its cells
 
-# WikiText-2 perplexity at length 2048 without fine-tuning, kept part of the prunable parameters ->
-# perplexity; printed side by side in GRASPrune (arXiv 2604.19398).
+# WikiText-2 perplexity at length 2048 without fine-tuning, by the fraction of prunable parameters
+# that is kept; as printed in GRASPrune (arXiv 2604.19398).
 PUBLISHED_DENSE = 5.49
 PUBLISHED = {
     "LLM-Pruner": {0.8: 10.04, 0.6: 39.9, 0.5: 313.0, 0.4: 2725.0},
@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def page(summary: Summary) -> str:
-    """README.md of a comparison."""
+    """Return README.md of a comparison."""
     settings = "\n".join(f"- {key}: `{value}`" for key, value in summary["config"].items())
     accuracy = "\n\n".join(
         f"## {task}, {metric}\n\n{markdown_table(*accuracy_table(summary, task, metric))}"
@@ -50,9 +50,9 @@ def page(summary: Summary) -> str:
 {markdown_table(*published_table())}
 
 Llama-2-7B on WikiText-2 at length 2048 (dense {PUBLISHED_DENSE}), without fine-tuning, as printed
-in GRASPrune (arXiv 2604.19398); × is over its dense. The lowest published at 0.5 is DISP-LLM's 9.84
-at length 4096 (dense 5.12, 1.92 ×), whose result needs index operations. Perplexities of other
-models or lengths do not compare with those above, ratios only roughly.
+in GRASPrune (arXiv 2604.19398); × is the ratio to dense. The lowest published at 0.5 is 9.84, by
+DISP-LLM at length 4096 (dense 5.12, 1.92 ×); its models need index operations at run time.
+Perplexities of different models or lengths cannot be compared; ratios only roughly.
 
 ## Settings
 
@@ -95,25 +95,27 @@ def published_table() -> tuple[list[str], list[list[str]]]:
 
 
 def explained(summary: Summary) -> str:
-    """How the figures of the first table were made."""
+    """Explain how the figures of the perplexity table were measured."""
     config, prunable = summary["config"], summary["parameters"]["prunable"]
     seeds = sorted({cell["seed"] for cell in summary["cells"]})
     kept = [(cell["keep"], cell["kept"]) for cell in summary["cells"]]
     below = max(1 - got / asked for asked, got in kept)
-    fitted = "" if config["dtype"] == "fp32" else " (those named greedy fit weights, in fp32)"
-    beside = " (with the dense model's)" if config["device"] == "cpu" else ""
+    epochs = config["scale_epochs"]
+    fitted = "" if config["dtype"] == "fp32" else " Greedy methods fit weights and run in fp32."
+    beside = " (including the dense model)" if config["device"] == "cpu" else ""
     return (
-        f"{how_measured(summary['dense']['perplexity'])} Mean of seeds "
-        f"{', '.join(map(str, seeds))} (least to most), × over dense. Budgets are parts of "
-        f"{prunable:,} prunable parameters, never exceeded, at most {100 * below:.2g} % unspent. "
-        f"All methods{fitted}: {config['samples']} blocks of {config['seq_len']} tokens of "
-        f"{summary['calibration']['name']}, {config['scale_epochs']} epochs of scales. Seconds "
-        f"and peak memory{beside} are of choosing, refit and scales, on {config['device']}."
+        f"{how_measured(summary['dense']['perplexity'])} Cells: mean over seeds "
+        f"{', '.join(map(str, seeds))} (minimum–maximum), and × the ratio to dense. Budgets are "
+        f"fractions of {prunable:,} prunable parameters, never exceeded, at most "
+        f"{100 * below:.2g} % unspent. All methods use {config['samples']} blocks of "
+        f"{config['seq_len']} tokens of {summary['calibration']['name']} and train scales for "
+        f"{epochs} epoch{'s' * (epochs != 1)}.{fitted} Seconds and peak memory{beside} cover "
+        f"selection, refit and scales, on {config['device']}."
     )
 
 
 def metrics(summary: Summary) -> list[tuple[str, str]]:
-    """(task, the metric that papers report of it), where tasks were run."""
+    """Return (task, the metric that papers report for it); empty if no tasks were run."""
     tasks = summary["dense"]["tasks"]
     scores = tasks["models"][0]["scores"] if tasks else {}
     return [
@@ -122,7 +124,7 @@ def metrics(summary: Summary) -> list[tuple[str, str]]:
 
 
 def figure(summary: Summary) -> Figure:
-    """Perplexity, and accuracy where tasks were run, against the kept part of the parameters."""
+    """Plot perplexity, and accuracy if tasks were run, against the parameters that are kept."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -158,7 +160,7 @@ def figure(summary: Summary) -> Figure:
         axes.axhline(value(summary["dense"]), color="#667085", linestyle=":", label="dense")
         axes.set(
             title=title,
-            xlabel="kept of the prunable parameters, %",
+            xlabel="prunable parameters kept, %",
             yscale="log" if title == "perplexity" else "linear",
         )
         axes.spines[["top", "right"]].set_visible(False)
@@ -188,7 +190,7 @@ def _accuracy(records: list[Record], task: str, metric: str) -> str:
 
 
 def span(values: list[float]) -> str:
-    """The mean of several seeds, with the least and the most."""
+    """Format the mean over seeds, with minimum and maximum if there are several."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"

@@ -56,7 +56,7 @@ pre { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; 
 
 
 def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
-    """The page of a checkpoint: its grasp.json, and the records of its log.jsonl."""
+    """Return the page of a checkpoint, from its grasp.json and the records of its log.jsonl."""
     calibration = record.calibration or {}
     title = f"{Path(record.model).name}, pruned to {record.kept_part:.2%}"
     recipe = dict(record.recipe)
@@ -74,23 +74,23 @@ def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
 <h2>Size and speed</h2>
 {_bars(record)}
 {"".join(_recorded(*found) for found in recorded(record))}
-<h2>What was kept</h2>
+<h2>Kept units</h2>
 <figure>{_svg(layer_figure(record))}</figure>
 {_learning(records)}
 <h2>Use it</h2>
 {"".join(_code(where, code) for where, _, code in how_to_run(record))}
 <h2>Recipe</h2>
 <p class="soft">Calibrated on {escape(calibration["name"])}: {calibration["tokens"]:,} tokens read,
-{recipe["samples"]} blocks of {recipe["seq_len"]} used.</p>
+{recipe["samples"]} blocks of {recipe["seq_len"]} tokens used.</p>
 <table>{"".join(_row(key, value) for key, value in sorted(recipe.items()))}</table>
-<h2>Made with</h2>
+<h2>Software</h2>
 <table>{"".join(_row(key, value) for key, value in record.versions.items())}</table>
 </html>
 """
 
 
 def _tile(what: str, dense: str, pruned: str, ratio: str) -> str:
-    """A number beside the dense model's; a bar where it is a share of that."""
+    """Return a figure next to the dense model's, with a bar if their ratio is a percentage."""
     share = f'<div class="bar"><i style="width: {ratio}"></i></div>' if ratio.endswith("%") else ""
     return (
         f'<div class="tile"><span class="soft">{escape(what)}</span><b>{pruned}</b>'
@@ -99,12 +99,12 @@ def _tile(what: str, dense: str, pruned: str, ratio: str) -> str:
 
 
 def _bars(record: Record) -> str:
-    """Pairs of bars, pruned above dense: bytes, and tokens per second where they were recorded."""
+    """Return pairs of bars, pruned above dense: bytes, and tokens per second if recorded."""
     cache = record.kv_cache_bytes_per_token
     dense, pruned = weight_bytes(record)
     bars = [
         _pair("weights", pruned, dense, "bytes"),
-        _pair("KV cache of a token", cache["after"], cache["before"], "bytes"),
+        _pair("KV cache per token", cache["after"], cache["before"], "bytes"),
     ]
     speed = record.results.get("speed")
     if speed and len(speed["models"]) > 1:
@@ -147,13 +147,13 @@ def _row(key: str, value: Any) -> str:
 
 
 def _learning(records: Sequence[dict[str, Any]]) -> str:
-    """Losses of learning and calibration, and the kept cost beside its limit."""
+    """Plot the losses of learning and calibration, and the kept cost with its limit."""
     stages: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
         if record.get("stage") in (
             "learn",
             "calibrate",
-        ):  # after a stop some steps are logged twice: the last one counts
+        ):  # after an interruption some steps are logged twice: the last one counts
             stages.setdefault(record["stage"], {})[record["step"]] = record
     if not stages:
         return ""
@@ -182,12 +182,12 @@ def _learning(records: Sequence[dict[str, Any]]) -> str:
             kept.set(ylim=(0, 105), ylabel="kept, %")
             kept.spines["top"].set_visible(False)
     return f"""<h2>Learning</h2>
-<figure>{_svg(figure)}<figcaption>Blue: loss, its mean over the last steps; grey: every step.
-Orange: kept cost, never above its dotted limit.</figcaption></figure>"""
+<figure>{_svg(figure)}<figcaption>Grey: loss of each step. Blue: its moving average. Orange: cost of
+the kept units, which never exceeds the budget (dotted).</figcaption></figure>"""
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an SVG element whose text stays text; the same figure gives the same bytes."""
+    """Return the figure as an SVG element with real text; equal figures give equal bytes."""
     from matplotlib import rc_context
 
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""What was measured on a checkpoint, in its own files: grasp.json, README.md and report.html."""
+"""Add what was measured on a checkpoint to its files: grasp.json, README.md and report.html."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grasp.report.summary import layer_figure, model_card
 
 
 class Measured(Protocol):
-    """Scores of tasks, or a benchmark."""
+    """A result that can be recorded: scores of tasks, or a benchmark."""
 
     def to_json(self) -> dict[str, Any]: ...
     def head(self) -> tuple[str, ...]: ...
@@ -25,7 +25,7 @@ class Measured(Protocol):
 
 
 def add_reports(folder: Path, record: Record, records: Sequence[dict[str, Any]]) -> None:
-    """README.md with its plot, and report.html; `records` are the lines of the log."""
+    """Write README.md with its plot, and report.html; `records` are the lines of the log."""
     with disk_errors(folder):
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         layer_figure(record).savefig(folder / "layers.png", dpi=120)
@@ -33,16 +33,16 @@ def add_reports(folder: Path, record: Record, records: Sequence[dict[str, Any]])
 
 
 def check_record(folder: Path) -> None:
-    """Before anything is measured: raises GraspError where it could not be added."""
+    """Raise GraspError, before anything is measured, if a result could not be added."""
     Record.read(folder)
     if not os.access(folder, os.W_OK):
-        raise GraspError(f"--record: {folder} cannot be written to: check its permissions")
+        raise GraspError(f"`record`: {folder} cannot be written to: check its permissions")
 
 
 def add_measured(folder: Path, name: str, measured: Measured) -> None:
-    """Add `measured` to a checkpoint as results[name], in place of an earlier one, with its table.
+    """Add `measured` with its table to a checkpoint as results[name], replacing an earlier one.
 
-    Raises GraspError: see `check_record`, and a disk that is full.
+    Raises GraspError as `check_record` does, and if the disk is full.
     """
     table = {
         **measured.to_json(),
@@ -53,7 +53,7 @@ def add_measured(folder: Path, name: str, measured: Measured) -> None:
     record = Record.read(folder).measured(**{name: table})
     with disk_errors(folder):
         record.write(folder)
-    if not (folder / "report.html").exists():  # sparse weights have none
+    if not (folder / "report.html").exists():  # sparse checkpoints have none
         return
     own, of_several = folder / "log.jsonl", folder.resolve().parent / "log.jsonl"
     records = read_log(own) if own.exists() else read_log(of_several, part=folder.resolve().name)

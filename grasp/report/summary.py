@@ -1,4 +1,4 @@
-"""What people look at: the layer table, its plot, and the model card. All from one record."""
+"""The layer table, its plot, and the model card, all from one record."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from grasp.checkpoint.record import Record
 
-if TYPE_CHECKING:  # slow to import, and `grasp show` needs none
+if TYPE_CHECKING:  # slow to import, and `grasp show` does not need it
     from matplotlib.figure import Figure
 
 
 def layer_rows(record: Record) -> list[tuple[int, int, int, int, int]]:
-    """(layer, FFN channels kept, of, KV groups kept, of) of every layer."""
+    """Return (layer, FFN channels kept, before, KV groups kept, before) for every layer."""
     before, after = record.widths["before"], record.widths["after"]
     return [
         (index, ffn, ffn_of, kv, kv_of)
@@ -22,7 +22,7 @@ def layer_rows(record: Record) -> list[tuple[int, int, int, int, int]]:
 
 
 def size_rows(record: Record) -> list[tuple[str, str, str, str]]:
-    """(what, dense, pruned, ratio) for parameters, KV cache and perplexity."""
+    """Return (name, dense, pruned, ratio) for parameters, KV cache and perplexity."""
     params, cache = record.params, record.kv_cache_bytes_per_token
     pairs = [
         ("prunable parameters", params["prunable_before"], params["prunable_after"]),
@@ -43,13 +43,13 @@ def size_rows(record: Record) -> list[tuple[str, str, str, str]]:
 
 
 def measured_on(record: Record) -> str:
-    """How the perplexities were measured, in one line; empty if they were not."""
+    """Describe in one line how the perplexities were measured; empty if they were not."""
     result = record.results.get("pruned")
     return how_measured(result) if result else ""
 
 
 def how_measured(result: dict[str, Any]) -> str:
-    """One line on a perplexity, as `Perplexity.to_json` has it."""
+    """Describe in one line how a perplexity (as `Perplexity.to_json` gives it) was measured."""
     split = f", split {result['split']}" if result["split"] else ""
     bos = "a BOS before each window" if result["bos"] else "no BOS"
     return (
@@ -59,20 +59,20 @@ def how_measured(result: dict[str, Any]) -> str:
 
 
 def weight_bytes(record: Record) -> tuple[int, int]:
-    """(dense, pruned), both in the dtype that the checkpoint is stored in."""
+    """Return the bytes of the weights (dense, pruned), both in the checkpoint's dtype."""
     params, after = record.params, record.results["weight_bytes"]
     return after * params["total_before"] // params["total_after"], after
 
 
 def recorded(record: Record) -> list[tuple[str, dict[str, Any]]]:
-    """(title, what --record has stored) of the tasks and the speed that were measured since."""
+    """Return (title, table) for each result that `record` has stored: tasks and speed."""
     titles = {"zero_shot": "Zero-shot tasks", "speed": "Speed"}
     results = record.results
     return [(title, results[name]) for name, title in titles.items() if name in results]
 
 
 def model_card(record: Record) -> str:
-    """README.md of a checkpoint, with the front matter that model hubs read."""
+    """Return README.md of a checkpoint, with the front matter that model hubs read."""
     recipe, calibration = record.recipe, record.calibration or {}
     table = markdown_table(("", "dense", "pruned", ""), size_rows(record))
     rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(record)]
@@ -103,43 +103,44 @@ tags: [grasp, pruned]
 
 {use}
 
-## What was kept
+## Kept units
 
 ![kept widths of every layer](layers.png)
 
 {layers}
 
-The indices of every kept unit are in `grasp.json`.
+The indices of all kept units are in `grasp.json`.
 
 ## Recipe
 
 Calibrated on {calibration["name"]} ({calibration["tokens"]:,} tokens read,
-{recipe["samples"]} blocks of {recipe["seq_len"]} used).
+{recipe["samples"]} blocks of {recipe["seq_len"]} tokens used).
 
 {settings}
 """
 
 
 COMPENSATED = {
-    "refit": ", what stayed was refitted by least squares",
-    "bias": ", biases make up for the mean of what went",
+    "refit": "; the remaining weights were refitted by least squares",
+    "bias": "; added biases restore the mean output of the removed units",
     "none": "",
 }
 
 
 def how_made(record: Record) -> str:
-    """Two sentences on the method and what it did not do."""
+    """Describe in three sentences how the checkpoint was made."""
     recipe = record.recipe
     method = "GRASPrune (arXiv 2604.19398)" if recipe["method"] == "learned" else recipe["method"]
     after = COMPENSATED[recipe["compensate"]]
     return (
-        f"Made by grasp {record.grasp_version}: FFN channels and KV groups were removed under "
-        f"a hard budget, chosen by {method}{after}. Nothing was fine-tuned; the weights are dense."
+        f"Made with grasp {record.grasp_version}. FFN channels and KV groups were selected by "
+        f"{method} and removed under a hard budget{after}. The model was not fine-tuned; its "
+        "weights are dense."
     )
 
 
 def how_to_run(record: Record) -> list[tuple[str, str, str]]:
-    """(where, language, code) for each runtime. A stock class needs nothing of ours."""
+    """Return (where, language, code) for each runtime; a stock class does not need grasp."""
     ours = record.results["architecture"].startswith("Grasp")
     first = "import grasp  # or pass trust_remote_code=True to both calls below\n" if ours else ""
     load = f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,22 +149,22 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")"""
     serve = "vllm serve PATH"
     if ours:
-        serve += "  # with grasp installed beside it, or with --trust-remote-code"
+        serve += "  # with grasp installed in the same environment, or --trust-remote-code"
     gguf = """grasp export PATH --to gguf --out model.gguf
 llama-server -m model.gguf"""
     ways = [
         ("In transformers", "python", load),
         ("In vLLM", "sh", serve),
-        ("In llama.cpp, where it can compute this family", "sh", gguf),
+        ("In llama.cpp, if it supports this family", "sh", gguf),
     ]
     if ours:
         uniform = "grasp export PATH --to hf-uniform --out FOLDER"
-        ways.append(("In anything else, as a stock model padded with zeros", "sh", uniform))
-    return [*ways, ("To check it", "sh", "grasp verify PATH")]
+        ways.append(("In any other runtime, as a stock model padded with zeros", "sh", uniform))
+    return [*ways, ("To verify the checkpoint", "sh", "grasp verify PATH")]
 
 
 def layer_figure(record: Record) -> Figure:
-    """Bars of the kept FFN channels and KV groups of every layer."""
+    """Plot the kept FFN channels and KV groups of every layer as bars."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -188,6 +189,6 @@ def layer_figure(record: Record) -> Figure:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lines of a Markdown table."""
+    """Format a Markdown table."""
     lines = [tuple(head), tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

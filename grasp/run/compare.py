@@ -1,10 +1,10 @@
-"""`grasp compare`: every method at every budget with every seed, on equal footing.
+"""`grasp compare`: every method at every budget with every seed, under equal conditions.
 
-A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed; a bare name makes up for
-nothing that is dropped, so `learned+refit` is what `grasp prune` does by default. All cells share
-the dense results and the calibration text, cells of a seed its blocks, and the budgets of a
-one-shot method its scores. Each cell ends as `grasp prune` does, in a checkpoint that is measured
-as it reads from disk; only the figures stay.
+A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed. A bare name means no
+compensation, so `learned+refit` is the default of `grasp prune`. All cells share the dense results
+and the calibration text. Cells of the same seed share its blocks, and all budgets of a one-shot
+method share its scores. Each cell ends like `grasp prune`, with a checkpoint that is measured after
+it is read back from disk; only the figures are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp import criteria
-from grasp.budget.budget import Layout
 from grasp.budget.projection import Projection
-from grasp.config import PruneConfig
+from grasp.config import COMPARED_WIDTHS, KEEP, SEEDS, SET_BY_COMPARE, PruneConfig
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
@@ -55,15 +54,13 @@ from grasp.select.choice import Choice
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
-KEEP = (0.8, 0.5, 0.4)
-SEEDS = (0, 1, 2)
 METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
-TASK_BATCH = 16  # requests at a time: they are short, and answers hardly depend on it
+TASK_BATCH = 16  # requests per batch: they are short, and scores hardly depend on it
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method, as it was asked for, with one budget and one seed."""
+    """One method, as named by the user, with one budget and one seed."""
 
     method: str
     config: PruneConfig
@@ -74,7 +71,7 @@ class Cell:
 
     @property
     def choice(self) -> str:
-        """What its scores depend on."""
+        """Name of everything that its scores depend on."""
         method, seed = self.config.method, self.config.seed
         if criteria.get(method).per_budget:
             return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
@@ -87,7 +84,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `summary` is the content of compare.json."""
+    """The result of `compare`; `summary` is the content of compare.json."""
 
     folder: Path
     summary: dict[str, Any]
@@ -97,47 +94,42 @@ def compare(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    keep: Sequence[float] = KEEP,
+    keep: float | Sequence[float] = KEEP,
     methods: Sequence[str] = METHODS,
     seeds: Sequence[int] = SEEDS,
-    ffn_multiple: int = 1,
-    kv_multiple: int = 1,
-    layout: Layout = "per-layer",
     tasks: str | None = None,
     tasks_data: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     show: Show = lambda record: None,
     **options: Any,
 ) -> Comparison:
-    """Perplexity, and accuracy on `tasks`, of each of `methods` at each budget with each seed.
+    """Measure perplexity, and accuracy on `tasks`, of each method at each budget with each seed.
 
-    A method is one of `--method`, with `+refit` or `+bias` where that is wanted. `options` are the
-    fields of `PruneConfig` that all share; `tasks`, `tasks_data` and `limit` are those of
+    A method is a criterion, optionally followed by `+refit` or `+bias`. `options` are the fields of
+    `PruneConfig` that all cells share; `tasks`, `tasks_data` and `limit` are passed to
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
-    which is complete or absent. Interrupted, the same call goes on, with the same methods, budgets
-    and seeds or with others. Methods that fit weights as they choose run in fp32 whatever the
-    `dtype`. A GPU holds one model at a time, the host's memory another. Raises GraspError.
+    which is complete or absent. After an interruption, the same call resumes; methods, budgets and
+    seeds may differ. Methods that fit weights run in fp32 whatever the `dtype`. A GPU holds one
+    model at a time, host memory another. Raises GraspError.
     """
-    for name, values in (("keep", keep), ("methods", methods), ("seeds", seeds)):
+    parts = [*keep] if isinstance(keep, Iterable) else [keep]
+    for name, values in (("keep", parts), ("methods", methods), ("seeds", seeds)):
         if not values:
-            raise GraspError(f"{name}=[] leaves nothing to compare: give one at least")
-    base = PruneConfig.of(
-        model,
-        keep=keep[0],
-        ffn_multiple=ffn_multiple,
-        kv_multiple=kv_multiple,
-        layout=layout,
-        **options,
-    )
+            raise GraspError(f"`{name}` must name at least one, got none")
+    if own := options.keys() & SET_BY_COMPARE:
+        raise GraspError(
+            f"`{min(own)}` is set for each cell of compare: use `keep`, `methods` and `seeds`"
+        )
+    base = PruneConfig.of(model, keep=parts[0], **COMPARED_WIDTHS | options)
     header = check_run(base, out)
     base = on_device(base)
     cells = [
         Cell(
             method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
         )
-        for seed in dict.fromkeys(seeds)  # one seed of everything first
+        for seed in dict.fromkeys(seeds)  # all methods with the first seed, then the next
         for method in dict.fromkeys(methods)
-        for part in dict.fromkeys(keep)
+        for part in dict.fromkeys(parts)
     ]
     for cell in cells:
         check_fit(cell.config, header)
@@ -151,7 +143,7 @@ def compare(
             check_budget(cell.config, dense)
         check_fidelity([cell.config for cell in cells], dense, start, run)
         if start.ruler is None:
-            raise GraspError("the samples leave no text to evaluate on: give --eval-text")
+            raise GraspError("the samples leave no text to evaluate on: give `eval_text`")
         perplexity = measure_dense(dense, start, run)
         cast(dense, working_dtype(base))
 
@@ -161,7 +153,7 @@ def compare(
             return evaluate_tasks(
                 name,
                 tasks,
-                data=None if tasks_data is None else Path(tasks_data),
+                tasks_data=None if tasks_data is None else Path(tasks_data),
                 limit=limit,
                 batch_size=TASK_BATCH,
                 device=base.device,
@@ -192,29 +184,31 @@ def compare(
 
 
 def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
-    """`config` with what `name` is in --methods, as fisher or fisher+refit. Raises GraspError."""
+    """Return `config` for a method such as fisher or fisher+refit. Raises GraspError."""
     more = next((option for option in ("refit", "bias") if name.endswith(f"+{option}")), "")
     method = name.removesuffix(f"+{more}") if more else name
     if method not in criteria.names():
         raise GraspError(
-            f"--methods {name!r}: choose from {', '.join(criteria.names())}, each as it is, with "
-            "+refit or with +bias"
+            f"`methods` must be among {', '.join(criteria.names())}, each alone or with +refit or "
+            f"+bias, got {name!r}"
         )
     updates = criteria.get(method).updates_weights
     if more and updates:
-        raise GraspError(f"--methods {name!r}: {method} has fitted weights already: name it alone")
+        raise GraspError(
+            f"`methods` must name {method} alone, which fits weights as it chooses, got {name!r}"
+        )
     choice: Any = {"method": method, "compensate": more or "none"}
     if updates:
-        choice["dtype"] = "fp32"  # a narrower one would round what is fitted
+        choice["dtype"] = "fp32"  # a narrower dtype would round the fitted weights
     return replace(config, seed=seed, **choice)
 
 
 class _Grid:
-    """Measures cells of one run, each once, and computes what they share once."""
+    """Measures each cell of a run once, and computes shared results once."""
 
     def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score) -> None:
         self._run, self._start, self._score = run, start, score
-        self._dense = move(dense, "cpu")  # the device is for the model that is worked on
+        self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Choice, Cost]] = {}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
@@ -223,7 +217,7 @@ class _Grid:
     def _choose(
         self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
     ) -> tuple[Choice, Cost]:
-        """What the cell's method chooses, and what that costs."""
+        """Return the choice of the cell's method, and its cost."""
         if cell.rewrites or cell.choice not in self._chosen:
             part = self._run.part(cell.choice)
             reset_peak_memory()
@@ -235,7 +229,7 @@ class _Grid:
         return self._chosen[cell.choice]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
-        """A copy of the dense model in the cell's dtype: from disk where that has been rounded."""
+        """Copy the dense model in the cell's dtype; load it again if it has another dtype."""
         dtype = working_dtype(config)
         if self._dense.dtype == dtype:
             return move(copy.deepcopy(self._dense), config.device)
@@ -277,13 +271,13 @@ class _Grid:
 
 
 def _cost(part: Run) -> Cost:
-    """Seconds and bytes of a part of the run that has just ended."""
+    """Return seconds and peak memory of a part of the run that has just ended."""
     part.log(event="done", peak_memory=peak_memory())
     return {"seconds": part.seconds(), "peak_memory": peak_memory()}
 
 
 def _shared(config: PruneConfig) -> dict[str, Any]:
-    """What is the same for all cells."""
+    """Return the options that are the same for all cells."""
     shared = config.to_json()
     for own in ("method", "compensate", "seed"):
         del shared[own]

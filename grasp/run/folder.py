@@ -1,8 +1,8 @@
-"""A run's folder: what was asked, a log, and a state to resume from. The result appears whole.
+"""The folder of a run: its options, its log, and the state to resume from.
 
-Everything happens in `<out>.run`: `config.json`, `log.jsonl`, `state/` (safetensors) and `facts/`
-(JSON). The finished checkpoint is renamed to `<out>` at the very end, so `<out>` is complete or
-absent, and whatever stops a run, the same command picks it up again.
+A run works in `<out>.run`: `config.json`, `log.jsonl`, `state/` (safetensors) and `facts/` (JSON).
+The finished checkpoint is renamed to `<out>` at the very end, so `<out>` is complete or absent.
+Whatever interrupts a run, the same command resumes it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Run:
         self.checkpoint = folder / "checkpoint"
 
     def part(self, name: str) -> Run:
-        """The same run for one of several results: its stages, facts and log have its name."""
+        """Return this run for one of several results; its stages, facts and log carry `name`."""
         return Run(self.out, self.folder, self._show, name)
 
     def stage(self, name: str) -> StageJournal:
@@ -52,7 +52,7 @@ class Run:
         return self.folder / kind / (f"{self._part}, {name}" if self._part else name)
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A JSON value that is computed once in the life of the run."""
+        """Return a JSON value that is computed only once per run, even if the run is resumed."""
         path = self.path("facts", f"{name}.json")
         if path.exists():
             return json.loads(path.read_text())
@@ -61,7 +61,7 @@ class Run:
         return json.loads(json.dumps(value))
 
     def same_inputs(self, inputs: dict[str, Any]) -> None:
-        """Refuse to go on from a state that other texts, weights or software have made."""
+        """Refuse to resume from a state that other texts, weights or software have made."""
         path = self.folder / "inputs.json"
         if path.exists():
             _same(self.folder, json.loads(path.read_text()), inputs)
@@ -69,19 +69,21 @@ class Run:
             _write(path, json.dumps(inputs, indent=2).encode())
 
     def log(self, **record: Any) -> None:
-        """One JSON line to disk, and to whoever shows progress."""
+        """Write one JSON line to the log, and pass it on to show progress."""
         record |= {"part": self._part} if self._part else {}
         with disk_errors(self.folder), open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
         self._show(record)
 
     def records(self) -> list[dict[str, Any]]:
-        """The log so far, of a part without what belongs to others."""
+        """Return the log so far; for a part, without the records of other parts."""
         return read_log(self.folder / "log.jsonl", self._part)
 
     def seconds(self) -> float:
-        """How long the run has worked, or up to its last record a part of it; the time that it lay
-        stopped does not count."""
+        """Return the seconds that the run, or a part up to its last record, has worked.
+
+        Time between an interruption and the resumption does not count.
+        """
         worked = [
             b["time"] - a["time"]
             for a, b in pairwise([*read_log(self.folder / "log.jsonl"), {"time": time.time()}])
@@ -90,18 +92,18 @@ class Run:
         return round(sum(worked), 1)
 
     def finished(self, name: str) -> Path:
-        """Where one of several checkpoints waits for the others."""
+        """Return the path where one of several checkpoints waits for the others."""
         return self.folder / "finished" / name
 
     def finish(self, name: str) -> None:
-        """Set the checkpoint aside as one of several; it survives a stop."""
+        """Set the checkpoint aside as one of several; it survives an interruption."""
         with disk_errors(self.folder):
             self.finished(name).parent.mkdir(exist_ok=True)
             _sync_all(self.checkpoint)
             os.rename(self.checkpoint, self.finished(name))
 
     def publish(self) -> None:
-        """Put the finished checkpoint, or all of several, in place and remove the run's folder."""
+        """Move the finished checkpoint, or all of several, into place; remove the run's folder."""
         several = self.folder / "finished"
         result = several if several.exists() else self.checkpoint
         with disk_errors(self.out):
@@ -113,15 +115,18 @@ class Run:
 
 @contextmanager
 def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None) -> Iterator[Run]:
-    """Start or resume the run that will produce `out`. Raises GraspError if `out` exists, if its
-    run folder belongs to another configuration (with the differences), or is in use. A run that
-    fails before it has anything to resume from leaves no folder."""
+    """Start or resume the run that will produce `out`.
+
+    A run that fails before there is anything to resume from leaves no folder. Raises GraspError if
+    `out` exists, or its run folder is in use or belongs to another configuration (the message lists
+    the differences).
+    """
     check_out(out)
     folder, asked = run_folder(out), json.loads(json.dumps(config))
     missing = [parent for parent in folder.parents if not parent.exists()]
     with disk_errors(folder):
         if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
-            raise GraspError(f"{folder} holds files that are not grasp's: choose another --out")
+            raise GraspError(f"{folder} holds files that are not grasp's: choose another `out`")
         for part in (folder / "state", folder / "facts"):
             part.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
@@ -132,13 +137,13 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
             raise GraspError(f"{folder} is in use by another grasp process: wait for it") from None
         except OSError as error:
             raise GraspError(
-                f"{folder} cannot be locked ({error.strerror}): choose an --out on a local disk"
+                f"{folder} cannot be locked ({error.strerror}): choose an `out` on a local disk"
             ) from None
         resumed = (folder / "config.json").exists()
         if resumed:
             _same(folder, json.loads((folder / "config.json").read_text()), asked)
         try:
-            check_out(out)  # made by a process that has just finished
+            check_out(out)  # another process may just have finished it
             if not resumed:
                 _write(folder / "config.json", json.dumps(asked, indent=2).encode())
             run = Run(out, folder, show)
@@ -149,20 +154,20 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
         except BaseException:
             if not any([*folder.glob("state/*.safetensors"), *folder.glob("facts/*.json")]):
                 shutil.rmtree(folder, ignore_errors=True)
-                with suppress(OSError):  # a parent that somebody else uses by now
+                with suppress(OSError):  # another process may use a parent by now
                     for parent in missing:
                         parent.rmdir()
             raise
 
 
 def _drop_cut_line(log: Path) -> None:
-    """A crash or a full disk may have cut the last line short: the next one begins anew."""
+    """Remove a last line that a crash or a full disk has cut short."""
     if log.exists():
         os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
 
 
 class StageJournal(Journal):
-    """Logs a training stage and keeps its state: every SAVE_EVERY seconds and at its end."""
+    """Logs a stage, and saves its state every SAVE_EVERY seconds and at its end."""
 
     def __init__(self, run: Run, name: str) -> None:
         self._run, self._name = run, name
@@ -198,7 +203,7 @@ class StageJournal(Journal):
         now = time.monotonic()
         if self._first is None:
             self._first = step - 1
-        pace = (now - self._began) / (step - self._first)  # seconds a step
+        pace = (now - self._began) / (step - self._first)  # seconds per step
         self._run.log(
             stage=self._name,
             step=step,
@@ -241,7 +246,7 @@ def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     if changed:
         raise GraspError(
             f"{folder} holds an unfinished run of another configuration ({'; '.join(changed)}): "
-            "restore that to resume it, remove the folder, or choose another --out"
+            "restore that to resume it, remove the folder, or choose another `out`"
         )
 
 

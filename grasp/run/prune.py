@@ -1,23 +1,23 @@
-"""The main job from end to end: text and model in, a smaller dense checkpoint out."""
+"""`grasp prune` from end to end: a model and a text in, a smaller dense checkpoint out."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from grasp import __version__, criteria
-from grasp.budget.budget import Budget, Layout
+from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.record import Record
 from grasp.checkpoint.save import record_of, save_checkpoint, try_saving
@@ -57,13 +57,13 @@ from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
 from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
-from grasp.run.ready import check_run
+from grasp.run.ready import ready
 from grasp.select import select
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune` made."""
+    """The result of `prune`."""
 
     folder: Path
     mask: Mask
@@ -75,88 +75,60 @@ class PruneResult:
         return self.record.to_json()
 
 
+@overload
 def prune(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    keep: float | None = None,
-    params: float | None = None,
-    kv_cache: float | None = None,
-    ffn_multiple: int = 32,
-    kv_multiple: int = 1,
-    layout: Layout = "per-layer",
-    as_published: bool = False,
-    show: Show = lambda record: None,
+    keep: Sequence[float],
+    show: Show = ...,
     **options: Any,
-) -> PruneResult:
-    """Select, refit, calibrate, fold, save, evaluate. The folder `out` is complete or absent.
-
-    `keep` (default 0.5), `params` or `kv_cache` is the budget (see `Budget`); `options` are the
-    other fields of `PruneConfig`; `as_published` sets those that the paper sets. Interrupted at any
-    moment, the same call resumes and ends in the same mask. `show` receives each log record.
-    Raises GraspError.
-    """
-    config = PruneConfig.of(
-        model,
-        keep=keep,
-        params=params,
-        kv_cache=kv_cache,
-        ffn_multiple=ffn_multiple,
-        kv_multiple=kv_multiple,
-        layout=layout,
-        as_published=as_published,
-        **options,
-    )
-    check_run(config, out)
-    config = on_device(config)
-    with open_job(config, out, config.to_json(), show) as run:
-        return _prune(config, {"": config.budget}, run)[0]
-
-
-def prune_each(
+) -> list[PruneResult]: ...
+@overload
+def prune(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    keep: Sequence[float],
-    ffn_multiple: int = 32,
-    kv_multiple: int = 1,
-    layout: Layout = "per-layer",
-    as_published: bool = False,
+    keep: float | None = ...,
+    show: Show = ...,
+    **options: Any,
+) -> PruneResult: ...
+def prune(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: float | Sequence[float] | None = None,
     show: Show = lambda record: None,
     **options: Any,
-) -> list[PruneResult]:
-    """`prune` for several budgets from one choice: out/keep-0.8 and so on, in the order given.
+) -> PruneResult | list[PruneResult]:
+    """Prune to several budgets from one selection: out/keep-0.8 and so on, in the order given.
 
-    Units are scored once, learned gates under the smallest budget, and the scores are projected
-    to each, as are scales that learned along with gates; refit, the scales after the mask and
-    evaluation are each budget's own. A GPU holds one model at a time, the host's memory another.
-    All else as `prune`.
+    `keep` (default 0.5), `params` or `kv_cache` is the budget (see `Budget`); `options` are these,
+    the budget's multiples and layout, the other fields of `PruneConfig`, and `as_published`, which
+    sets those that the paper sets. Interrupted at any moment, the same call resumes and ends in the
+    same mask. `show` receives each log record.
+
+    Several budgets as `keep` give a list of results, out/keep-0.8 and so on, in the order given,
+    from one choice: units are scored once, learned gates under the smallest budget, and the scores
+    are projected to each, as are scales that learned along with gates; refit, the scales after the
+    mask and evaluation are each budget's own. A GPU holds one model at a time, the host's memory
+    another. Raises GraspError.
     """
-    asked = list(dict.fromkeys(keep))
-    if not asked:
-        raise GraspError("keep=[] names no budget: give one ratio at least")
-    config = PruneConfig.of(
-        model,
-        keep=min(asked),
-        ffn_multiple=ffn_multiple,
-        kv_multiple=kv_multiple,
-        layout=layout,
-        as_published=as_published,
-        **options,
-    )
-    budgets = {f"keep-{part}": replace(config.budget, asked=part) for part in asked}
-    header = check_run(config, out)
-    for budget in budgets.values():
-        check_fit(replace(config, budget=budget), header)
-    config = on_device(config)
+    configs = [on_device(config) for config in ready(model, out, keep, **options)]
+    config = min(configs, key=lambda config: config.budget.asked)
+    if not isinstance(keep, Iterable):
+        with open_job(config, out, config.to_json(), show) as run:
+            return _prune(config, {"": config.budget}, run)[0]
     if criteria.get(config.method).updates_weights:
-        raise GraspError(f"--method {config.method} fits weights to one budget: give one --keep")
+        raise GraspError(f"{config.method} fits weights to one budget: give one number as `keep`")
+    budgets = {f"keep-{config.budget.asked}": config.budget for config in configs}
+    asked = [budget.asked for budget in budgets.values()]
     with open_job(config, out, {**config.to_json(), "keep": asked}, show) as run:
         return _prune(config, budgets, run)
 
 
 def on_device(config: PruneConfig) -> PruneConfig:
-    """The config with device and dtype named. Raises GraspError."""
+    """Return the config with `auto` device and dtype resolved. Raises GraspError."""
     device = pick_device(config.device)
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
@@ -166,35 +138,35 @@ def on_device(config: PruneConfig) -> PruneConfig:
 def open_job(
     config: PruneConfig, out: str | os.PathLike[str], asked: dict[str, Any], show: Show
 ) -> Iterator[Run]:
-    """`open_run`, where memory that runs out is one line with what to do about it."""
+    """Open the run; if memory runs out, raise a one-line error that names the fix."""
     fix = (
-        f"lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), or use "
-        f"--dtype bf16; with other options, start anew: remove {out}.run"
+        f"lower `batch_size` (now {config.batch_size}) or `seq_len` (now {config.seq_len}), or use "
+        f"`dtype='bf16'`; other options need a new start: remove {out}.run"
     )
     with memory_errors(config.device, fix), open_run(Path(out), asked, show) as run:
         yield run
 
 
 def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[PruneResult]:
-    """Choose once, by `config`, and make a checkpoint for each of `budgets`.
+    """Select once, by `config`, and make a checkpoint for each of `budgets`.
 
-    They are in folders of these names; the one named "" is the result itself.
+    The keys of `budgets` are the names of the folders in `out`; "" means `out` itself.
     """
     model, start = begin(config, run)
     for budget in budgets.values():
         check_budget(replace(config, budget=budget), model)
     check_fidelity([config], model, start, run)
     if start.ruler is None:
-        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
+        run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
     cast(model, working_dtype(config))
     blocks = start.blocks(config)
     with memory_mode(model, config) as mode:
         if config.memory == "auto" and mode != "fast":
-            run.log(event="note", text=f"--memory {mode}, for what is free on {config.device}")
+            run.log(event="note", text=f"`memory={mode!r}`, for what is free on {config.device}")
         choice = select(model, start.projection(config), blocks, config, run.stage)
     if "" not in budgets:
-        move(model, "cpu")  # the device is for the copy that is worked on
+        move(model, "cpu")  # the device holds the copy that is pruned
     results = []
     for name, budget in budgets.items():
         own = replace(config, budget=budget)
@@ -220,7 +192,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
 
 @dataclass(frozen=True)
 class Start:
-    """What all results of a run share."""
+    """Inputs that all results of a run share."""
 
     space: UnitSpace
     tokenizer: Any
@@ -229,7 +201,7 @@ class Start:
     ruler: Ruler | None
 
     def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
-        """The calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
+        """Return the calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
         return token_blocks(
             self.corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed
         )
@@ -239,7 +211,7 @@ class Start:
 
 
 def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
-    """The model as it is stored, the texts; what can be refused before the long work is refused."""
+    """Load the model as stored, and the texts; refuse here what must fail after the long work."""
     model, tokenizer = load_dense(config)
     check_budget(config, model)
     space = UnitSpace.of(model)
@@ -248,7 +220,7 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
 
 
 def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
-    """Widths that `budget` allows: the least in all layers, or else in the first alone."""
+    """Return widths that `budget` allows: the minimum in all layers, or only in the first."""
     least = (budget.ffn_multiple, budget.kv_multiple)
     whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
     uniform = budget.layout == "uniform"
@@ -256,19 +228,18 @@ def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
 
 
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
-    """Refuse what the loaded model cannot meet, as `check` does by its files; and its dtype."""
-    check_fit(config, of_model(model))  # of GGUF and of remote code, the live model says more
+    """Refuse a budget that the loaded model cannot meet, and a dtype too narrow for the method."""
+    check_fit(config, of_model(model))  # for GGUF and remote code, the live model says more
     working = working_dtype(config)
     updates = criteria.get(config.method).updates_weights
     if updates and torch.promote_types(working, model.dtype) != working:
         raise GraspError(
-            f"--method {config.method} rewrites weights, which {config.dtype} would round: use "
-            "--dtype fp32"
+            f"{config.method} updates weights, which {config.dtype} would round: use `dtype='fp32'`"
         )
 
 
 def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, Any]:
-    """The model as it is stored, and its tokenizer. Raises GraspError where it cannot be pruned."""
+    """Load the model as stored, and its tokenizer. Raises GraspError if it cannot be pruned."""
     model, tokenizer = load_model(
         config.model,
         dtype=None,
@@ -283,7 +254,7 @@ def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, A
 def read_texts(
     config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
 ) -> Start:
-    """Read or sample the calibration text, and read what to evaluate on."""
+    """Read or sample the calibration text, and read the evaluation text."""
     eval_text = _eval_text(config, tokenizer)
     corpus = _calibration_text(config, model, tokenizer, run)
     for note in dict.fromkeys((*corpus.notes, *(eval_text.notes if eval_text else ()))):
@@ -297,9 +268,9 @@ def read_texts(
 def check_fidelity(
     configs: Sequence[PruneConfig], model: PreTrainedModel, start: Start, run: Run
 ) -> None:
-    """Refuse a model that gates, or passes layer by layer, would make another function of.
+    """Refuse a model whose outputs change under gates, or when its layers run one by one.
 
-    Tried in the dtype that gates learn in, unless what is stored does not fit into it.
+    The check runs in the dtype in which gates learn, or in the stored dtype if that is wider.
     """
     config, ids = configs[0], start.blocks(configs[0])[:1]
     stored, working = model.dtype, working_dtype(config)
@@ -313,18 +284,18 @@ def check_fidelity(
 def _runs_layers(config: PruneConfig) -> str | None:
     """The option, if any, that runs decoder layers one by one."""
     if criteria.get(config.method).layerwise:
-        return f"--method {config.method}"
-    return "--compensate refit" if config.compensate == "refit" else None
+        return f"`method='{config.method}'`"
+    return "`compensate='refit'`" if config.compensate == "refit" else None
 
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
-    """Bind the run to its inputs and measure the model."""
+    """Bind the run to its inputs, and measure the dense model."""
     run.same_inputs(_inputs(model, start.corpus, start.ruler))
     return run.remember("dense", partial(_measure, start.ruler, model, "dense", run))
 
 
 def working_dtype(config: PruneConfig) -> torch.dtype:
-    """What gates and scales learn in."""
+    """Return the dtype in which gates and scales learn."""
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[config.dtype])
     return dtype
 
@@ -338,9 +309,9 @@ def shrink(
     stored_dtype: torch.dtype,
     run: Run,
 ) -> PreTrainedModel:
-    """Scale, compensate, cut, calibrate: the pruned model in `stored_dtype`.
+    """Scale, compensate, cut and calibrate; return the pruned model in `stored_dtype`.
 
-    `learned_along` are the scales of a `Choice`. `model` itself is used up.
+    `learned_along` are the scales of a `Choice`. `model` cannot be used afterwards.
     """
     edits: list[Edit] = []
 
@@ -351,9 +322,9 @@ def shrink(
     if learned_along is not None:
         edit(Scale(config.scales, learned_along))
     compensation: list[Edit] = []
-    if config.compensate == "bias":
+    if config.compensation == "bias":
         compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
-    elif config.compensate == "refit":
+    elif config.compensation == "refit":
         columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
         compensation = [Refit(columns)]
     gated = gated_outputs(model, mask, blocks)
@@ -368,7 +339,7 @@ def shrink(
             scales = learn_scales(model, config.scales, blocks, settings, run.stage("calibrate"))
         last = [Scale(config.scales, scales)]
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
-        # the working dtype has rounded the weights: all edits once more, on those that are stored
+        # the working dtype has rounded the weights: apply all edits again, to the stored ones
         _release(model)
         model = load_dense(config)[0]
         last = [*edits, *last]
@@ -378,9 +349,9 @@ def shrink(
 
 
 def finish(model: PreTrainedModel, record: Record, start: Start, run: Run, folder: Path) -> Record:
-    """Save the pruned model in the new `folder`, and check and measure what reads from there.
+    """Save the pruned model in the new `folder`; check and measure the model read back from there.
 
-    Returns the record with those results. `model` itself is used up. Raises GraspError where
+    Returns the record with the results. `model` cannot be used afterwards. Raises GraspError if
     `grasp verify` would fail.
     """
     device = str(model.device)
@@ -396,14 +367,14 @@ def finish(model: PreTrainedModel, record: Record, start: Start, run: Run, folde
 
 
 def _release(model: PreTrainedModel) -> None:
-    """Free a model's memory, whoever holds it still: the next one needs it."""
+    """Free a model's memory for the next model, even if references to it remain."""
     move(model, "meta")
 
 
 def pruned_record(
     config: PruneConfig, start: Start, mask: Mask, model: PreTrainedModel, chosen_for: float
 ) -> Record:
-    """What grasp.json says of the pruned `model`, but for the results."""
+    """Build the record of the pruned `model`, without results."""
     budget = config.budget
     obtained = {
         "kind": budget.kind,
@@ -423,7 +394,7 @@ def run_record(
     model: PreTrainedModel,
     **more: Any,
 ) -> Record:
-    """`record_of` a run."""
+    """Build the record of a run: `record_of` with its options and its calibration text."""
     return record_of(
         mask,
         model,
@@ -436,7 +407,7 @@ def run_record(
 
 
 def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
-    """What a config cannot check: the weights, and what any of them asks of a model."""
+    """Check the weights and the family of the loaded model, which its config cannot show."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise GraspError(
@@ -475,7 +446,7 @@ def _calibration_text(
 
 @dataclass(frozen=True)
 class Ruler:
-    """What both models are measured on."""
+    """The text and settings with which both models are measured."""
 
     text: Corpus
     seq_len: int
@@ -485,7 +456,7 @@ class Ruler:
 def _ruler(
     config: PruneConfig | SparsifyConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
 ) -> Ruler | None:
-    """--eval-text, or what is held out of the calibration text; None where nothing is."""
+    """Use `eval_text`, or text held out from calibration; None if there is neither."""
     if eval_text:
         return Ruler(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
     rest = held_out_text(corpus, seq_len=config.seq_len, samples=config.samples)
@@ -493,10 +464,10 @@ def _ruler(
 
 
 def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict[str, Any]:
-    """What decides the result besides the options: texts, weights, software, threads."""
+    """Return what determines the result besides the options: texts, weights, software, threads."""
     software = environment(model.device)
     if model.device.type != "cpu":
-        del software["threads"]  # they decide nothing there
+        del software["threads"]  # they do not matter on a GPU
     weights = sha256()
     for parameter in model.parameters():
         weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())

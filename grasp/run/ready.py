@@ -1,41 +1,60 @@
-"""What a run needs before anything is loaded, without torch: a free `--out`, a model, its texts."""
+"""Check, before anything is loaded and without torch: a free `out`, the model, its texts."""
 
 from __future__ import annotations
 
 import filecmp
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.errors import GraspError
 from grasp.model.header import Header
 from grasp.model.source import check_readable, resolve
-from grasp.planning.check import check
+from grasp.planning.check import check, check_fit
+
+
+def ready(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    keep: float | Iterable[float] | None,
+    **options: Any,
+) -> list[PruneConfig]:
+    """One config per budget of `keep`, where options and files allow them. Raises GraspError."""
+    asked = [*dict.fromkeys(keep)] if isinstance(keep, Iterable) else [keep]
+    if not asked:
+        raise GraspError("`keep` must hold at least one number, got none")
+    configs = [PruneConfig.of(model, keep=part, **options) for part in asked]
+    header = check_run(configs[0], out)
+    for config in configs[1:]:
+        check_fit(config, header)
+    return configs
 
 
 def check_run(config: PruneConfig | SparsifyConfig, out: str | os.PathLike[str]) -> Header:
-    """The model's header, where the options and the files allow the run. Raises GraspError."""
+    """Return the model's header if the options and files allow the run. Raises GraspError."""
     check_out(Path(out))
     check_readable(resolve(config.model))
     return check(config)
 
 
 def check_out(out: Path) -> None:
-    """Raises GraspError where the result is there already; what is left of its run is removed."""
+    """Raise GraspError if the result exists already, after removing what its run has left."""
     if os.path.lexists(out):
         _remove_published(out)
-        raise GraspError(f"{out} exists already: choose another --out or remove it first")
+        raise GraspError(f"{out} exists already: choose another `out` or remove it first")
 
 
 def run_folder(out: Path) -> Path:
-    """Where the run works until its result is whole."""
+    """Return the folder where the run works until its result is complete."""
     return out.with_name(out.name + ".run")
 
 
 def _remove_published(out: Path) -> None:
-    """The run folder that a kill right after the result's renaming leaves behind."""
+    """Remove a run folder that was left by a kill right after the result was renamed."""
     with suppress(OSError, ValueError):
         if filecmp.cmp(out / "log.jsonl", run_folder(out) / "log.jsonl", shallow=False):
             shutil.rmtree(run_folder(out))

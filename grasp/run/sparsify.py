@@ -1,4 +1,4 @@
-"""`grasp sparsify` from end to end: the same model with zeros where the pattern wants them."""
+"""`grasp sparsify` from end to end: the same model with weights set to zero by a pattern."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from grasp.sparsity.methods import method_of
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """What `sparsify` made."""
+    """The result of `sparsify`."""
 
     folder: Path
     record: Record
@@ -52,19 +52,19 @@ def sparsify(
     show: Show = lambda record: None,
     **options: Any,
 ) -> SparsifyResult:
-    """Sparsify the linears of all decoder blocks, save, evaluate. `out` is complete or absent.
+    """Sparsify all linear layers of decoder blocks, save, evaluate. `out` is complete or absent.
 
-    `options` are the other fields of `SparsifyConfig`, first of all `pattern` and `method`. The
-    result is a checkpoint of the model's own class and config, with dense storage. Interrupted at
-    any moment, the same call goes on behind the last finished block and ends in the same weights.
-    `show` receives each log record. Raises GraspError.
+    `options` are the other fields of `SparsifyConfig`, above all `pattern` and `method`. The result
+    is a checkpoint of the model's own class and config, with dense storage. If the call is
+    interrupted at any moment, the same call resumes after the last finished block and ends with the
+    same weights. `show` receives each log record. Raises GraspError.
     """
     config = SparsifyConfig.of(model, **options)
     check_run(config, out)
     config = replace(config, device=pick_device(config.device))
     fix = (
-        f"lower --samples (now {config.samples}) or --seq-len (now {config.seq_len}), and start "
-        f"anew: remove {out}.run"
+        f"lower `samples` (now {config.samples}) or `seq_len` (now {config.seq_len}); other "
+        f"options need a new start: remove {out}.run"
     )
     with memory_errors(config.device, fix), open_run(Path(out), config.to_json(), show) as run:
         return _sparsify(config, run)
@@ -85,7 +85,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)
     if start.ruler is None:
-        run.log(event="note", text="no text is left to evaluate on: give --eval-text")
+        run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
 
     sparsity["errors"] = sparsify_blocks(

@@ -1,7 +1,7 @@
-"""The stages of `grasp.prune` one by one, on a live model: for a program that puts its own between.
+"""The stages of `grasp.prune` one by one, on a live model, for programs that add their own.
 
-`learn`, `refit` and `calibrate` freeze their model and change its weights; copy it first
-(`copy.deepcopy`) where it is needed as it was.
+`learn`, `refit` and `calibrate` freeze their model and change its weights. Copy the model first
+(`copy.deepcopy`) if you still need the original.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def blocks(
     seed: int = 0,
     text_field: str = "text",
 ) -> Tensor:
-    """Blocks of a text that is named as on the command line: int64 [samples, seq_len]."""
+    """Return blocks of a text, named as on the command line: int64 [samples, seq_len]."""
     corpus = read_corpus(text, tokenizer, text_field=text_field)
     return token_blocks(corpus, seq_len=seq_len, samples=samples, seed=seed)
 
@@ -52,10 +52,10 @@ def learn(
     layout: Any = "per-layer",
     **options: Any,
 ) -> Mask:
-    """The mask of gates that learn under the budget (GRASPrune, arXiv 2604.19398).
+    """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).
 
     `options` are fields of `PruneConfig`: `epochs`, `lr`, `method` for another criterion and so on.
-    Scales that learn along are multiplied into the weights of `model`. Raises GraspError.
+    Scales learned with the gates are multiplied into the weights of `model`. Raises GraspError.
     """
     budget = Budget.of(
         keep=keep,
@@ -75,7 +75,10 @@ def learn(
 
 
 def refit(model: PreTrainedModel, mask: Mask, blocks: Tensor) -> None:
-    """Let what `mask` keeps take over from what it drops, by least squares, before `fold`."""
+    """Refit the columns that `mask` keeps to replace the dropped ones; use it before `fold`.
+
+    The fit is by least squares; blocks: int64 [samples, seq_len].
+    """
     _freeze(model)
     refit_columns(model, mask, blocks)
 
@@ -89,7 +92,7 @@ def calibrate(
     lr: float = 1e-2,
     seed: int = 0,
 ) -> None:
-    """Learn scales of the folded model on the text and multiply them into its weights."""
+    """Learn scales of the folded model on `blocks`, and multiply them into its weights."""
     _freeze(model)
     settings = TrainSettings(epochs, lr=lr, schedule="cosine", decay=1.0, seed=seed)
     fold_scales(model, scales, learn_scales(model, scales, blocks, settings, Journal()))
@@ -103,7 +106,7 @@ def perplexity(
     text_field: str = "text",
     **how: Any,
 ) -> measure.Perplexity:
-    """Perplexity on a text that is named as on the command line, in fp32.
+    """Measure perplexity, in fp32, on a text that is named as on the command line.
 
     `how`: `seq_len`, `windows`, `batch_size` and `bos` of `grasp.evaluate.perplexity.perplexity`.
     """

@@ -1,4 +1,4 @@
-"""Selectors: each ends in scores over units; one projection turns any of them into a mask."""
+"""Selectors: each one scores all units; one projection turns the scores into a mask."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def select(
     config: PruneConfig,
     stage: Callable[[str], Journal],
 ) -> Choice:
-    """The choice of `config.method`; blocks int64 [samples, seq_len].
+    """Score all units with the criterion `config.method`; blocks: int64 [samples, seq_len].
 
-    A criterion that updates weights does so in `model`, for this budget alone. `stage(name)` gives
-    the journal of a stage, so that each can be resumed. Raises GraspError where a criterion's
+    A criterion that updates weights changes `model` in place, for this budget only. `stage(name)`
+    returns the journal of a stage, so that each stage can be resumed. Raises GraspError if the
     scores do not fit the model.
     """
     criterion = criteria.get(config.method)

@@ -1,4 +1,4 @@
-"""What a selector ends in."""
+"""The result of a selector."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Choice(NamedTuple):
-    """Scores of all units, fp32 [units], and what `fold_scales` takes if scales learned along."""
+    """Scores of all units, fp32 [units], and the scales for `fold_scales` if any were learned."""
 
     scores: Tensor
     scales: Tensor | None = None

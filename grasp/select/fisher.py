@@ -1,7 +1,7 @@
-"""Fisher information of the gates: how sharply the loss reacts to each unit, one backward a sample.
+"""Fisher information of the gates: squared gradient of the loss with respect to each gate.
 
-F_i = sum over samples of (dL/dz_i)^2 at z = 1. A KV group's value is divided by its cost relative
-to a channel's, so that groups and channels compete per parameter.
+F_i = sum over samples of (dL/dz_i)^2 at z = 1, with one backward pass per sample. The value of a KV
+group is divided by its cost in channels, so that groups and channels compete per parameter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grasp.model.units import FFN_COST, UnitSpace
 def fisher_scores(
     model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
-    """fp32 [units] on the model's device; blocks: int64 [samples, seq_len], one backward each."""
+    """Return scores, fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
     done = journal.load()
     if done is not None:
         return done["fisher"].to(model.device)

@@ -1,10 +1,10 @@
-"""FLAP: Var(X_j) ||W_:j||^2, how much of a column's output a constant could not replace.
+"""FLAP: Var(X_j) ||W_:j||^2, the part of a column's output that a constant cannot replace.
 
-Source: FLAP (arXiv 2312.11983), the metric WIFV and the search over all layers and modules (AL-AM):
-the columns of each down_proj and o_proj are standardised to mean 0 and deviation 1, a head scores
-the mean of its columns, and one threshold holds for all. Heads become KV groups. Its biases,
-which go with any method, are in compress/biases.py. Left out: the square of o_proj's columns, which
-its code takes first and the paper does not.
+Source: FLAP (arXiv 2312.11983), metric WIFV, search over all layers and modules (AL-AM): scores of
+the columns of each down_proj and o_proj are standardised to mean 0 and deviation 1, a head's score
+is the mean over its columns, and one threshold applies to the whole model. Here KV groups replace
+heads. FLAP's biases work with any method and are in compress/biases.py. Left out: the published
+code first squares the scores of o_proj's columns; the paper does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grasp.model.units import UnitSpace
 def flap_scores(
     model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
-    """fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
+    """Return scores, fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
     scores = []
     for weight, x, count in column_moments(model, units, blocks, journal):
         columns = x.var * weight.float().square().sum(0)

@@ -1,11 +1,12 @@
-"""Greedy Output Approximation with its recovery: each module is refitted, scored and cut in turn.
+"""Greedy Output Approximation with recovery: each module is refitted, scored and cut in turn.
 
-Source: Li, Dong, Lei (arXiv 2407.19126). In depth order, on what the pruned modules before it give:
-the first level of a module (q, k, v or gate, up) is fitted by least squares to the dense model's
-own outputs; then, on the inputs that follow from that, its second level (o_proj or down_proj); then
-its units are scored and the lowest dropped, at the same ratio in every module. Channels are scored
-by their second moment (see output_approximation.py), heads by that or by their similarity (see
-head_similarity.py). Heads become KV groups. Left out: leaving the blocks at both ends whole.
+Source: Li, Dong, Lei (arXiv 2407.19126). Modules are visited in depth order, each with the outputs
+of the pruned modules before it. The first level of a module (q, k, v or gate, up) is fitted by
+least squares to the outputs of the dense model. The second level (o_proj or down_proj) is then
+fitted on the resulting inputs. Then units are scored and the lowest ones dropped, at the same ratio
+in every module. Channels are scored by their second moment (see output_approximation.py), heads by
+second moment or by similarity (see head_similarity.py). Here KV groups replace heads. Left out: the
+paper does not prune the blocks at both ends.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from grasp.select.ratio import uniform_ratio
 def greedy_output_approximation(
     model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
 ) -> Choice:
-    """KV groups scored by their second moment, as channels are."""
+    """Prune greedily, with KV groups scored by their second moment, like channels."""
     return Choice(prune_greedily(model, projection, blocks, journal))
 
 
 def greedy_head_similarity(
     model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
 ) -> Choice:
-    """KV groups scored by their similarity."""
+    """Prune greedily, with KV groups scored by their similarity."""
     return Choice(prune_greedily(model, projection, blocks, journal, similar_heads=True))
 
 
@@ -55,17 +56,17 @@ def prune_greedily(
     *,
     similar_heads: bool = False,
 ) -> Tensor:
-    """Scores fp32 [units] that `projection` turns into what was cut; blocks int64 [samples, len].
+    """Prune `model` in place; return scores, fp32 [units], for which `projection` drops the same.
 
-    `similar_heads` drops KV groups by their similarity, not by their second moment. `model` keeps
-    the recovered weights, with zeros in the dropped columns of o_proj and down_proj. In memory at
-    one time, besides: a dense decoder layer, the hidden states of all samples with and without
-    pruning, and two Gram matrices. Interrupted, it begins anew. Raises GraspError where activations
-    are not finite.
+    blocks: int64 [samples, len]. `similar_heads` scores KV groups by their similarity instead of
+    their second moment. `model` keeps the recovered weights, with zeros in the dropped columns of
+    o_proj and down_proj. Extra memory: a dense decoder layer, the hidden states of all samples with
+    and without pruning, and two Gram matrices. After an interruption it starts over. Raises
+    GraspError if activations are not finite.
     """
     space = projection.space
     sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
-    # the scores are those of equal ratios whatever the order, so it is known how many units stay
+    # the scores of a module are fixed up to their order, so the number of kept units is known
     ladder = uniform_ratio([torch.arange(n, device=model.device) for n in sizes])
     kept = [int(part.sum()) for part in projection(ladder).split(sizes)]
     scores = [torch.empty_like(rungs) for rungs in ladder.split(sizes)]
@@ -108,7 +109,7 @@ def prune_greedily(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What entered a linear on all samples, in the pruned model."""
+    """Statistics of a linear layer's inputs over all samples, in the pruned model."""
 
     gram: Tensor  # fp32 [in, in]
     total: Tensor  # fp32 [in]
@@ -130,7 +131,7 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A decoder layer that is being pruned, and its dense copy, each on its own inputs."""
+    """A decoder layer that is being pruned, and its dense copy, each with its own inputs."""
 
     layer: nn.Module
     copy: nn.Module
@@ -146,9 +147,9 @@ class _Pair:
         return runner(layer, self.kwargs)
 
     def recover(self, linears: list[nn.Linear]) -> _Inputs:
-        """Fit linears that share their input, in place, to the outputs of their dense copies.
+        """Fit linear layers that share their input, in place, to the outputs of their dense copies.
 
-        The ridge holds what changes of a weight, so that what the text does not show stays.
+        The ridge penalises changes of a weight, so that directions absent from the text stay.
         """
         names = {module: name for name, module in self.layer.named_modules()}
         of_copy = {linear: self.copy.get_submodule(names[linear]) for linear in linears}
@@ -171,7 +172,7 @@ class _Pair:
         return _Inputs(gram, total, self.pruned.shape[0] * self.pruned.shape[1])
 
     def advance(self) -> Tensor:
-        """Both streams through their layer; returns how far they are apart, relative to dense."""
+        """Run both streams through their layers; return their relative distance."""
         for layer, hidden in ((self.layer, self.pruned), (self.copy, self.dense)):
             for x in hidden.split(1):
                 x.copy_(self.run(layer)(x))

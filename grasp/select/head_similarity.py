@@ -1,11 +1,12 @@
-"""Head similarity: KV groups that attend where a later group of their layer attends go first.
+"""Head similarity: drop KV groups whose attention is close to a later group of the same layer.
 
 Source: Greedy Output Approximation (Li, Dong, Lei, arXiv 2407.19126). D_ij is the Jensen-Shannon
-divergence of the attention maps of heads i and j, averaged over query rows; for (i, j) in row order
-i is dropped where D_ij < tau, i != j and neither is dropped yet. D is symmetric, so that drops
-exactly the heads whose distance to the nearest later one is below tau: a score, and any number to
-drop has its tau. Here that number is the budget's, the same ratio in every layer, where the paper
-has one tau for all. A KV group's map is the mean of its query heads' maps.
+divergence of the attention maps of heads i and j, averaged over query rows. The paper visits pairs
+(i, j) in row order and drops i if D_ij < tau, i != j and neither is dropped yet. Since D is
+symmetric, this drops exactly the heads whose distance to the nearest later head is below tau. That
+distance is the score here: the budget sets how many heads to drop, at the same ratio in every
+layer, whereas the paper has one tau for all layers. The map of a KV group is the mean over the maps
+of its query heads.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from transformers import PreTrainedModel
 from grasp.model.layerwise import inputs_of
 from grasp.model.units import LayerModules
 
-SAMPLES = 16  # that maps are compared on, as published
+SAMPLES = 16  # used to compare maps, as published
 
 
 @contextmanager
 def returning_maps(model: PreTrainedModel) -> Iterator[None]:
-    """Attention of this instance returns its maps, which only transformers' eager one does."""
+    """Make the model's attention return its maps, which only the eager implementation does."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -38,9 +39,10 @@ def returning_maps(model: PreTrainedModel) -> Iterator[None]:
 def distance_to_nearest_later(
     modules: LayerModules, kv_groups: int, run: Callable[[Tensor], Any], hidden: Tensor
 ) -> Tensor:
-    """fp32 [kv_groups], inf for the last, of a layer that is `run` on hidden [samples, len, d].
+    """Return the distance of each KV group to its nearest later one: fp32 [kv_groups], last inf.
 
-    Within `returning_maps`. In memory at one time: maps [heads, len, len] of a sample, a few times.
+    `run` runs the layer on hidden [samples, len, d]. Call this within `returning_maps`. Extra
+    memory: a few copies of one sample's maps [heads, len, len].
     """
     seen: list[Tensor] = []
     distance = torch.zeros(kv_groups, kv_groups, device=hidden.device)
@@ -53,9 +55,9 @@ def distance_to_nearest_later(
 
 
 def divergences(maps: Tensor) -> Tensor:
-    """Jensen-Shannon, in nats, of maps [n, rows, keys] averaged over rows: [n, n], inf at j <= i.
+    """Return divergences [n, n] of maps [n, rows, keys], averaged over rows; inf at j <= i.
 
-    JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2.
+    Jensen-Shannon divergence in nats: JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2.
     """
     found = maps.new_full((len(maps), len(maps)), torch.inf)
     own = _entropy(maps)

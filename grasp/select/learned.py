@@ -1,12 +1,12 @@
-"""GRASPrune's selector: scores learn under the hard budget, by a straight-through estimator.
+"""GRASPrune's selector: learn scores under the hard budget with a straight-through estimator.
 
-Source: arXiv 2604.19398, section 3. Every step projects the scores to a hard mask m; the gates are
-z = m + p - stop_grad(p) with p = sigmoid(s / tau), so the forward pass sees the pruned model and
-every unit, dropped ones too, receives dL/ds = dL/dz * p (1 - p) / tau.
+Source: arXiv 2604.19398, section 3. Every step projects the scores to a hard mask m. The gates are
+z = m + p - stop_grad(p) with p = sigmoid(s / tau), so the forward pass runs the pruned model, and
+every unit, kept or dropped, receives dL/ds = dL/dz * p (1 - p) / tau.
 
-Beyond the paper, each measured in benchmarks/ablation: scores start from the ranked Fisher values
-of the gates, the budget shrinks from everything to its limit over the first part of training, and
-scales of channels learn along with the gates, so that what is kept adapts meanwhile.
+Three additions to the paper, each measured in benchmarks/ablation: scores start from the ranked
+Fisher values of the gates; the budget shrinks from the whole model to its limit over the first part
+of training; and channel scales are trained together with the gates, so that kept units adapt.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ TAU = 1.5
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """`anneal` is the part of the steps over which the budget shrinks (0: no such part).
+    """Settings of `learn_scores`.
 
-    With `scales` "channel" those learn along with the gates.
+    `anneal` is the fraction of steps over which the budget shrinks (0: always at its limit). With
+    `scales` "channel", channel scales are trained together with the gates.
     """
 
     train: TrainSettings
@@ -51,7 +52,7 @@ def learned(
     config: PruneConfig,
     stage: Callable[[str], Journal],
 ) -> Choice:
-    """Gates that learn under the budget of `projection`, from the start that `config` names."""
+    """Learn gates under the budget of `projection`, from the scores that `config.start` names."""
     fisher = criteria.get("fisher").samples
     start = torch.zeros(projection.space.size, device=model.device)
     if config.start == "fisher":
@@ -73,7 +74,7 @@ def free(
     config: PruneConfig,
     stage: Callable[[str], Journal],
 ) -> Choice:
-    """The same with every unit open while gates learn: the same gradients, one projection."""
+    """Learn gates with the same gradients, but every unit open and one projection at the end."""
     everything = replace(config.budget, kind="keep", asked=1.0)
     device = str(model.device)
     projection = Projection(projection.space, everything, seed=config.seed, device=device)
@@ -88,7 +89,7 @@ def learn_scores(
     settings: LearnSettings,
     journal: Journal,
 ) -> Choice:
-    """Scores learned from `start` on, and scales; blocks int64 [samples, seq_len]."""
+    """Learn scores, starting from `start`, and scales; blocks: int64 [samples, seq_len]."""
     space, whole = projection.space, projection.budget.cost(projection.space)
     along = settings.scales == "channel"
     theta = start
@@ -126,16 +127,17 @@ def learn_scores(
 
 
 def annealed(limit: int, whole: int, progress: Tensor, anneal: float) -> Tensor:
-    """Budget at `progress`, an fp64 scalar in [0, 1): from `whole` to `limit` along a cubic.
+    """Return the budget at `progress`, which falls from `whole` to `limit` along a cubic.
 
-    It reaches `limit` at `anneal`; an int64 scalar on the device, so that no host waits for it.
+    `progress` is an fp64 scalar in [0, 1); the budget reaches `limit` at `anneal`. The result is an
+    int64 scalar on the device, so that the host need not wait for it.
     """
     left = (1 - progress / anneal).clamp(min=0) if anneal else torch.zeros_like(progress)
     return limit + ((whole - limit) * left**3).long()
 
 
 def kept_by_kind(projection: Projection, mask: Tensor, limit: int) -> dict[str, Any]:
-    """Kept FFN channels and KV groups, and their cost beside the limit in force and the whole."""
+    """Count kept FFN channels and KV groups; add their cost, the current limit and the total."""
     mask = mask.cpu()
     counts = [int(mask[s.units].sum()) for s in projection.budget.segments(projection.space)]
     costs = [s.unit_cost for s in projection.budget.segments(projection.space)]

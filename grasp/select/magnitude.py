@@ -1,4 +1,4 @@
-"""Magnitude: a unit's mean squared weight. Per weight, so that channels and groups compare."""
+"""Magnitude: the mean squared weight of a unit; a mean makes channels and groups comparable."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from grasp.select.weights import unit_means
 
 
 def magnitude_scores(model: PreTrainedModel, units: UnitSpace) -> Tensor:
-    """fp32 [units] on the model's device."""
+    """Return scores, fp32 [units] on the model's device."""
     return unit_means(model, units, lambda weight: weight.float().square())

@@ -1,11 +1,11 @@
-"""Greedy Output Approximation: the second moment of what a unit adds to its module's output.
+"""Greedy Output Approximation: second moment of a unit's contribution to its module's output.
 
-Source: Li, Dong, Lei (arXiv 2407.19126), the second-moment metric of a depth-2 module: for
-attention ||O_:j||^2 E[x_j^2], x the input of o_proj, summed over a head; for a gated FFN with
-D = down_proj [||D_:j||^2 E[u_j^2]] [||D_:j||^2 E[g_j^2] / 2], u and g the outputs of up_proj and
-gate_proj. Every module is cut at the same ratio, kept here as ranks within each; heads become KV
-groups. Left out: head similarity and recovery before each cut, which greedy_output_approximation.py
-has, and the whole blocks at both ends.
+Source: Li, Dong, Lei (arXiv 2407.19126), the second-moment metric of a depth-2 module. Attention:
+||O_:j||^2 E[x_j^2], summed over a head, with x the input of o_proj. Gated FFN:
+[||D_:j||^2 E[u_j^2]] [||D_:j||^2 E[g_j^2] / 2], with D = down_proj and u, g the outputs of up_proj
+and gate_proj. Every module is cut at the same ratio, here by ranks within each module. KV groups
+replace heads. Left out: head similarity and recovery before each cut (these are in
+greedy_output_approximation.py); the paper also does not prune the blocks at both ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grasp.select.ratio import uniform_ratio
 def output_approximation_scores(
     model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
-    """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
+    """Return fp32 [units] in (0, 1) on the model's device; blocks: int64 [samples, seq_len]."""
     taps: list[Tap] = []
     for modules in decoder_layers(model):
         taps += [(modules.up.linear, "output"), (modules.gate.linear, "output")]

@@ -1,4 +1,4 @@
-"""Chance: the floor that every criterion has to beat."""
+"""Random scores: the baseline that every criterion has to beat."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from grasp.model.units import UnitSpace
 
 
 def random_scores(units: UnitSpace, config: PruneConfig) -> Tensor:
-    """fp32 [units] in [0, 1), drawn on the CPU, so that a seed means the same on every device."""
+    """Draw fp32 [units] in [0, 1) on the CPU, so that a seed gives the same on every device."""
     return torch.rand(units.size, generator=torch.Generator().manual_seed(config.seed))

@@ -1,4 +1,4 @@
-"""Scores that keep the same ratio of every module, for criteria that compare only within one."""
+"""Scores that keep the same ratio in every module, for criteria that only rank within a module."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def uniform_ratio(modules: Sequence[Tensor]) -> Tensor:
-    """Scores [units] whose one global threshold is the same ratio in every module.
+    """Turn raw scores into ranks [units], so that one threshold keeps the same ratio everywhere.
 
-    modules: a criterion's raw scores, one tensor for each FFN and each attention, as UnitSpace
-    runs. A unit's score is the part of its module that ranks below it, in (0, 1); equals share one.
+    modules: a criterion's raw scores, one tensor per FFN and per attention, in UnitSpace order. A
+    unit's score is the fraction of its module that ranks below it, in (0, 1); equal raw scores give
+    equal ranks.
     """
     parts = []
     for raw in modules:

@@ -1,8 +1,8 @@
-"""LLM-Pruner's Taylor: sum of |g w| over a unit's weights, g the gradient of the mean loss.
+"""LLM-Pruner's Taylor: sum of |g w| over a unit's weights, with g the gradient of the mean loss.
 
-Source: LLM-Pruner (arXiv 2305.11627), grouped importance, element-wise and of first order. Divided
-by the unit's cost, so that groups and channels of all layers compete per parameter; as published,
-each layer is cut at one ratio and the blocks at both ends stay whole.
+Source: LLM-Pruner (arXiv 2305.11627), grouped importance, element-wise, first order. The sum is
+divided by the unit's cost, so that groups and channels of all layers compete per parameter. The
+paper cuts every layer at one ratio instead and does not prune the blocks at both ends.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from grasp.select.weights import prunable_weights, unit_means
 def taylor_scores(
     model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
-    """fp32 [units] on the model's device; blocks: int64 [samples, seq_len], one backward each.
+    """Return scores, fp32 [units] on the model's device; one backward pass per sample.
 
-    In memory at one time: one more copy of the prunable weights, in fp32.
+    blocks: int64 [samples, seq_len]. Extra memory: one copy of the prunable weights, in fp32.
     """
     done = journal.load()
     if done is not None:

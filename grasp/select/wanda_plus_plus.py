@@ -1,9 +1,9 @@
 """Wanda++ on units: mean over rows of (alpha G_ij + ||X_j||) |W_ij|, G a block's own gradient.
 
-Source: Wanda++ (arXiv 2503.04992), the regional gradient score of `grasp sparsify`, which scores
-weights; summed here over a unit's columns of down_proj and o_proj, as Wanda-sp does with Wanda's
-score, at the same ratio in every module. G is that of the norm of the decoder block's output. Its
-regional optimisation belongs to sparse weights and is left out.
+Source: Wanda++ (arXiv 2503.04992), the regional gradient score, which `grasp sparsify` applies to
+single weights. Here it is summed over a unit's columns of down_proj and o_proj, as Wanda-sp does
+with Wanda's score, at the same ratio in every module. G is the gradient of the norm of the decoder
+block's output. Left out: the regional optimisation, which belongs to sparse weights.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from grasp.sparsity.methods import regional_factors
 def wanda_plus_plus_scores(
     model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
-    """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len].
+    """Return scores in (0, 1), fp32 [units] on the model's device.
 
-    In memory at one time: a decoder block in fp32 with two gradients of its down_proj and o_proj,
-    and all hidden states before and after it.
+    blocks: int64 [samples, seq_len]. Extra memory: a decoder block in fp32 with two gradients of
+    its down_proj and o_proj, and all hidden states before and after it.
     """
     done = journal.load()
     if done is not None:

@@ -1,9 +1,9 @@
-"""Wanda-sp: mean over rows of |W_ij| ||X_j||, the weights that a unit's activations meet.
+"""Wanda-sp: mean over rows of |W_ij| ||X_j||, a unit's weights times the norm of their input.
 
-Source: Wanda (arXiv 2306.11695) on whole columns, as FLAP (arXiv 2312.11983) compares with it: on
-down_proj by channel and on o_proj summed over a head, at the same ratio in every layer and module.
-That ratio is kept, as ranks within each module; heads become KV groups, and X is the dense model's
-(the published code takes each layer's from the pruned ones before it).
+Source: Wanda (arXiv 2306.11695) on whole columns, the baseline in FLAP (arXiv 2312.11983): per
+channel on down_proj and summed over a head on o_proj, at the same ratio in every layer and module.
+Here ranks within each module keep that ratio, and KV groups replace heads. X comes from the dense
+model (the published code takes it from the pruned layers before).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grasp.select.ratio import uniform_ratio
 def wanda_sp_scores(
     model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
 ) -> Tensor:
-    """fp32 [units] on the model's device, in (0, 1); blocks: int64 [samples, seq_len]."""
+    """Return fp32 [units] in (0, 1) on the model's device; blocks: int64 [samples, seq_len]."""
     return uniform_ratio(
         [
             (weight.float().abs().mean(0) * x.second.sqrt()).view(count, -1).sum(1)

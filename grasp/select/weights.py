@@ -1,4 +1,4 @@
-"""What criteria on weights share: the mean over all weights that leave with a unit."""
+"""Shared by criteria on weights: the mean over all weights that are removed with a unit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grasp.model.units import FFN_COST, Rows, UnitSpace, decoder_layers
 
 
 def prunable_weights(model: PreTrainedModel) -> list[Tensor]:
-    """The FFN and attention matrices of all layers."""
+    """Return the FFN and attention matrices of all layers."""
     return [linear.weight for layer in decoder_layers(model) for linear in layer.linears]
 
 
@@ -20,10 +20,10 @@ def prunable_weights(model: PreTrainedModel) -> list[Tensor]:
 def unit_means(
     model: PreTrainedModel, space: UnitSpace, value: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Mean of `value(weight)` over each unit's weights, fp32 [units] on the model's device.
+    """Return the mean of `value(weight)` per unit, fp32 [units] on the model's device.
 
-    `value` maps a weight [out, in] to fp32 of its shape. A mean, so that channels and groups
-    compare per parameter.
+    `value` maps a weight [out, in] to fp32 of the same shape. A mean lets channels and groups
+    compete per parameter.
     """
 
     def rows(projection: Rows) -> Tensor:

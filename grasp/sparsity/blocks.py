@@ -1,6 +1,6 @@
-"""Sparsify a decoder block by block, each on what the sparse blocks before it give.
+"""Sparsify a decoder block by block, each with the outputs of the sparse blocks before it.
 
-Every linear of a decoder block is sparsified; embeddings and head are not. In memory besides the
+Every linear layer of a decoder block is sparsified; embeddings and head are not. Memory besides the
 model: one block in fp32 with its statistics, and all hidden states before and after it.
 """
 
@@ -27,10 +27,10 @@ from grasp.model.load import cast
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A decoder block in fp32 with its calibration text.
+    """A decoder block in fp32 with its calibration data.
 
-    hidden, dense: fp32 [samples, seq_len, d], its inputs, and what the dense block makes of them
-    once `run_dense` has been called.
+    hidden: fp32 [samples, seq_len, d], its inputs. dense: same shape, the outputs of the dense
+    block, valid after `run_dense`.
     """
 
     linears: dict[str, nn.Linear]
@@ -43,17 +43,17 @@ class Block:
         see: Callable[[str, Tensor], Any] = lambda name, x: None,
         after: Callable[[Tensor], Any] = lambda output: None,
     ) -> None:
-        """Run the block, still dense, on every sample.
+        """Run the block, while it is still dense, on every sample.
 
-        `see(name, x)` gets what enters each linear, [tokens, in], and `after(output)` what leaves
-        the block, [1, seq_len, d], of one sample after the other.
+        For one sample after the other, `see(name, x)` receives the input of each linear layer,
+        [tokens, in], and `after(output)` the output of the block, [1, seq_len, d].
         """
 
         def hook(_: Any, args: tuple[Tensor, ...], name: str) -> None:
             see(name, args[0].detach().flatten(0, -2))
 
         for x, y in zip(self.hidden.split(1), self.dense.split(1), strict=True):
-            with ExitStack() as hooks:  # off again before a backward pass that runs the block anew
+            with ExitStack() as hooks:  # removed before a backward pass that runs the block again
                 for name, linear in self.linears.items():
                     own = partial(hook, name=name)
                     hooks.enter_context(linear.register_forward_pre_hook(own))
@@ -62,8 +62,10 @@ class Block:
             y.copy_(output.detach())
 
     def advance(self) -> float:
-        """Replace `hidden` by what the block makes of it now. Returns the error: the norm of what
-        changed against `dense`, over the norm of what the dense block adds to its inputs."""
+        """Replace `hidden` by the block's current outputs; return the relative error.
+
+        The error is ||output - dense output|| / ||dense output - input||.
+        """
         lost, added = torch.zeros(2, dtype=torch.float64, device=self.hidden.device)
         for x, y in zip(self.hidden.split(1), self.dense.split(1), strict=True):
             output = self.run(x)
@@ -73,13 +75,15 @@ class Block:
         return math.sqrt(lost / added.clamp(min=torch.finfo().tiny))
 
 
-# Sparsifies the linears of a block in place, after `run_dense`.
+# Calls `run_dense`, then sparsifies the linear layers of a block in place.
 Method = Callable[[Block, Pattern, torch.Generator], None]
 
 
 def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linears of all decoder blocks by their names in the model. Raises GraspError where a
-    block holds a matrix of anything else."""
+    """Return the linear layers of all decoder blocks by name.
+
+    Raises GraspError if a block has a matrix outside of linear layers.
+    """
     layers = model.get_decoder().layers
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found = {
@@ -105,10 +109,10 @@ def sparsify_blocks(
     seed: int,
     stage: Callable[[str], Journal],
 ) -> list[float]:
-    """Sparsify `model` in place; returns the error of each block. blocks: int64 [samples, seq_len].
+    """Sparsify `model` in place; return the error of each block. blocks: int64 [samples, seq_len].
 
-    `stage(name)` gives a journal: that of `block N` keeps the finished block, so that a run which
-    was stopped ends in the same bits. Raises GraspError where activations are not finite.
+    `stage(name)` returns a journal. The journal `block N` stores the finished block, so that a
+    resumed run ends with the same bits. Raises GraspError if activations are not finite.
     """
     layers, dtype, progress = model.get_decoder().layers, model.dtype, stage("sparsify")
     options = layer_options(model, blocks[:1])
@@ -133,7 +137,7 @@ def sparsify_blocks(
             if not math.isfinite(error):
                 raise GraspError(
                     f"activations are not finite in decoder block {index}: check that the dense "
-                    "model's own loss is finite, and use a smaller --lr"
+                    "model's own loss is finite, and use a smaller `lr`"
                 )
             done = {"error": torch.tensor(error, dtype=torch.float64)}
             done |= {name: linear.weight for name, linear in linears.items()}
@@ -144,5 +148,5 @@ def sparsify_blocks(
 
 
 def fp32(value: Any) -> Any:
-    """Floating tensors in fp32, anything else as it is."""
+    """Cast a floating tensor to fp32; return anything else unchanged."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

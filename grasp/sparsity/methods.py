@@ -1,13 +1,13 @@
-"""Which weights of a decoder block go, and what becomes of the others. Each works in place.
+"""Methods that sparsify the linear layers of a decoder block in place.
 
-The lowest scores of each group of the pattern go:
+Each drops the weights with the lowest scores in each group of the pattern. The scores:
 
 - magnitude: |W_ij|
-- wanda (arXiv 2306.11695): |W_ij| ||X_j||, X_j the input j of a linear; the norm is that over the
-  tokens of a sample, root mean square over samples
+- wanda (arXiv 2306.11695): |W_ij| ||X_j||, with X_j the input j of a linear layer; the norm is over
+  the tokens of a sample, then root mean square over samples
 - sparsegpt (arXiv 2301.00774): see sparsegpt.py
-- wanda++ (arXiv 2503.04992): (alpha G_ij + ||X_j||) |W_ij|, G a gradient of the block; then a few
-  steps bring the block's outputs back towards the dense ones
+- wanda++ (arXiv 2503.04992): (alpha G_ij + ||X_j||) |W_ij|, with G a gradient of the block; then a
+  few optimiser steps bring the block's outputs back towards the dense outputs
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from grasp.config import SparsifyConfig
 from grasp.sparsity.blocks import Block, Method
 from grasp.sparsity.sparsegpt import sparsegpt
 
-ALPHA = 100.0  # Wanda++'s weight of gradients beside activations
+ALPHA = 100.0  # weight of gradients relative to activations in Wanda++
 
 
 def method_of(config: SparsifyConfig) -> Method:
-    """The function behind `config.method`."""
+    """Return the function for `config.method`."""
     methods: dict[str, Method] = {
         "magnitude": by_magnitude,
         "wanda": by_wanda,
@@ -53,7 +53,7 @@ def by_wanda(block: Block, pattern: Pattern, generator: torch.Generator) -> None
 
 
 def by_sparsegpt(block: Block, pattern: Pattern, generator: torch.Generator) -> None:
-    """Prune and update by `sparsegpt` (arXiv 2301.00774)."""
+    """Prune and update weights with `sparsegpt` (arXiv 2301.00774)."""
     grams = {n: m.weight.new_zeros(2 * m.weight.shape[1:]) for n, m in block.linears.items()}
     block.run_dense(lambda name, x: grams[name].addmm_(x.T, x))
     for name, linear in block.linears.items():
@@ -62,9 +62,9 @@ def by_sparsegpt(block: Block, pattern: Pattern, generator: torch.Generator) -> 
 
 @torch.enable_grad()
 def regional_factors(block: Block, alpha: float = ALPHA) -> list[Tensor]:
-    """alpha G_ij + ||X_j|| of each linear, fp32 [out, in]; runs the dense block.
+    """Run the dense block; return alpha G_ij + ||X_j|| of each linear layer, fp32 [out, in].
 
-    G is the gradient of ||f(x)||, f the block, root mean square over samples.
+    G is the gradient of ||f(x)||, with f the block; root mean square over samples.
     """
     samples = len(block.hidden)
     weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
@@ -92,11 +92,11 @@ def by_wanda_plus_plus(
     alpha: float = ALPHA,
     drawn: int = 32,
 ) -> None:
-    """`regional_factors` choose what to prune.
+    """Prune by `regional_factors`, with regional optimisation (arXiv 2503.04992).
 
-    Each of the `rounds` prunes and then takes a step of RMSprop for each of `drawn` samples, on the
-    squared error to the dense outputs. The steps move pruned weights too, so that they may come
-    back; the last thing is to prune.
+    Each of `rounds` rounds prunes, then takes one RMSprop step per sample on the squared error to
+    the dense outputs, for `drawn` random samples. Steps also move pruned weights, so these may come
+    back. A final pruning ends the method.
     """
     factors = regional_factors(block, alpha)
     samples = len(block.hidden)

@@ -1,8 +1,9 @@
-"""SparseGPT (arXiv 2301.00774): drop weights column by column; those to the right make up for it.
+"""SparseGPT (arXiv 2301.00774): drop weights column by column and update the columns to the right.
 
-With H = X X^T of a linear's inputs X, dropping w_j costs at least w_j^2 / [H^-1]_jj; row j of H^-1
-gives the update of the others that attains it. The upper Cholesky factor of H^-1 holds these rows
-for every j, all columns before it gone. Columns beyond a batch are updated once, after it.
+With H = X X^T of a linear layer's inputs X, dropping w_j costs at least w_j^2 / [H^-1]_jj. Row j of
+H^-1 gives the update of the other weights that attains this minimum. The upper Cholesky factor of
+H^-1 holds these rows for every j, with all earlier columns eliminated. Columns beyond a batch are
+updated once per batch.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from torch import Tensor
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
 
-DAMPING = 0.01  # of the mean diagonal
+DAMPING = 0.01  # fraction of the mean diagonal
 BATCH = 128  # columns
 
 
 def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
-    """The sparse matrix, fp32 [out, in]; weight fp32 [out, in], gram X X^T fp32 [in, in].
+    """Return the sparse matrix, fp32 [out, in]; weight fp32 [out, in], gram X X^T fp32 [in, in].
 
-    The zeros of a group are chosen when the updates reach it; those of a whole row batch by batch,
-    as many in each row (the published code counts them over all rows). Raises GraspError if the
-    Gram matrix has no inverse.
+    The zeros of a group are chosen when the updates reach the group. A pattern without groups
+    chooses them batch by batch, the same number in each row (the published code counts over all
+    rows). Raises GraspError if the Gram matrix has no inverse.
     """
     inputs = weight.shape[1]
     upper = _inverse_factor(gram)
@@ -47,7 +48,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped Gram matrix; solved in fp64."""
+    """Return the upper triangular U, with U^T U = inverse of the damped Gram matrix; in fp64."""
     hessian = gram.double()
     unused = hessian.diagonal() == 0
     hessian.diagonal()[unused] = 1
@@ -58,6 +59,6 @@ def _inverse_factor(gram: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     if failed or not factor.isfinite().all():
         raise GraspError(
-            "SparseGPT's Hessian has no inverse: give more --samples, or use another --method"
+            "SparseGPT's Hessian has no inverse: use more `samples` or another `method`"
         )
     return factor.float()

@@ -1,11 +1,11 @@
 """Flash attention with grouped KV heads and one gate per group, forward and backward.
 
-Forward writes the gated output and the plain one: backward needs the plain one of dropped groups.
-Backward of a group with z = 0 runs loops of zero length on the device and stores zeros. Everything
-that is linear in the gate is multiplied by it once, at the end. Softmax is in base 2.
+Forward writes the gated and the plain output, because backward needs the plain one of dropped
+groups. For a group with z = 0, backward runs loops of zero length on the device and stores zeros.
+Everything that is linear in the gate is multiplied by it once, at the end. Softmax uses base 2.
 
-Activations that are written have memory layout [B, S, H, D], seen as [B, H, S, D], so that the
-output projection reads them without a copy. What is read needs a unit stride along D only.
+Outputs have memory layout [B, S, H, D], viewed as [B, H, S, D], so that the output projection reads
+them without a copy. Inputs only need a unit stride along D.
 """
 
 import math
@@ -28,7 +28,7 @@ def forward(
     scale: float,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gated and plain output [B, H, S, D], and the base-2 log-sum-exp of the scores [B, H, S]."""
+    """Return gated and plain output [B, H, S, D], and the scores' base-2 log-sum-exp [B, H, S]."""
     q, k, v = _unit(q), _unit(k), _unit(v)
     batch, heads, length, _ = q.shape
     out, raw = _heads_last(q), _heads_last(q)
@@ -58,7 +58,7 @@ def backward(
     scale: float,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dz."""
+    """Return dq, dk, dv and dz."""
     grad, q, k, v = _unit(grad), _unit(q), _unit(k), _unit(v)
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
@@ -77,7 +77,7 @@ def backward(
 
 
 def delta(grad: Tensor, raw: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Row sums of grad * raw [B, H, S] in fp32; and dz [K], their sums over a group's heads."""
+    """Return row sums of grad * raw [B, H, S] in fp32, and dz [K], their sums per group."""
     grad, raw = _unit(grad), _unit(raw)
     batch, heads, length, size = grad.shape
     row_sums = grad.new_empty(batch, heads, length, dtype=torch.float32)
@@ -86,7 +86,7 @@ def delta(grad: Tensor, raw: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     partial = grad.new_empty(batch, heads, blocks, dtype=torch.float32)
     launch(
         _delta,
-        (batch * heads, blocks),  # a second axis ends at 65,535
+        (batch * heads, blocks),  # a second axis allows 65,535
         tile,
         *(grad, raw, row_sums, partial, heads, length, *grad.stride()[:3], *raw.stride()[:3]),
         D=size,
@@ -107,7 +107,7 @@ def _tile(
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x [B, H, S, D] with unit stride along D, within 2^31 values a sequence: a copy where not."""
+    """Copy x [B, H, S, D] unless its stride along D is 1 and a sequence spans < 2^31 values."""
     return x if x.stride(-1) == 1 and span(x) < 2**31 else x.contiguous()
 
 
@@ -117,12 +117,12 @@ def _heads_last(x: Tensor) -> Tensor:
 
 
 def _mask(key_mask: Tensor | None, q: Tensor) -> Tensor:
-    """Without a mask any pointer will do: it is not read."""
+    """Return the mask; without one, any tensor, since the kernel does not read it."""
     return q if key_mask is None else key_mask.contiguous()
 
 
 # ---- kernels --------------------------------------------------------------------------------
-# M rows are queries, N columns are keys; `base` pointers stand at one head of one sequence.
+# M rows are queries, N columns are keys; `base` points to one head of one sequence.
 
 
 @triton.jit
@@ -225,9 +225,9 @@ def _delta(
     grad, raw, row_sums, partial, heads, length, gb, gh, gs, rb, rh, rs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0).to(tl.int64)  # of a sequence and a head
+    pair = tl.program_id(0).to(tl.int64)  # index of a sequence and a head
     batch, head = pair // heads, pair % heads
-    first = tl.program_id(1).to(tl.int64) * BLOCK_M  # int64 up to the tile: of any span
+    first = tl.program_id(1).to(tl.int64) * BLOCK_M  # int64 up to the tile, for any span
     left = length - first
     row = tl.arange(0, BLOCK_M)
     g_base = grad + batch * gb + head * gh + first * gs
@@ -305,7 +305,7 @@ def _backward_kv(
             dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse + rows, row_sums + rows,
             column, full, end, scale_log2, length, qs, gs,
             False, D, BLOCK_D, BLOCK_M)  # fmt: skip
-    if MASKED:  # a key touches no row of dk and dv but its own
+    if MASKED:  # a key affects only its own row of dk and dv
         seen = tl.load(key_mask + batch * length + column, column < length, other=0) != 0
         dk_acc = tl.where(seen[:, None], dk_acc, 0.0)
         dv_acc = tl.where(seen[:, None], dv_acc, 0.0)

@@ -1,7 +1,7 @@
 """Softmax cross-entropy of rows of logits: the function of `reference`, as a kernel.
 
-One program a row. The first pass over it keeps a running maximum and sum for each lane, which meet
-once at its end; the second puts the gradient where the logits were.
+One program per row. The first pass keeps a running maximum and sum per lane and combines the lanes
+at its end; the second pass overwrites the logits with the gradient.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _softmax_loss(
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     target = tl.load(targets + row)
-    known = (target >= 0) & (target < width)  # of another target the loss is NaN
+    known = (target >= 0) & (target < width)  # for other targets the loss is NaN
     at_target = tl.load(logits + target, known, other=float("nan")).to(tl.float32)
 
     peak = tl.full([BLOCK_V], float("-inf"), tl.float32)

@@ -1,8 +1,9 @@
-"""Launch configurations, read from data, and the one place where kernels are launched.
+"""Launch configurations, read from files, and the function that launches every kernel.
 
-`configs/all.json` holds for every chip. On top come the tiles of a chip, from the newest
-`sm_*.json` that is not newer than the device, and then what was measured on a device of that very
-name, since an H100 is not an H200. `python -m benchmarks.tune` writes the last kind.
+`configs/all.json` applies to every chip. The newest `sm_*.json` that is not newer than the device
+adds the tiles of a chip. A file with measurements from a device of the same name overrides them
+(an H100 and an H200 share a chip but differ in speed). `python -m benchmarks.tune` writes such
+files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 CONFIGS = Path(__file__).parent / "configs"
-_INTERPRETED = 90  # the chip whose tiles Triton's interpreter runs
+_INTERPRETED = 90  # Triton's interpreter uses the tiles of this chip
 
 
 class Config(NamedTuple):
@@ -26,8 +27,8 @@ class Config(NamedTuple):
     num_stages: int = 1
 
 
-# A kernel, or (kernel, bits of the dtype, size of a head or a row up to); "kernel" or
-# "kernel 16 128" in a file.
+# A kernel, or (kernel, bits of the dtype, largest size of a head or a row). In a file: "kernel" or
+# "kernel 16 128".
 Key = str | tuple[str, int, int]
 Table = dict[Key, Config]
 
@@ -38,7 +39,7 @@ def config(key: Key, device: torch.device) -> Config:
 
 @cache
 def table(device: torch.device) -> Table:
-    """All configurations of a device; of the interpreter's chip for what is no GPU."""
+    """Return all configurations of a device; a CPU gets those of the interpreter's chip."""
     if device.type != "cuda":
         return of_chip(_INTERPRETED)
     name = torch.cuda.get_device_name(device)
@@ -60,7 +61,7 @@ def table(device: torch.device) -> Table:
 
 
 def of_chip(chip: int) -> Table:
-    """The configurations for a compute capability, times ten, of at least 80."""
+    """Return the configurations for a compute capability times ten, at least 80."""
     return {**read(CONFIGS / "all.json"), **read(CONFIGS / f"sm_{_nearest(chip)}.json")}
 
 
@@ -73,7 +74,7 @@ def chips() -> list[int]:
 
 
 def slug(device_name: str) -> str:
-    """The name of a device in that of a file."""
+    """Return a device's name in the form used in file names."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
@@ -100,7 +101,7 @@ def write(found: Table, file: Path) -> None:
 
 
 def launch(kernel, grid: tuple[int, ...], config: Config, *args, **constants) -> None:
-    """kernel[grid](*args, constants, blocks); nothing where the grid is empty."""
+    """Run kernel[grid](*args, constants, blocks); do nothing if the grid is empty."""
     if 0 in grid:
         return
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -1,13 +1,13 @@
 """The budget projection by radix selection: no sort, no host sync, exact integers throughout.
 
-Every unit gets an integer that sorts it: its score's 32 bits, then its inverted tie rank. A round
-finds the first unit of that order that does not fit the budget, one digit of 8 bits per launch: a
-histogram of costs over the digit, and in the next launch every block reads from it, for itself,
-which digit the unit has and what budget is left before it. All that stands above is kept.
+Every unit gets an integer sort key: the 32 bits of its score, then its inverted tie rank. A round
+finds the first unit, in descending order, that does not fit the budget; it resolves one digit of 8
+bits per launch. A launch builds a histogram of costs over the digit. In the next launch, every
+block reads from it the digit of that unit and the budget left before it. All units above are kept.
 
-From there on only units cheaper than the unit that did not fit can follow, so a second round over
-those fills what is left. With two distinct costs that is the end. With more, `_fill` goes on one
-unit at a time in a single program; it returns at once where there is nothing to do.
+After that, only units cheaper than the one that did not fit can follow, so a second round over them
+fills the rest of the budget. With two distinct costs, this completes the projection. With more,
+`_fill` continues one unit at a time in a single program; it returns at once if nothing is left.
 """
 
 import torch
@@ -23,7 +23,7 @@ _DIGIT = 8  # bits
 def budget_topk(
     scores: Tensor, costs: Tensor, budget: Tensor, floor: Tensor, tie_rank: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mask, the kept indices and then the others, their number and their cost."""
+    """Return the mask, the indices (kept ones first), the number of kept units and their cost."""
     count = len(scores)
     scores, costs, floor, tie_rank = (x.contiguous() for x in (scores, costs, floor, tie_rank))
     tile = config("projection", scores.device)
@@ -38,7 +38,7 @@ def budget_topk(
 
     order = integers(count)
     # Per step: 256 bins, then the prefix and the budget that the step starts from. Last row: the
-    # cost of the floors, and how many units are left that would fit.
+    # cost of the floors, and the number of remaining units that would fit.
     table = integers(steps + 1, 258, zero=True)
     bounds = integers(2, 2)  # per round: the unit that did not fit, the budget before it
     per_block = integers(2, max(blocks, 1))  # kept number and cost
@@ -66,8 +66,8 @@ def budget_topk(
 def _add_costs(row, digit, cost):
     """Add the costs of a block, by digit, to a row of 256 bins.
 
-    A histogram counts, so each bit of the costs is counted alone and weighted after; most blocks
-    hold FFN channels only, whose cost has two bits, at any multiple that is a power of two.
+    A histogram only counts, so each bit of the costs is counted separately, then weighted. Most
+    blocks hold FFN channels only, whose cost has two set bits, also at any power-of-two multiple.
     """
     top = tl.max(cost, 0)
     bins = tl.zeros([256], tl.int64)
@@ -83,10 +83,10 @@ def _add_costs(row, digit, cost):
 
 @triton.jit
 def _descend(row, prefix, left):
-    """From what a finished step began with to a prefix one digit longer, and the budget before it.
+    """Extend the prefix of a finished step by one digit; return it with the budget left before it.
 
-    Where all units of the step fit, the digit falls below 0 and so, at the top, does the prefix:
-    then it is below every unit.
+    If all units of the step fit, the digit is -1. In the first step of a round, the prefix is then
+    negative: below every unit.
     """
     at = tl.arange(0, 256)
     bins = tl.load(row + 255 - at)  # highest digit first
@@ -134,7 +134,7 @@ def _narrow(
     most = bound
     if step >= PASSES:
         at = bounds + 2 * (step // PASSES - 1)
-        if step % PASSES == 0:  # a round begins: after the unit that did not fit
+        if step % PASSES == 0:  # a round begins after the unit that did not fit
             bound = prefix
             most = left
             prefix = tl.zeros([], tl.int64)
@@ -242,5 +242,5 @@ def _write(
     i = program * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     keep = (tl.load(mask + i, inside, other=0) != 0).to(tl.int32)
-    rank = before + tl.cumsum(keep, 0) - keep  # kept units in front of this one
+    rank = before + tl.cumsum(keep, 0) - keep  # kept units before this one
     tl.store(indices + tl.where(keep == 1, rank, kept + i - rank), i.to(tl.int64), inside)

@@ -1,6 +1,6 @@
-"""Scales of channels on [T, C] activations: the functions of `reference`, as kernels.
+"""Channel scales on [T, C] activations: the functions of `reference`, as kernels.
 
-Tensors need a unit stride along C; the row stride is free. All arithmetic is fp32. Token sums go to
+Tensors need a unit stride along C; any row stride works. All arithmetic is fp32. Token sums go to
 one fp32 partial per block of rows and are then added in a fixed order, as in `swiglu`.
 """
 
@@ -19,7 +19,7 @@ def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
     out = x.new_empty(tokens, width)
     tile = config("channel_scale", x.device)
     columns = triton.cdiv(width, tile.blocks["BLOCK_F"])
-    grid = (columns * triton.cdiv(tokens, tile.blocks["BLOCK_T"]),)  # a second axis ends at 65,535
+    grid = (columns * triton.cdiv(tokens, tile.blocks["BLOCK_T"]),)  # a second axis allows 65,535
     launch(_scale, grid, tile, x, scale.contiguous(), out, tokens, width, x.stride(0))
     return out
 
@@ -63,7 +63,7 @@ def rms_norm_scale_backward(
     tokens, width = x.shape
     dx = x.new_empty(tokens, width)
     tile, block = _row("rms_norm_scale_backward", x)
-    each = max(1, triton.cdiv(tokens, tile.blocks["PROGRAMS"]))  # rows of one program
+    each = max(1, triton.cdiv(tokens, tile.blocks["PROGRAMS"]))  # rows per program
     partial = partials(triton.cdiv(tokens, each), width, scale)
     launch(
         _norm_backward,
@@ -77,7 +77,7 @@ def rms_norm_scale_backward(
 
 
 def _row(kernel: str, x: Tensor) -> tuple[Config, int]:
-    """Configuration and block size where a program holds a whole row."""
+    """Return configuration and block size for a program that holds a whole row."""
     block = triton.next_power_of_2(x.shape[1])
     key = (kernel, 8 * x.element_size(), 4096 if block <= 4096 else 16_384)
     return config(key, x.device), block

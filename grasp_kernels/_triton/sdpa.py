@@ -1,7 +1,7 @@
-"""What stands around PyTorch's attention where groups are gated: `reference`'s functions on heads.
+"""Gate, pack and unpack heads around PyTorch's attention: the head functions of `reference`.
 
-Inputs need a unit stride along D only. What is written has memory layout [B, S, H, D], seen as
-[B, H, S, D]. Whether a group is kept and where it goes, each program reads from the gates.
+Inputs only need a unit stride along D. Outputs have memory layout [B, S, H, D], viewed as
+[B, H, S, D]. Each program reads from the gates whether its group is kept and where it goes.
 """
 
 import triton
@@ -83,13 +83,13 @@ def _sizes(x: Tensor) -> dict[str, int]:
 
 
 # ---- kernels --------------------------------------------------------------------------------
-# A program takes BLOCK_M positions of one head of one sequence; the first head of a group takes
-# its k and v along. Pointers are int64 up to the tile, so that tensors may have any span.
+# A program handles BLOCK_M positions of one head of one sequence; the first head of a group also
+# handles its k and v. Pointers are int64 up to the tile, so that tensors may have any span.
 
 
 @triton.jit
 def _place(heads, BLOCK_M: tl.constexpr):
-    """Sequence, head and first position of a program."""
+    """Return sequence, head and first position of a program."""
     pair = tl.program_id(0).to(tl.int64)
     return pair // heads, pair % heads, tl.program_id(1).to(tl.int64) * BLOCK_M
 
@@ -110,7 +110,7 @@ def _store(x, values, batch, head, heads, first, length,
 
 @triton.jit
 def _slot(z, group, kv_heads, BLOCK_K: tl.constexpr):
-    """The place of a group in the order that lists kept groups first, both in ascending order."""
+    """Return the place of a group in the order of kept, then dropped groups, both ascending."""
     at = tl.arange(0, BLOCK_K)
     is_open = (tl.load(z + at, at < kv_heads, other=0.0) != 0).to(tl.int32)
     before = tl.sum(tl.where(at < group, is_open, 0), 0)
@@ -175,7 +175,7 @@ def _unpack(
     queries = heads // kv_heads
     group = head // queries
     slot = _slot(z, group, kv_heads, BLOCK_K).to(tl.int64)
-    left = tl.where(slot < kept, length, 0)  # of a dropped head nothing is read
+    left = tl.where(slot < kept, length, 0)  # nothing is read for a dropped head
     source = slot * queries + head % queries
     x = _load(dq_kept, batch, source, first, qb, qh, qs, left, D, BLOCK_D, BLOCK_M)
     _store(dq, x, batch, head, heads, first, length, D, BLOCK_D, BLOCK_M)

@@ -1,8 +1,8 @@
 """Gated SwiGLU on [T, F] activations: the functions of `reference`, as kernels.
 
-Tensors need a unit stride along F; the row stride is free, so halves of a merged projection pass
-without a copy. All arithmetic is fp32. Token sums go to one fp32 partial per block of rows and are
-then added in a fixed order: no atomics, the same bits on every run.
+Tensors need a unit stride along F; any row stride works, so halves of a merged projection need no
+copy. All arithmetic is fp32. Token sums go to one fp32 partial per block of rows and are then added
+in a fixed order: no atomics, the same bits on every run.
 """
 
 import triton
@@ -19,7 +19,7 @@ def gated_swiglu(gate_pre: Tensor, up: Tensor, z: Tensor) -> Tensor:
     out = a.new_empty(tokens, width)
     tile = config("swiglu", a.device)
     columns = triton.cdiv(width, tile.blocks["BLOCK_F"])
-    grid = (columns * triton.cdiv(tokens, tile.blocks["BLOCK_T"]),)  # a second axis ends at 65,535
+    grid = (columns * triton.cdiv(tokens, tile.blocks["BLOCK_T"]),)  # a second axis allows 65,535
     launch(_forward, grid, tile, a, u, z, out, tokens, width, a.stride(0), u.stride(0))
     return out
 
@@ -93,7 +93,7 @@ def _backward_into(
 
 
 def _packed_blocks(kept: int, width: int, block: int) -> int:
-    """Column blocks of the packed order: a block is all kept or all dropped."""
+    """Count column blocks of the packed order: a block is all kept or all dropped."""
     return triton.cdiv(kept, block) + triton.cdiv(width - kept, block)
 
 
@@ -158,7 +158,7 @@ def _gradients(g, a, u, gate):
 
 @triton.jit
 def _packed_columns(block, width, kept, BLOCK_F: tl.constexpr):
-    """A block of the packed order: is it kept, its columns there, and their number."""
+    """Return whether a block of the packed order is kept, its columns there, and their number."""
     kept_blocks = tl.cdiv(kept, BLOCK_F)
     is_kept = block < kept_blocks
     column = tl.where(is_kept, block, block - kept_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)

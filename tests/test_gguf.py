@@ -530,7 +530,7 @@ def test_command_line(grasp_export, tmp_path):
         ("a.gguf", ["--to=onnx"], "--to must be gguf or hf-uniform, got 'onnx'"),
         ("a", ["--to=hf-uniform", "--type=f16"], "--type is for --to gguf, got 'f16'"),
         ("here.gguf", [], r"here\.gguf exists already: choose another --out or remove it first"),
-        ("a.bin", [], r"--out must end in \.gguf, .* got a\.bin"),
+        ("a.bin", [], r"--out must end in \.gguf.* got a\.bin"),
         ("no/a.gguf", [], "make no first"),
         ("a.gguf", [], "no such folder or file: nowhere"),
     ],

@@ -33,28 +33,22 @@ def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> Non
 
 
 def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
-    """Options that would work: the other layout, a multiple of KV groups, or both at once."""
+    """Options that would work: the other layout, a multiple of KV groups, or only both together."""
     (other,) = {*get_args(Layout)} - {budget.layout}
     groups = header.space.layers[0].kv_groups
     multiples = [m for m in range(budget.kv_multiple + 1, groups + 1) if groups % m == 0]
 
-    def open_to(**changed: Any) -> bool:
+    def works(**changed: Any) -> bool:
         with suppress(GraspError):  # a budget that these multiples cannot meet
             asked = replace(budget, **changed)
             asked.limit(header.space)
             return lacks(header, asked, biased=biased) is None
         return False
 
-    fixes = [f"`layout={other!r}`"] if open_to(layout=other) else []
-    fixes += [f"`kv_multiple={m}`" for m in multiples if open_to(kv_multiple=m)][:1]
-    return (
-        fixes
-        or [
-            f"`layout={other!r}` with `kv_multiple={m}`"
-            for m in multiples
-            if open_to(layout=other, kv_multiple=m)
-        ][:1]
-    )
+    fixes = [f"`layout={other!r}`"] if works(layout=other) else []
+    fixes += [f"`kv_multiple={m}`" for m in multiples if works(kv_multiple=m)][:1]
+    both = [m for m in multiples if not fixes and works(layout=other, kv_multiple=m)][:1]
+    return fixes + [f"`layout={other!r}` with `kv_multiple={m}`" for m in both]
 
 
 def lacks(header: Header, budget: Budget, *, biased: bool = False) -> str | None:

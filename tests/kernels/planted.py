@@ -59,8 +59,8 @@ def sums_dz_in_bf16(plain: Kernel) -> Kernel:
 
         def summed(dz):
             total = torch.zeros_like(dz, dtype=torch.bfloat16)
-            terms = gate_terms(plain, frozen, grads.pop()).bfloat16()
-            for products in terms[:, terms.any(0)].unbind(1):
+            terms = torch.stack([t.flatten() for t in gate_terms(plain, frozen, grads.pop())])
+            for products in terms[:, terms.any(0)].bfloat16().unbind(1):
                 total += products
             return total.to(dz.dtype)
 

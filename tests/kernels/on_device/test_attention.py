@@ -156,19 +156,19 @@ def test_cudnn_composition(queries, max_kept, device):
 
 
 @pytest.mark.parametrize("kept", [0, 2, 3, 5])
-@pytest.mark.parametrize(("queries", "size"), [(1, 64), (3, 24)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_around_sdpa(dtype, queries, size, kept, device):
+def test_heads_around_sdpa(dtype, kept, device):
     """Gating, packing, unpacking against their definition; 2 of 5 groups kept, up to 5 packed."""
+    queries, size, length = (1, 64, 40) if dtype == torch.float16 else (3, 24, 40)
     z = torch.tensor([0, 0.7, 0, 0, -1.2], device=device) * (kept > 0)
     heads = 5 * queries
 
     def heads_last(count):
-        return torch.randn(2, 70, count, size, device=device, dtype=dtype).transpose(1, 2)
+        return torch.randn(2, length, count, size, device=device, dtype=dtype).transpose(1, 2)
 
     grad, q, raw = (heads_last(heads) for _ in range(3))
-    k, v = heads_last(5).contiguous(), torch.randn(2, 5, size, 70, device=device).to(dtype).mT
-    lse = torch.randn(2, heads, 70, device=device)
+    k, v = heads_last(5).contiguous(), torch.randn(2, 5, size, length, device=device).to(dtype).mT
+    lse = torch.randn(2, heads, length, device=device)
     assert torch.equal(sdpa.gate_heads(raw, z), reference.gate_heads(raw, z))
     *ours, dz = sdpa.pack_heads(grad, q, k, v, z, raw, lse, kept)
     *wanted, dz_wanted = reference.pack_heads(grad, q, k, v, z, raw, lse, kept)

@@ -664,7 +664,7 @@ def test_memory_that_runs_out(tiny, text, tmp_path):
     said = stderr.read_text()
     assert attempt.exitcode == 1 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: out of memory on cpu (")
-    fix = "run the same with `memory='low'` (now fast) to resume"
+    fix = "run the same with --memory low (now fast) to resume"
     assert said.endswith(f"): {fix}\n") and not out.exists()
 
     again = grasp.prune(tiny, out, calibration=text, **options, memory="low")

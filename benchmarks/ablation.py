@@ -1,13 +1,13 @@
-"""What each of our differences from the published method is worth, one switched at a time.
+"""Measure the effect of each of our differences from the published method, one at a time.
 
     python -m benchmarks.ablation --text FILE --eval-text FILE [--seeds 0,1,2] [--rows NAME,...]
     python -m benchmarks.ablation --table --out JSON
 
-A row is `ours` or `published` with one choice changed, or `published code`: the eager form of
-`benchmarks.published` with its own scales, where `published` is that setting in grasp's own loop.
-Each learns a mask and then scales on the same blocks as every other row of its seed, in fp32, and
-is evaluated on the same windows as the dense model. Results are written after every row, and a
-second call does only what is missing.
+A row is `ours` or `published` with one choice changed, or `published code`. The last is the eager
+form of `benchmarks.published` with its own scales, whereas `published` is the same setting in
+grasp's own loop. Each row learns a mask and then scales on the same blocks as every other row of
+its seed, in fp32, and is evaluated on the same windows as the dense model. Results are written
+after every row, and a second call runs only the missing rows.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How far are many budgets from one choice from learning each budget alone?
+"""Compare many budgets from one selection with learning each budget alone.
 
     python -m benchmarks.budgets --text FILE --eval-text FILE [--keep 0.8,0.6,0.5] [--seeds 0,1,2]
 
-For each seed `grasp prune` runs once with all budgets, whose scores are learned under the smallest,
-and once for each budget. Checkpoints stay in --out; a second call does only what is missing. The
-table goes to standard output and to README.md in --out.
+For each seed, `grasp prune` runs once with all budgets (scores are learned under the smallest) and
+once per budget. Checkpoints stay in --out; a second call runs only what is missing. The table goes
+to standard output and to README.md in --out.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Does it matter which text gates learn on, and how much of it?
+"""Measure how the calibration text and its length affect the result.
 
     python -m benchmarks.calibration_text --texts FILE,builtin --eval-texts FILE,FILE \\
       --samples 32,128,512 [--seeds 0,1,2]
 
 `grasp prune` runs for each text with each number of samples; every result is measured on each of
---eval-texts. Checkpoints stay in --out; a second call does only what is missing. Epochs are those
-that see as many tokens as --epochs of the most samples do, so that all train equally long.
+--eval-texts. Checkpoints stay in --out; a second call runs only what is missing. --epochs applies
+to the largest number of samples; the others get more epochs, so that all runs see as many tokens.
 """
 
 from __future__ import annotations

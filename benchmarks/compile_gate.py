@@ -1,11 +1,11 @@
-"""Compile every kernel that ships for each chip, without a GPU, and print what it takes.
+"""Compile every shipped kernel for each chip, without a GPU, and print the resources it needs.
 
     python -m benchmarks.compile_gate [--out benchmarks/results/compile.md] [--only NAME]
 
-Exits with 1 if a kernel asks for more shared memory than the chip has, which the compiler does not
-refuse, or keeps much on the stack: that is a mistake, while a few bytes may still be fastest. The
-kernels are compiled as they run: the ops' own launchers are called on meta tensors at real shapes,
-through Triton's own launcher, which is only told that a GPU of that chip is there.
+Exits with 1 if a kernel needs more shared memory than the chip has (the compiler does not refuse
+this) or keeps much on the stack; a few bytes there may still be fastest. The kernels are compiled
+as they run: the ops' own launchers are called on meta tensors at real shapes, through Triton's own
+launcher, which is only told that a GPU of that chip is present.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Figures as lines of JSON, added as soon as they are known, and whether tests back them."""
+"""Append each figure as a line of JSON when it is known, and note whether tests back it."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""Gate training on one device: tokens a second, FLOP/s, memory, against the published eager form.
+"""Compare gate training with the published eager form: tokens/s, FLOP/s and memory on one device.
 
     python -m benchmarks.gate_training [--device cuda] [--out JSON]     three shapes of 7B and 8B
     python -m benchmarks.gate_training --small                          under a minute on a CPU
     python -m benchmarks.gate_training --models demo:smollm2-135m --cases 256x1 --keep 0.5
 
-Weights are random unless a model is named: times do not depend on them. Ours is
-`grasp.select.learn_scores` from random scores at the full budget, for what both forms learn, the
-gates, and once more with the scales of channels that `grasp prune` has learn along: while the
-budget still shrinks, a step costs something between the rows of a keep and of 1. The first steps,
-in which kernels compile, are left out. All run on one model and the same tokens, in alternating
-order. Ours learns in a memory mode, whose planned peak stands beside the measured one.
+Weights are random unless a model is named: times do not depend on them. Our form is
+`grasp.select.learn_scores` from random scores at the full budget. It runs with gates only, as the
+published form does, and again with the channel scales that `grasp prune` trains with the gates.
+While the budget shrinks, a step costs between the row of its keep and the row of keep 1. The first
+steps, which compile kernels, are left out. All forms run on one model and the same tokens, in
+alternating order. Ours runs in a memory mode; the planned peak is shown next to the measured one.
 
-A row is a figure only where `figure` is true: both forms compute the same logits and gradients, and
-nothing fell back on the way ("not as a CUDA graph", "not compiled"). `--log` adds a line of JSON
-for each run as soon as it is over, `--profile` a table of the 20 longest kernels of ten steps.
+A row counts only if `figure` is true: both forms compute the same logits and gradients, and nothing
+fell back ("not as a CUDA graph", "not compiled"). `--log` adds a line of JSON after each run;
+`--profile` adds a table of the 20 longest kernels of ten steps.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Time every op of grasp_kernels against what one would use without it.
+"""Time every op of grasp_kernels against its usual alternatives.
 
     python -m benchmarks.kernels --out benchmarks/results/<device>.jsonl [--op swiglu] [--small]
 
-Adds a line of JSON for each figure as soon as it is known, with the device and the versions in it,
-and draws all of them beside. An op runs in a process of its own, since a fault leaves a process
-without its GPU. A figure says whether its op's correctness tests passed in the same run, on the
-same device: what is marked "red" is not to be quoted. Contenders take turns, so that clocks and
-heat are shared; a time is the median over all turns, with the 20 % and 80 % quantiles. Small
-shapes, which a GPU computes faster than they are launched, run as CUDA graphs. Achieved TFLOP/s
-count the work that the mask asks for and GB/s the bytes that must move, the same for every
-contender; `fraction` is the share of the device's roof, measured in the same process.
+Adds a line of JSON for each figure as soon as it is known, with the device and the versions, and
+plots all of them. Each op runs in its own process, since a fault leaves a process without its GPU.
+A figure says whether its op's correctness tests passed in the same run, on the same device: do not
+quote figures marked "red". Contenders take turns, so that clocks and heat are shared; a time is the
+median over all turns, with the 20 % and 80 % quantiles. Small shapes, which a GPU computes faster
+than it launches them, run as CUDA graphs. Achieved TFLOP/s count the work that the mask requires,
+and GB/s the bytes that must move, the same for every contender; `fraction` is the share of the
+device's roof, measured in the same process.
 
 --small runs one small shape on the CPU in fp32.
 """

@@ -1,13 +1,13 @@
-"""The published gate training in its eager form: the other side of our comparisons.
+"""The published gate training in its eager form, the baseline of our comparisons.
 
-Written from the description of the method (GRASPrune, arXiv 2604.19398) and of what its public code
-does, faults included: gates multiply K (after RoPE) and V; the backbone requires gradients, so
-every step computes them for all weights; units are sorted by probability with ties in order of
-position; floors are added after the cut, beyond the budget, and every layer is asked on the host.
-grasp does none of this. Where the description leaves a choice, the cheaper one is taken: one score
-vector for all layers, two syncs a layer (the public code makes about six), and weight gradients
-that are dropped after each step, not summed. For families with Llama's attention, with or without
-biases (Qwen2) and norms on q and k (Qwen3).
+Written from descriptions of the method (GRASPrune, arXiv 2604.19398) and of its public code,
+including the code's faults: gates multiply K (after RoPE) and V; the backbone requires gradients,
+so every step computes them for all weights; units are sorted by probability with ties in order of
+position; floors are added after the cut, beyond the budget; and every layer syncs with the host.
+grasp does none of this. Where the description leaves a choice, this file takes the cheaper one: one
+score vector for all layers, two syncs per layer (the public code makes about six), and weight
+gradients that are dropped after each step, not summed. It supports families with Llama's attention,
+with or without biases (Qwen2) and norms on q and k (Qwen3).
 """
 
 from __future__ import annotations

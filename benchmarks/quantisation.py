@@ -1,12 +1,12 @@
-"""Does quantising weights add its error to that of pruning, or multiply it?
+"""Measure whether the errors of quantisation and pruning add up or amplify each other.
 
     python -m benchmarks.quantisation DIR --against MODEL --text FILE [--types q8_0,q5_0,q4_0]
 
-Every matrix of both models goes through one of llama.cpp's types and back, by the gguf package,
-and perplexity is computed in fp32. Errors that only add up in the loss multiply both perplexities
-by the same factor: `excess` is what pruning makes of that factor, 1 if nothing. Rows that are no
-multiple of a type's block stay as they are, so prune with --ffn-multiple 32. A model that comes
-from a GGUF file has lost the error of that file's type already.
+The gguf package converts every matrix of both models to one of llama.cpp's types and back;
+perplexity is computed in fp32. If the errors only add up in the loss, quantisation multiplies both
+perplexities by the same factor. `excess` is the ratio of the two factors, pruned over dense: 1 if
+the errors only add up. Rows whose length is not a multiple of a type's block stay as they are, so
+prune with --ffn-multiple 32. A model from a GGUF file already contains the error of its type.
 """
 
 from __future__ import annotations

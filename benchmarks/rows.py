@@ -1,4 +1,4 @@
-"""What benchmarks made of rows share: one model, its texts, and results written after every row."""
+"""Shared by benchmarks made of rows: one model, its texts, and results written after every row."""
 
 from __future__ import annotations
 

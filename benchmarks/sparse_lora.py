@@ -1,9 +1,9 @@
-"""LoRA on a sparse checkpoint: perplexity before, after, and merged under the mask.
+"""Train LoRA on a sparse checkpoint: perplexity before, after, and merged under the mask.
 
     python -m benchmarks.sparse_lora DIR --text FILE --eval-text FILE --steps 200
 
-Unmerged, the adapter stands beside weights that stay sparse. Merging makes them dense; merged under
-the mask they are sparse again, at a loss. Both are evaluated in fp32 on the same windows.
+An unmerged adapter leaves the weights sparse. Merging makes them dense; merging under the mask
+keeps them sparse, at a loss. Both are evaluated in fp32 on the same windows.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which method leaves the best sparse model under one pattern, from the same text?
+"""Compare sparsity methods under one pattern, calibrated on the same text.
 
     python -m benchmarks.sparsity --text FILE --eval-text FILE [--patterns 2:4,4:8] [--seeds 0,1]
     python -m benchmarks.sparsity --table --out JSON
 
 A row is a method, and may change one option: `wanda++/rounds=0`, `wanda++/lr=1e-4`. Each sparsifies
 a copy of one model on the same blocks as every other row of its seed, in fp32, and is evaluated on
-the same windows as the dense model. Results are written after every row, and a second call does
-only what is missing.
+the same windows as the dense model. Results are written after every row, and a second call runs
+only the missing rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The same contenders through pytest-benchmark: `pytest benchmarks/`, on CUDA or small on the CPU.
+"""Time the contenders with pytest-benchmark: `pytest benchmarks/`, on CUDA or small on the CPU.
 
-No contender of an op is timed unless the op's correctness tests pass first.
+The contenders of an op are timed only if the op's correctness tests pass first.
 """
 
 from functools import cache

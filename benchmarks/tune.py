@@ -1,15 +1,16 @@
-"""Find the fastest launch configuration of every kernel on this GPU, and write them as data.
+"""Find the fastest launch configuration of every kernel on this GPU, and write it to a file.
 
     python -m benchmarks.tune [--out FILE] [--only NAME,...] [--seconds N]
     python -m benchmarks.tune --install FILE            use what such a sweep found on this GPU
     python -m benchmarks.tune --small --out FILE        the whole way on a CPU, in the interpreter
 
-All candidates are compiled first, side by side, without touching the GPU; what does not compile or
-fit the chip is out. The others run on a small shape, where their result is compared with fp64, and
-are timed on that and on a large one, as CUDA graphs, in turns. The fastest right one is kept: FILE,
-by default the device's own among the kernels' configurations, is written again after every kernel.
-A row of JSON for each candidate goes to FILE.rows: times with quantiles, registers, bytes of stack.
-A fault costs its own kernel only: it leaves a process without its GPU, and another goes on.
+All candidates are compiled first, in parallel, without using the GPU; candidates that do not
+compile or do not fit the chip are dropped. The others run on a small shape, where their result is
+compared with fp64, and are timed on that shape and on a large one, as CUDA graphs, in turns. The
+fastest correct candidate is kept: FILE (by default, the device's own among the kernels'
+configurations) is written after every kernel. FILE.rows gets a row of JSON per candidate: times
+with quantiles, registers, bytes of stack. A fault leaves a process without its GPU, so a new
+process continues and only the faulty kernel is lost.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the tests of whole runs share: one tiny model and one text, read and never written.
+"""Fixtures for tests of whole runs: one tiny model and one text, both read-only.
 
-And what no test may depend on: the screen, the order of the tests, the pace of the machine.
+They also keep tests independent of the screen, the order of tests and the speed of the machine.
 """
 
 from __future__ import annotations

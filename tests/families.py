@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one per supported family, a tokenizer, and what ops they run."""
+"""Tiny random models, one per supported family, a tokenizer, and a record of the ops they run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run and measure what they say. Times and perplexities are not asserted."""
+"""The benchmarks run and measure what they claim; no test asserts times or perplexities."""
 
 from __future__ import annotations
 

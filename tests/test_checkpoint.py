@@ -1,4 +1,4 @@
-"""Pruned checkpoints: what is saved, what loads it, and what verify catches."""
+"""Pruned checkpoints: their files, the classes that load them, and the errors verify finds."""
 
 from __future__ import annotations
 

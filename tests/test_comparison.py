@@ -1,4 +1,4 @@
-"""The grid of `grasp compare`: equal footing, nothing done twice, stopped and resumed, refused."""
+"""The grid of `grasp compare`: equal conditions, no repeated work, resuming, and refusals."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_command_line_with_tasks(call, tiny, text, tmp_path):
         "random" in out
         and "wanda++" in out
         and "flap+bias" in out
-        and "Mean of seeds 0 (least to most)" in out
+        and "Cells: seed 0, and × the ratio" in out
     )
     page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "## piqa, acc_norm" in page and "±" in page

@@ -1,4 +1,4 @@
-"""FLAP's biases: what they hold, that they help, who carries them and who is refused."""
+"""FLAP's biases: their values, their effect, and the models that accept or refuse them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms and RoPE through torch.compile: the same numbers, and the model as it was afterwards."""
+"""Norms and RoPE through torch.compile: the same numbers, and an unchanged model afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Criteria of other people: registered in a program, or found in a package that is installed."""
+"""Third-party criteria: registered in a program, or found in an installed package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading text, joining rows, choosing blocks, and what is said when that cannot be done."""
+"""Reading text, joining rows, choosing blocks, and the errors of each."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The documents: every command and snippet runs as written, and every link leads somewhere.
 
-A page's blocks run in order, in a folder that holds MODEL (a tiny one), texts, and DIR where the
-page itself does not make it. Only small sizes (`SMALL`) are added to what is written. A block
-behind `<!-- skip: REASON -->` needs what is not here; its commands are parsed, its Python compiled.
+The blocks of a page run in order, in a folder with MODEL (a tiny one), texts, and DIR unless the
+page makes it. Nothing is added to a block but small sizes (`SMALL`). A block after
+`<!-- skip: REASON -->` cannot run here; its commands are only parsed, its Python only compiled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What people do with a checkpoint once they have it, in the libraries that they do it with."""
+"""Typical uses of a checkpoint, in the libraries that people use for them."""
 
 from __future__ import annotations
 

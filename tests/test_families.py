@@ -1,4 +1,4 @@
-"""Families with their own ways, end to end: planned, pruned, saved, read with and without grasp."""
+"""Special families, end to end: planned, pruned, saved, and loaded with and without grasp."""
 
 from __future__ import annotations
 

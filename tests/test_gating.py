@@ -1,4 +1,4 @@
-"""Gates on live models: exact when open, gone when closed, the right gradient for every unit."""
+"""Gates on live models: no effect when open, no unit when closed, exact gradients for all units."""
 
 from __future__ import annotations
 

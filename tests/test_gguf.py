@@ -1,4 +1,4 @@
-"""GGUF files: what a real llama.cpp reads from them is what transformers computes."""
+"""GGUF files: a real llama.cpp computes from them the same as transformers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import xllamacpp
 from families import tiny_tokenizer
 from gguf import GGMLQuantizationType as Ggml
 from gguf import GGUFReader, TokenType
+from safetensors.torch import load_file, save_file
 from test_checkpoint import EVEN, UNEVEN, pruned
 from test_checkpoint import save as save_pruned
 from tokenizers import (
@@ -262,6 +263,17 @@ def test_sliding_window_becomes_the_context_length(tmp_path):
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
     assert done.note is not None and done.note.startswith("context length 24 instead of 256")
     assert field(done.path, "deci.context_length") == 24
+
+
+def test_a_head_of_its_own_is_exported_whatever_the_config_says(tmp_path):
+    folder = tmp_path / "model"
+    save(folder, "llama", EVEN, tied=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    export(folder, tmp_path / "a.gguf", type="f32")
+    heads = [t.data for t in GGUFReader(tmp_path / "a.gguf").tensors if t.name == "output.weight"]
+    assert torch.equal(torch.from_numpy(heads[0].copy()), weights["lm_head.weight"])
 
 
 @pytest.mark.parametrize(
@@ -518,7 +530,7 @@ def test_command_line(grasp_export, tmp_path):
         ("a.gguf", ["--to=onnx"], "--to must be gguf or hf-uniform, got 'onnx'"),
         ("a", ["--to=hf-uniform", "--type=f16"], "--type is for --to gguf, got 'f16'"),
         ("here.gguf", [], r"here\.gguf exists already: choose another --out or remove it first"),
-        ("a.bin", [], r"a\.bin does not end in \.gguf"),
+        ("a.bin", [], r"--out must end in \.gguf.* got a\.bin"),
         ("no/a.gguf", [], "make no first"),
         ("a.gguf", [], "no such folder or file: nowhere"),
     ],

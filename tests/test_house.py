@@ -1,4 +1,4 @@
-"""The rooms of the house: what may import what."""
+"""The order of packages: which may import which; and `import grasp` stays cheap."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""grasp as a library: stages that a program puts together itself, as documented."""
+"""grasp as a library: a program composes the stages itself, as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/measure_gpu.sh: a part that fails stops no other, and leaves its log and exit code."""
+"""tools/measure_gpu.sh: a failing part leaves its log and exit code, and the others still run."""
 
 from __future__ import annotations
 

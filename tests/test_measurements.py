@@ -1,4 +1,4 @@
-"""What times kernels and steps: rows as they come, and what makes a row no figure."""
+"""Benchmarks of kernels and steps: rows are written at once, and invalid ones are marked."""
 
 from __future__ import annotations
 

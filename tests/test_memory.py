@@ -1,4 +1,4 @@
-"""Memory modes: less kept, the same result; what the plan says is what a step takes."""
+"""Memory modes: less memory, the same result; a step needs the memory that the plan predicts."""
 
 from __future__ import annotations
 

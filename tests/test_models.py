@@ -1,4 +1,4 @@
-"""MODEL specs: what they name, and what refuses to load and why."""
+"""MODEL specs: the models they name, and the errors of those that do not load."""
 
 from __future__ import annotations
 

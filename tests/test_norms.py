@@ -1,4 +1,4 @@
-"""Where a scale joins the norm before it: where that is the same function, and only there."""
+"""A scale joins the norm before it only where that gives the same function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refit against least squares done the plain way, layer by layer."""
+"""Refit against a plain least-squares solution, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page beside a checkpoint, and what a browser makes of it."""
+"""The report page of a checkpoint, as HTML and as drawn by a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs: stopped at any moment and resumed, repeated, refused; what they log and leave."""
+"""Whole runs: interrupted at any moment and resumed, repeated, refused; their logs and files."""
 
 from __future__ import annotations
 
@@ -233,7 +233,8 @@ def test_killed_while_the_result_appears(tiny, text, tmp_path, dies):
 
 def test_the_log(learned):
     log = records(learned.folder)
-    assert [r["event"] for r in log if "event" in r] == ["started", "finished"]
+    events = ["started", "fidelity", "fidelity", "finished"]  # before the work, and of the cut
+    assert [r["event"] for r in log if "event" in r] == events
     stages = list(dict.fromkeys(r["stage"] for r in log if "stage" in r))
     assert stages == ["evaluate dense", "fisher", "learn", "refit", "calibrate", "evaluate pruned"]
     for stage, steps in (("learn", 16), ("calibrate", 8)):
@@ -663,7 +664,7 @@ def test_memory_that_runs_out(tiny, text, tmp_path):
     said = stderr.read_text()
     assert attempt.exitcode == 1 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: out of memory on cpu (")
-    fix = "run the same with `memory='low'` (now fast) to resume"
+    fix = "run the same with --memory low (now fast) to resume"
     assert said.endswith(f"): {fix}\n") and not out.exists()
 
     again = grasp.prune(tiny, out, calibration=text, **options, memory="low")

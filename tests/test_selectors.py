@@ -1,4 +1,4 @@
-"""One-shot criteria: each against its formula computed the plain way, resumed, and end to end."""
+"""One-shot criteria: each against a plain form of its formula, resumed, and end to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""grasp bench: what it times is checked, what it counts is exact; nothing here asserts a time."""
+"""grasp bench: it checks what it times and counts exactly; no test asserts a time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What vLLM's Transformers backend reads of a checkpoint, and the plugin that names it to vLLM.
+"""Checkpoints have what vLLM's Transformers backend reads, and the plugin registers them.
 
-vLLM itself is not here: docs/runtimes.md says what was run with it.
+vLLM itself is not installed here: docs/runtimes.md says what was run with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Zero-shot scores: equal to their definition, on real documents where there are some."""
+"""Zero-shot scores equal their definition, on real documents if there are any."""
 
 from __future__ import annotations
 

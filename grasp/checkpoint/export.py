@@ -13,6 +13,8 @@ from grasp.machine import disk_errors
 from grasp.model.load import load_model
 from grasp.planning.check import check_export
 
+TYPES = ("f32", "f16", "bf16", "q8_0")  # of GGUF
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -49,6 +51,7 @@ def export(
     if to == "gguf":
         if out.suffix != ".gguf":
             raise GraspError(f"`out` must end in .gguf, by which tools know such a file, got {out}")
+        _check_type(type or "f16", out)
     elif type is not None:
         raise GraspError(
             f"`type` is for `to='gguf'`, got {type!r}: leave it out, a folder keeps its type"
@@ -61,11 +64,9 @@ def export(
         )
     check_export(os.fspath(model))
 
-    from grasp.checkpoint.gguf import check_type, write_gguf  # late: torch takes seconds
+    from grasp.checkpoint.gguf import write_gguf  # late: torch takes seconds
     from grasp.checkpoint.uniform import write_uniform
 
-    if to == "gguf":
-        check_type(type or "f16", out)
     live, tokenizer = load_model(model, dtype=None)
     beside = out.with_name(out.name + ".new")
     _remove(beside)  # left by an export that was killed
@@ -82,6 +83,21 @@ def export(
         _remove(beside)
     files = out.rglob("*") if out.is_dir() else [out]
     return Exported(out, architecture, sum(file.stat().st_size for file in files), note)
+
+
+def _check_type(type: str, out: Path) -> None:
+    """Raise GraspError for a type that grasp does not write, and say how to get it."""
+    if type in TYPES:
+        return
+    from gguf import LlamaFileType
+
+    if f"MOSTLY_{type.upper()}" in LlamaFileType.__members__:
+        f16 = out.with_name(f"{out.stem}-f16.gguf")
+        raise GraspError(
+            f"`type={type!r}` is packed by llama.cpp's own tool: export with `type='f16'` and "
+            f"`out={str(f16)!r}`, then run `llama-quantize {f16} {out} {type.upper()}`"
+        )
+    raise GraspError(f"`type` must be one of {', '.join(TYPES)}, got {type!r}")
 
 
 def _remove(path: Path) -> None:

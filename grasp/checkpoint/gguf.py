@@ -25,7 +25,6 @@ from grasp.machine import check_room
 from grasp.model.header import FAMILIES, STATIC_ROPE
 from grasp.model.units import UnitSpace, decoder_layers
 
-TYPES = {"f32": Ggml.F32, "f16": Ggml.F16, "bf16": Ggml.BF16, "q8_0": Ggml.Q8_0}
 FILE_TYPES = gguf.LlamaFileType.__members__  # MOSTLY_Q4_K_M and the like
 
 # These rotate neighbouring values of a head as pairs (transformers pairs the first half with the
@@ -34,19 +33,6 @@ LLAMA_LIKE = ("llama", "deci")
 GEMMA = ("gemma", "gemma2", "gemma3")  # their norms scale by 1 + weight
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # the last layer of a period attends to all tokens
 LARGEST = {"gemma2": 46, "gemma3": 62}
-
-
-def check_type(type: str, out: Path) -> None:
-    """Raise GraspError for a type that grasp does not write, and say how to get it."""
-    if type in TYPES:
-        return
-    if f"MOSTLY_{type.upper()}" in FILE_TYPES:
-        f16 = out.with_name(f"{out.stem}-f16.gguf")
-        raise GraspError(
-            f"`type={type!r}` is packed by llama.cpp's own tool: export with `type='f16'` and "
-            f"`out={str(f16)!r}`, then run `llama-quantize {f16} {out} {type.upper()}`"
-        )
-    raise GraspError(f"`type` must be one of {', '.join(TYPES)}, got {type!r}")
 
 
 def write_gguf(
@@ -73,12 +59,12 @@ def write_gguf(
 
     kinds, needed, odd = [], 0, 0
     for name, tensor in _tensors(model, space, architecture):
-        kind = _tensor_type(tensor, TYPES[type])
+        kind = _tensor_type(tensor, Ggml[type.upper()])
         size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind)))
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, kind)
         kinds.append(kind)
         needed += size
-        odd += tensor.dim() > 1 and kind != TYPES[type]
+        odd += tensor.dim() > 1 and kind != Ggml[type.upper()]
     if odd:
         notes.append(f"{odd} matrices stay f16: their rows are no multiple of 32, as {type} needs")
     # numpy's own error does not name the reason

@@ -68,7 +68,7 @@ def perplexity(
     """Measure the perplexity of a causal LM of transformers, in fp32, on its current device.
 
     Stored weights do not change: a narrower one is cast to fp32 while its module runs. The result
-    equals that of an fp32 model, for the extra memory of one matrix.
+    equals the result of an fp32 model, for the extra memory of one matrix.
 
     The corpus is cut from its beginning into windows of `seq_len` tokens; a shorter rest is left
     out. Each window is scored on its own: seq_len - 1 predictions. `windows` limits the number of

@@ -33,19 +33,22 @@ def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> Non
 
 
 def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
-    """Up to two options that would work, the other layout first."""
+    """Options that would work: the other layout, a multiple of KV groups, or only both together."""
     (other,) = {*get_args(Layout)} - {budget.layout}
     groups = header.space.layers[0].kv_groups
     multiples = [m for m in range(budget.kv_multiple + 1, groups + 1) if groups % m == 0]
-    others = {f"`layout={other!r}`": replace(budget, layout=other)}
-    others |= {f"`kv_multiple={m}`": replace(budget, kv_multiple=m) for m in multiples}
-    fixes: list[str] = []
-    for option, changed in others.items():
+
+    def works(**changed: Any) -> bool:
         with suppress(GraspError):  # a budget that these multiples cannot meet
-            changed.limit(header.space)
-            if len(fixes) < 2 and lacks(header, changed, biased=biased) is None:
-                fixes.append(option)
-    return fixes
+            asked = replace(budget, **changed)
+            asked.limit(header.space)
+            return lacks(header, asked, biased=biased) is None
+        return False
+
+    fixes = [f"`layout={other!r}`"] if works(layout=other) else []
+    fixes += [f"`kv_multiple={m}`" for m in multiples if works(kv_multiple=m)][:1]
+    both = [m for m in multiples if not fixes and works(layout=other, kv_multiple=m)][:1]
+    return fixes + [f"`layout={other!r}` with `kv_multiple={m}`" for m in both]
 
 
 def lacks(header: Header, budget: Budget, *, biased: bool = False) -> str | None:

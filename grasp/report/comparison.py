@@ -100,13 +100,14 @@ def explained(summary: Summary) -> str:
     seeds = sorted({cell["seed"] for cell in summary["cells"]})
     kept = [(cell["keep"], cell["kept"]) for cell in summary["cells"]]
     below = max(1 - got / asked for asked, got in kept)
+    several = f"mean over seeds {', '.join(map(str, seeds))} (minimum–maximum)"
+    shown = several if len(seeds) > 1 else f"seed {seeds[0]}"
     epochs = config["scale_epochs"]
     fitted = "" if config["dtype"] == "fp32" else " Greedy methods fit weights and run in fp32."
     beside = " (including the dense model)" if config["device"] == "cpu" else ""
     return (
-        f"{how_measured(summary['dense']['perplexity'])} Cells: mean over seeds "
-        f"{', '.join(map(str, seeds))} (minimum–maximum), and × the ratio to dense. Budgets are "
-        f"fractions of {prunable:,} prunable parameters, never exceeded, at most "
+        f"{how_measured(summary['dense']['perplexity'])} Cells: {shown}, and × the ratio to dense. "
+        f"Budgets are fractions of {prunable:,} prunable parameters, never exceeded, at most "
         f"{100 * below:.2g} % unspent. All methods use {config['samples']} blocks of "
         f"{config['seq_len']} tokens of {summary['calibration']['name']} and train scales for "
         f"{epochs} epoch{'s' * (epochs != 1)}.{fitted} Seconds and peak memory{beside} cover "

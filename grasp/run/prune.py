@@ -285,7 +285,7 @@ def _runs_layers(config: PruneConfig) -> str | None:
     """The option, if any, that runs decoder layers one by one."""
     if criteria.get(config.method).layerwise:
         return f"`method='{config.method}'`"
-    return "`compensate='refit'`" if config.compensate == "refit" else None
+    return "`compensate='refit'`" if config.compensation == "refit" else None
 
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""Kernels run where there is a GPU, or in Triton's interpreter on CPU tensors.
+"""Collect kernel tests only where kernels can run: on a GPU, or in Triton's interpreter.
 
-`on_device/` is collected in a process that can run kernels. Without a GPU that is one started with
-TRITON_INTERPRET=1, which `test_processes.py` does.
+`on_device/` needs such a process. Without a GPU, `test_processes.py` starts one with
+TRITON_INTERPRET=1.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What the kernel tests share: masks, the accuracy rule, and the sequential greedy selection."""
+"""Shared by the kernel tests: masks, the accuracy rule, and the sequential greedy selection."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Plain PyTorch with an error planted, as a kernel may have it: the accuracy rule must find it."""
+"""Plain PyTorch with planted errors, typical of kernels, which the accuracy rule must find."""
 
 from collections.abc import Callable
 

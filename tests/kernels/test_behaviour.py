@@ -1,4 +1,4 @@
-"""How the ops behave inside PyTorch: the same on the CPU path, in the interpreter and on a GPU."""
+"""Ops behave the same inside PyTorch on the CPU path, in the interpreter and on a GPU."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Launch configurations as data: by chip, and by the name of a device that was measured."""
+"""Launch configurations in files: per chip, and per name of a measured device."""
 
 import logging
 import shutil

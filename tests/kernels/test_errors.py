@@ -1,4 +1,4 @@
-"""A wrong call says which value is wrong, what was expected, and how to mend it."""
+"""The error of a wrong call names the value, what was expected, and the fix."""
 
 import pytest
 import torch

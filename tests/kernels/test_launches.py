@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, told without one: on meta tensors, or fake ones on "cuda"."""
+"""Launches that a GPU would get, checked without one: on meta tensors, or fake "cuda" ones."""
 
 from collections.abc import Callable
 

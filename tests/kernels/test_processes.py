@@ -1,6 +1,6 @@
-"""What needs a process of its own: Triton's interpreter, and its compiler without a GPU.
+"""Tests that need their own process: Triton's interpreter, and its compiler without a GPU.
 
-Triton reads TRITON_INTERPRET when it is imported. The processes run side by side, one a core.
+Triton reads TRITON_INTERPRET when it is imported. The processes run in parallel, one per core.
 """
 
 import os

@@ -148,16 +148,12 @@ def bench(
     its outputs, llama.cpp is missing for a .gguf file, torch cannot compile the model on this
     machine, or memory runs out.
     """
-    numbers: dict[str, Sequence[int]] = {
-        "batch_sizes": batch_sizes,
-        "prompt_lens": prompt_lens,
-        "tokens": [tokens],
-        "repetitions": [repetitions],
-    }
-    for name, counts in numbers.items():
-        if not counts or min(counts) < 1:
-            given = ",".join(map(str, counts)) or "none"
-            raise GraspError(f"`{name}` must be at least 1, got {given}")
+    _check_counts(
+        batch_sizes=batch_sizes,
+        prompt_lens=prompt_lens,
+        tokens=[tokens],
+        repetitions=[repetitions],
+    )
     plot = _plot_path(plot)
     if record:
         check_record(Path(model))
@@ -169,12 +165,12 @@ def bench(
     longest = max(prompt_lens) + tokens
     fix = "lower `batch_sizes`, `prompt_lens` or `tokens`, or use `dtype='bf16'`"
     with memory_errors(f"device {device}", fix):
-        runners: list[Transformers | LlamaCpp] = []
-        for name in names:
-            if is_for_llama_cpp(name):
-                runners.append(LlamaCpp(name, device, max(batch_sizes), longest))
-            else:
-                runners.append(Transformers(name, dtype, device, trust_remote_code, compile))
+        runners = [
+            LlamaCpp(name, device, max(batch_sizes), longest)
+            if is_for_llama_cpp(name)
+            else Transformers(name, dtype, device, trust_remote_code, compile)
+            for name in names
+        ]
         for runner in runners:
             if longest > runner.limit:
                 raise GraspError(
@@ -196,20 +192,21 @@ def bench(
             cases.append(_case(batch, prompt, runs))
             if batch * prompt == max(batch_sizes) * max(prompt_lens):
                 cache = [runner.cache_bytes_per_token() for runner in runners]
+    settings = {
+        "batch_sizes": list(batch_sizes),
+        "prompt_lens": list(prompt_lens),
+        "tokens": tokens,
+        "repetitions": repetitions,
+        "compile": compile,
+        "seed": SEED,
+        "device": device,
+        "machine": processor(torch.device(device)),
+        "threads": torch.get_num_threads(),
+    }
     result = Bench(
         models=tuple(runner.describe(kv) for runner, kv in zip(runners, cache, strict=True)),
         cases=tuple(cases),
-        settings={
-            "batch_sizes": list(batch_sizes),
-            "prompt_lens": list(prompt_lens),
-            "tokens": tokens,
-            "repetitions": repetitions,
-            "compile": compile,
-            "seed": SEED,
-            "device": device,
-            "machine": processor(torch.device(device)),
-            "threads": torch.get_num_threads(),
-        },
+        settings=settings,
         versions={
             "grasp": __version__,
             **{p: version(p) for p in dict.fromkeys(p for r in runners for p in r.packages)},
@@ -221,6 +218,13 @@ def bench(
     if record:
         add_measured(Path(model), "speed", result)
     return result
+
+
+def _check_counts(**counts: Sequence[int]) -> None:
+    for name, given in counts.items():
+        if not given or min(given) < 1:
+            said = ",".join(map(str, given)) or "none"
+            raise GraspError(f"`{name}` must be at least 1, got {said}")
 
 
 def _in_turns(

@@ -123,14 +123,7 @@ def compare(
     base = PruneConfig.of(model, keep=parts[0], **COMPARED_WIDTHS | options)
     header = check_run(base, out)
     base = on_device(base)
-    cells = [
-        Cell(
-            method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
-        )
-        for seed in dict.fromkeys(seeds)  # all methods with the first seed, then the next
-        for method in dict.fromkeys(methods)
-        for part in dict.fromkeys(parts)
-    ]
+    cells = _cells(base, parts, methods, seeds)
     for cell in cells:
         check_fit(cell.config, header)
     asked = {
@@ -181,6 +174,19 @@ def compare(
         run.log(event="finished", folder=str(run.out))
         run.publish()
     return Comparison(Path(out), summary)
+
+
+def _cells(
+    base: PruneConfig, parts: Sequence[float], methods: Sequence[str], seeds: Sequence[int]
+) -> list[Cell]:
+    return [
+        Cell(
+            method, replace(of_method(base, method, seed), budget=replace(base.budget, asked=part))
+        )
+        for seed in dict.fromkeys(seeds)  # all methods with the first seed, then the next
+        for method in dict.fromkeys(methods)
+        for part in dict.fromkeys(parts)
+    ]
 
 
 def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:

@@ -62,7 +62,9 @@ def test_a_checkpoint_with_biases(tiny, text, tmp_path, layout, dtype):
     assert not model.model.layers[0].mlp.up_proj.bias.any()
     if dtype == "fp32":
         assert grasp.verify(ours.folder).passed
-    assert "biases make up for the mean" in (ours.folder / "README.md").read_text(encoding="utf-8")
+    assert "added biases restore the mean output" in (ours.folder / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_who_cannot_carry_them(refused, tmp_path_factory, text):

@@ -51,7 +51,8 @@ def runs(models, text, tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_pruned_is_what_was_planned_and_what_loads(family, models, runs):
-    folder, plan = runs[family].folder, grasp.plan(str(models[family]), keep=0.5, ffn_multiple=8)
+    folder = runs[family].folder
+    plan = grasp.plan(str(models[family]), keep=0.5, seq_len=32, ffn_multiple=8)
     model = AutoModelForCausalLM.from_pretrained(folder)
     count = sum(p.numel() for p in model.parameters())
     summary = json.loads((folder / "grasp.json").read_text())

@@ -255,7 +255,10 @@ GOOD = json.dumps(PIQA[0])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no piqa.validation.jsonl: put it there, a JSON record a line with the fields "),
+        (
+            None,
+            "has no piqa.validation.jsonl: put it there, one JSON record per line, with the fie",
+        ),
         ("\n", "is empty: expected records with the fields goal, sol1, sol2, label"),
         (f"{GOOD}\n[1]\n", r"piqa.validation.jsonl, line 2: no 'goal'; expected a record"),
         (f'{GOOD}\n\n{{"goal": null}}\n', r"line 3: no 'goal'; expected a record with the"),
@@ -351,9 +354,8 @@ def test_the_command_line_of_lm_eval(pruned, data, tmp_path):
     assert done.returncode == 0, done.stderr
     (report,) = tmp_path.glob("found*.json")
     found = json.loads(report.read_text())["results"]["piqa"]
-    found = evaluate_tasks(str(pruned), "piqa", tasks_data=data, device="cpu")
-    ours = found.models[0].scores["piqa"]
-    for metric, score in ours.items():
+    ours = evaluate_tasks(str(pruned), "piqa", tasks_data=data, device="cpu").models[0]
+    for metric, score in ours.scores["piqa"].items():
         assert [found[f"{metric},none"], found[f"{metric}_stderr,none"]] == [
             score.value,
             score.stderr,

@@ -32,7 +32,6 @@ LINKING = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md",
 LINKING += [ROOT / "benchmarks/README.md", *sorted((ROOT / "examples").glob("*.ipynb"))]
 SMALL = {
     "prune": {"samples": 4, "seq_len": 32, "epochs": 1},
-    "prune_each": {"samples": 4, "seq_len": 32, "epochs": 1},
     "compare": {"samples": 4, "seq_len": 32, "epochs": 1, "eval_windows": 1},
     "sparsify": {"samples": 4, "seq_len": 32, "rounds": 1},
 }

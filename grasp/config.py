@@ -22,7 +22,7 @@ from grasp.options import (
     options_of,
 )
 
-Start = Literal["fisher", "equal"]
+InitScores = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
 ScaleKind = Literal["channel", "unit"]
@@ -37,13 +37,13 @@ RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the fi
 TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
 PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults are others
     "method": "learned",
-    "start": "equal",
+    "init_scores": "equal",
     "schedule": "constant",
     "anneal": 0.0,
     "gate_site": "kv",
     "compensate": "none",
     "scales": "unit",
-    "decay": 0.0,
+    "scale_decay": 0.0,
 }
 PUBLISHED_WIDTHS = {"ffn_multiple": 1}
 KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
@@ -79,7 +79,7 @@ class PruneConfig:
     schedule: Schedule = option(
         "cosine", "Learning rate schedule of the scales that learn after the mask.", ABLATION
     )
-    start: Start = option("fisher", "Initial scores.", ABLATION)
+    init_scores: InitScores = option("fisher", "Initial scores.", ABLATION)
     anneal: float = option(0.5, "Part of the steps over which the budget shrinks.", ABLATION)
     gate_site: GateSite = option("output", "Where attention gates sit.", ABLATION)
     compensate: Compensation = option(
@@ -92,7 +92,7 @@ class PruneConfig:
         "channel", "One scale per channel (trained together with the gates), or per unit.", ABLATION
     )
     scale_epochs: int = option(1, "Passes over the blocks while scales learn.", LEARNING)
-    decay: float = option(1.0, "Decay rate that pulls scales towards 1, per epoch.", ABLATION)
+    scale_decay: float = option(1.0, "Decay rate that pulls scales towards 1, per epoch.", ABLATION)
     eval_text: str | None = option(None, EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
@@ -125,8 +125,10 @@ class PruneConfig:
         check_device(self.device)
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"`anneal` must be between 0 and 1, got {self.anneal}")
-        if not 0 <= self.decay < math.inf:
-            raise GraspError(f"`decay` must be a finite number from 0 up, got {self.decay}")
+        if not 0 <= self.scale_decay < math.inf:
+            raise GraspError(
+                f"`scale_decay` must be a finite number from 0 up, got {self.scale_decay}"
+            )
         updates = criteria.get(self.method).updates_weights
         if updates and self.compensate not in ("auto", "none"):
             raise GraspError(

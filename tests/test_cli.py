@@ -100,8 +100,8 @@ def damaged(tiny, folder, value):
             "--compensate must be none with",
         ),
         (
-            ["--as-published", "--start=fisher"],
-            "--as-published sets --start to 'equal', got 'fisher'",
+            ["--as-published", "--init-scores=fisher"],
+            "--as-published sets --init-scores to 'equal', got 'fisher'",
         ),
         (
             ["--as-published", "--ffn-multiple=32"],
@@ -269,7 +269,9 @@ def test_logits_that_overflow(refused, tiny, text, tmp_path):
     assert message.startswith("the loss is ") and " after window 1 of 2: the weights" in message
 
 
-@pytest.mark.parametrize("options", ["--start=equal", "--start=fisher", "--method=fisher"])
+@pytest.mark.parametrize(
+    "options", ["--init-scores=equal", "--init-scores=fisher", "--method=fisher"]
+)
 def test_a_loss_that_overflows_while_learning(call, tiny, text, tmp_path, options, monkeypatch):
     """Though the first look at the model does not show it, and no text is left to measure it on."""
     for look in ("try_saving", "check_fidelity"):
@@ -362,7 +364,15 @@ def test_help_has_panels(call):
     by_name = dict(zip(panels[1::2], panels[2::2], strict=True))
     for name, option in [("Options", "--keep"), ("Learning", "--epochs"), ("Machine", "--device")]:
         assert f" {option} " in by_name[name]
-    for option in ("start", "anneal", "gate-site", "schedule", "accumulate", "decay", "scales"):
+    for option in (
+        "init-scores",
+        "anneal",
+        "gate-site",
+        "schedule",
+        "accumulate",
+        "scale-decay",
+        "scales",
+    ):
         assert f" --{option} " in by_name["Ablation"]
     assert " --eval-text " in by_name["Evaluation"]
 

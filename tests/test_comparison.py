@@ -45,8 +45,8 @@ def test_nothing_is_done_twice(found):
     """One dense evaluation, and scores of a one-shot method once for all budgets and for refit."""
     log = records(found.folder)
     parts = [r["part"] for r in log if r.get("stage") == "fisher" and r["step"] == 1]
-    choices = [f"choice of fisher, seed {s}" for s in (0, 1)]
-    learned = [f"choice of learned, keep {k}, seed {s}" for s in (0, 1) for k in (0.7, 0.4)]
+    choices = [f"selection of fisher, seed {s}" for s in (0, 1)]
+    learned = [f"selection of learned, keep {k}, seed {s}" for s in (0, 1) for k in (0.7, 0.4)]
     assert sorted(parts) == sorted(choices + learned)
     assert sum(r.get("stage") == "evaluate dense" and r["step"] == 1 for r in log) == 1
 
@@ -104,14 +104,14 @@ def test_methods_that_fit_weights_run_in_fp32(tiny, text, tmp_path):
 def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
     """The same cells come out, those that were there are not measured again, and others may be
     asked for. What it takes to load the model again is no cell's cost."""
-    out, shrink, left = tmp_path / "out", comparison.shrink, [3]
+    out, apply_mask, left = tmp_path / "out", comparison.apply_mask, [3]
     begin, now, loaded = comparison.begin, time.time, []
 
     def stop(*args):
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return shrink(*args)
+        return apply_mask(*args)
 
     def begin_in_an_hour(*args):
         loaded.append(3600)
@@ -119,7 +119,7 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(comparison, "begin", begin_in_an_hour)
     monkeypatch.setattr(time, "time", lambda: now() + sum(loaded))
-    monkeypatch.setattr(comparison, "shrink", stop)
+    monkeypatch.setattr(comparison, "apply_mask", stop)
     with pytest.raises(KeyboardInterrupt):
         grasp.compare(tiny, out, calibration=text, **GRID, **SMALL)
     assert not out.exists()

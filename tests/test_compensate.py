@@ -94,5 +94,5 @@ def test_what_auto_stands_for():
         assert recipe["compensate"] == "none"
     with pytest.raises(GraspError, match=f"`compensate` must be none with {updating}, .* 'refit'"):
         PruneConfig("m", budget, method=updating, compensate="refit")
-    paper = PruneConfig.of("m", as_published=True, compensate="none", start="equal")
+    paper = PruneConfig.of("m", as_published=True, compensate="none", init_scores="equal")
     assert paper == PruneConfig.of("m").as_published()

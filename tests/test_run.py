@@ -160,7 +160,7 @@ def contents(folder):
 
 def test_killed_at_random_moments(tiny, text, tmp_path):
     options = dict(SMALL, calibration="self", eval_text=text, eval_seq_len=32, batch_size=2)
-    options |= dict(accumulate=2, epochs=12, start="equal", eval_windows=2)
+    options |= dict(accumulate=2, epochs=12, init_scores="equal", eval_windows=2)
     whole = grasp.prune(tiny, tmp_path / "whole", **options)
     draw, out, killed = random.Random(0), tmp_path / "out", 0
     while killed < 6 and not out.exists():
@@ -410,15 +410,15 @@ def test_several_budgets_from_one_choice(tiny, text, tmp_path, learned, several)
 
 def test_several_budgets_stopped_and_resumed(tiny, text, tmp_path, several, monkeypatch):
     """A finished budget is not made again."""
-    out, shrink, left = tmp_path / "out", pipeline.shrink, [2]
+    out, apply_mask, left = tmp_path / "out", pipeline.apply_mask, [2]
 
     def stop(*args):
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return shrink(*args)
+        return apply_mask(*args)
 
-    monkeypatch.setattr(pipeline, "shrink", stop)
+    monkeypatch.setattr(pipeline, "apply_mask", stop)
     options = dict(SMALL, keep=(0.7, 0.5), calibration=text)
     with pytest.raises(KeyboardInterrupt):
         grasp.prune(tiny, out, **options)
@@ -555,14 +555,14 @@ def test_a_result_that_overflows_is_not_published(text, tmp_path, monkeypatch):
     """Its perplexity is measured in fp32, where it does not."""
 
     def shrink_to_large_weights(*args):
-        model = shrink(*args)
+        model = apply_mask(*args)
         for layer in model.model.layers:
             layer.mlp.up_proj.weight.mul_(300)
             layer.mlp.gate_proj.weight.mul_(300)
         return model
 
-    model, shrink = save_tiny(tmp_path / "model", dtype=torch.float16), pipeline.shrink
-    monkeypatch.setattr(pipeline, "shrink", shrink_to_large_weights)
+    model, apply_mask = save_tiny(tmp_path / "model", dtype=torch.float16), pipeline.apply_mask
+    monkeypatch.setattr(pipeline, "apply_mask", shrink_to_large_weights)
     said = "logits: not finite in torch.float16: store the model in bf16 or fp32 first"
     with pytest.raises(GraspError, match=said):
         grasp.prune(model, tmp_path / "out", calibration=text, **AT_ONCE)
@@ -658,7 +658,7 @@ def test_a_full_disk(tiny, text, tmp_path, learned, limit, full_at):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_that_runs_out(tiny, text, tmp_path):
     out, stderr = tmp_path / "out", tmp_path / "stderr"
-    options = dict(SMALL, seq_len=256, samples=16, batch_size=16, start="equal")
+    options = dict(SMALL, seq_len=256, samples=16, batch_size=16, init_scores="equal")
     attempt = start(command(tiny, out, calibration=text, **options), stderr, more_memory=2_000_000)
     attempt.join()
     said = stderr.read_text()

@@ -46,7 +46,7 @@ class TrainSettings:
             config.accumulate,
             config.lr,
             config.schedule,
-            config.decay,
+            config.scale_decay,
             config.seed,
         )
 

@@ -35,6 +35,7 @@ from grasp.report.comparison import figure, page
 from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
+    apply_mask,
     begin,
     check_budget,
     check_fidelity,
@@ -44,12 +45,11 @@ from grasp.run.prune import (
     on_device,
     open_job,
     pruned_record,
-    shrink,
     working_dtype,
 )
 from grasp.run.ready import check_run
 from grasp.select import select
-from grasp.select.choice import Choice
+from grasp.select.selection import Selection
 
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
@@ -70,12 +70,12 @@ class Cell:
         return f"{self.method}, keep {self.config.budget.asked}, seed {self.config.seed}"
 
     @property
-    def choice(self) -> str:
+    def selection(self) -> str:
         """Name of everything that its scores depend on."""
         method, seed = self.config.method, self.config.seed
         if criteria.get(method).per_budget:
-            return f"choice of {method}, keep {self.config.budget.asked}, seed {seed}"
-        return f"choice of {method}, seed {seed}"
+            return f"selection of {method}, keep {self.config.budget.asked}, seed {seed}"
+        return f"selection of {method}, seed {seed}"
 
     @property
     def rewrites(self) -> bool:
@@ -135,7 +135,7 @@ def compare(
         for cell in cells:
             check_budget(cell.config, dense)
         check_fidelity([cell.config for cell in cells], dense, start, run)
-        if start.ruler is None:
+        if start.evaluation_set is None:
             raise GraspError("the samples leave no text to evaluate on: give `eval_text`")
         perplexity = measure_dense(dense, start, run)
         cast(dense, working_dtype(base))
@@ -215,24 +215,24 @@ class _Grid:
     def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score) -> None:
         self._run, self._start, self._score = run, start, score
         self._dense = move(dense, "cpu")  # the device holds the model in use
-        self._chosen: dict[str, tuple[Choice, Cost]] = {}
+        self._chosen: dict[str, tuple[Selection, Cost]] = {}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         return self._run.part(cell.name).remember("result", partial(self._measure, cell))
 
     def _choose(
         self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
-    ) -> tuple[Choice, Cost]:
-        """Return the choice of the cell's method, and its cost."""
-        if cell.rewrites or cell.choice not in self._chosen:
-            part = self._run.part(cell.choice)
+    ) -> tuple[Selection, Cost]:
+        """Return the selection of the cell's method, and its cost."""
+        if cell.rewrites or cell.selection not in self._chosen:
+            part = self._run.part(cell.selection)
             reset_peak_memory()
             move(model, cell.config.device)
             with memory_mode(model, cell.config):
-                choice = select(model, projection, blocks, cell.config, part.stage)
+                selection = select(model, projection, blocks, cell.config, part.stage)
             move(self._dense, "cpu")
-            self._chosen[cell.choice] = choice, part.remember("cost", partial(_cost, part))
-        return self._chosen[cell.choice]
+            self._chosen[cell.selection] = selection, part.remember("cost", partial(_cost, part))
+        return self._chosen[cell.selection]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
         """Copy the dense model in the cell's dtype; load it again if it has another dtype."""
@@ -247,13 +247,15 @@ class _Grid:
         blocks, projection = self._start.blocks(config), self._start.projection(config)
         if cell.rewrites:
             model = self._own_model(config)
-            choice, choosing = self._choose(cell, model, projection, blocks)
+            selection, choosing = self._choose(cell, model, projection, blocks)
         else:
-            choice, choosing = self._choose(cell, self._dense, projection, blocks)
+            selection, choosing = self._choose(cell, self._dense, projection, blocks)
             model = self._own_model(config)
-        mask = projection.mask(choice.scores)
+        mask = projection.mask(selection.scores)
         reset_peak_memory()
-        pruned = shrink(model, mask, choice.scales, blocks, config, self._start.stored_dtype, part)
+        pruned = apply_mask(
+            model, mask, selection.scales, blocks, config, self._start.stored_dtype, part
+        )
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
         record = pruned_record(config, self._start, mask, pruned, config.budget.asked)

@@ -109,10 +109,10 @@ def prune(
     same mask. `show` receives each log record.
 
     Several budgets as `keep` give a list of results, out/keep-0.8 and so on, in the order given,
-    from one choice: units are scored once, learned gates under the smallest budget, and the scores
-    are projected to each, as are scales that learned along with gates; refit, the scales after the
-    mask and evaluation are each budget's own. A GPU holds one model at a time, the host's memory
-    another. Raises GraspError.
+    from one selection: units are scored once, learned gates under the smallest budget, and the
+    scores are projected to each, as are scales that learned along with gates; refit, the scales
+    after the mask and evaluation are each budget's own. A GPU holds one model at a time, the host's
+    memory another. Raises GraspError.
     """
     configs = [on_device(config) for config in ready(model, out, keep, **options)]
     config = min(configs, key=lambda config: config.budget.asked)
@@ -156,7 +156,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     for budget in budgets.values():
         check_budget(replace(config, budget=budget), model)
     check_fidelity([config], model, start, run)
-    if start.ruler is None:
+    if start.evaluation_set is None:
         run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
     cast(model, working_dtype(config))
@@ -164,18 +164,20 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     with memory_mode(model, config) as mode:
         if config.memory == "auto" and mode != "fast":
             run.log(event="note", text=f"`memory={mode!r}`, for what is free on {config.device}")
-        choice = select(model, start.projection(config), blocks, config, run.stage)
+        selection = select(model, start.projection(config), blocks, config, run.stage)
     if "" not in budgets:
         move(model, "cpu")  # the device holds the copy that is pruned
     results = []
     for name, budget in budgets.items():
         own = replace(config, budget=budget)
-        mask = start.projection(own).mask(choice.scores)
+        mask = start.projection(own).mask(selection.scores)
         folder = run.finished(name) if name else run.checkpoint
         if not folder.exists():
             part = run.part(name) if name else run
             pruned = move(copy.deepcopy(model), config.device) if name else model
-            pruned = shrink(pruned, mask, choice.scales, blocks, own, start.stored_dtype, part)
+            pruned = apply_mask(
+                pruned, mask, selection.scales, blocks, own, start.stored_dtype, part
+            )
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
             record = finish(pruned, record, start, part, run.checkpoint)
             record = record.measured(dense=dense, seconds=run.seconds())
@@ -198,7 +200,7 @@ class Start:
     tokenizer: Any
     stored_dtype: torch.dtype
     corpus: Corpus
-    ruler: Ruler | None
+    evaluation_set: EvaluationSet | None
 
     def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
         """Return the calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
@@ -259,8 +261,8 @@ def read_texts(
     corpus = _calibration_text(config, model, tokenizer, run)
     for note in dict.fromkeys((*corpus.notes, *(eval_text.notes if eval_text else ()))):
         run.log(event="note", text=note)
-    ruler = _ruler(config, eval_text, corpus, longest(model))
-    start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, ruler)
+    evaluation_set = _evaluation_set(config, eval_text, corpus, longest(model))
+    start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, evaluation_set)
     start.blocks(config)
     return start
 
@@ -290,8 +292,8 @@ def _runs_layers(config: PruneConfig) -> str | None:
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
     """Bind the run to its inputs, and measure the dense model."""
-    run.same_inputs(_inputs(model, start.corpus, start.ruler))
-    return run.remember("dense", partial(_measure, start.ruler, model, "dense", run))
+    run.same_inputs(_inputs(model, start.corpus, start.evaluation_set))
+    return run.remember("dense", partial(_measure, start.evaluation_set, model, "dense", run))
 
 
 def working_dtype(config: PruneConfig) -> torch.dtype:
@@ -300,10 +302,10 @@ def working_dtype(config: PruneConfig) -> torch.dtype:
     return dtype
 
 
-def shrink(
+def apply_mask(
     model: PreTrainedModel,
     mask: Mask,
-    learned_along: Tensor | None,
+    joint_scales: Tensor | None,
     blocks: Tensor,
     config: PruneConfig,
     stored_dtype: torch.dtype,
@@ -311,7 +313,7 @@ def shrink(
 ) -> PreTrainedModel:
     """Scale, compensate, cut and calibrate; return the pruned model in `stored_dtype`.
 
-    `learned_along` are the scales of a `Choice`. `model` cannot be used afterwards.
+    `joint_scales` are the scales of a `Selection`. `model` cannot be used afterwards.
     """
     edits: list[Edit] = []
 
@@ -319,8 +321,8 @@ def shrink(
         found.apply(model)
         edits.append(found)
 
-    if learned_along is not None:
-        edit(Scale(config.scales, learned_along))
+    if joint_scales is not None:
+        edit(Scale(config.scales, joint_scales))
     compensation: list[Edit] = []
     if config.compensation == "bias":
         compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
@@ -362,7 +364,7 @@ def finish(model: PreTrainedModel, record: Record, start: Start, run: Run, folde
     _release(model)
     reread, tokenizer = load_model(folder, dtype=None, device=device)
     check_saved(folder, reread, tokenizer)
-    pruned = _measure(start.ruler, reread, "pruned", run)
+    pruned = _measure(start.evaluation_set, reread, "pruned", run)
     return record.measured(pruned=pruned, **asdict(saved))
 
 
@@ -445,7 +447,7 @@ def _calibration_text(
 
 
 @dataclass(frozen=True)
-class Ruler:
+class EvaluationSet:
     """The text and settings with which both models are measured."""
 
     text: Corpus
@@ -453,17 +455,19 @@ class Ruler:
     windows: int | None
 
 
-def _ruler(
+def _evaluation_set(
     config: PruneConfig | SparsifyConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
-) -> Ruler | None:
+) -> EvaluationSet | None:
     """Use `eval_text`, or text held out from calibration; None if there is neither."""
     if eval_text:
-        return Ruler(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
+        return EvaluationSet(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
     rest = held_out_text(corpus, seq_len=config.seq_len, samples=config.samples)
-    return None if rest is None else Ruler(rest, config.seq_len, config.eval_windows)
+    return None if rest is None else EvaluationSet(rest, config.seq_len, config.eval_windows)
 
 
-def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict[str, Any]:
+def _inputs(
+    model: PreTrainedModel, corpus: Corpus, evaluation_set: EvaluationSet | None
+) -> dict[str, Any]:
     """Return what determines the result besides the options: texts, weights, software, threads."""
     software = environment(model.device)
     if model.device.type != "cpu":
@@ -473,7 +477,7 @@ def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict
         weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
     return {
         "calibration text": corpus.sha256,
-        "evaluation text": ruler and ruler.text.sha256,
+        "evaluation text": evaluation_set and evaluation_set.text.sha256,
         "weights": weights.hexdigest(),
         "grasp": __version__,
         **software,
@@ -481,14 +485,14 @@ def _inputs(model: PreTrainedModel, corpus: Corpus, ruler: Ruler | None) -> dict
 
 
 def _measure(
-    ruler: Ruler | None, model: PreTrainedModel, which: str, run: Run
+    evaluation_set: EvaluationSet | None, model: PreTrainedModel, which: str, run: Run
 ) -> dict[str, Any] | None:
-    if ruler is None:
+    if evaluation_set is None:
         return None
     return perplexity(
         model,
-        ruler.text,
-        seq_len=ruler.seq_len,
-        windows=ruler.windows,
+        evaluation_set.text,
+        seq_len=evaluation_set.seq_len,
+        windows=evaluation_set.windows,
         progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
     ).to_json()

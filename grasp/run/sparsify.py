@@ -84,7 +84,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     start = read_texts(config, model, tokenizer, run)
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)
-    if start.ruler is None:
+    if start.evaluation_set is None:
         run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
 

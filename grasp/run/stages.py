@@ -68,10 +68,10 @@ def learn(
     config = PruneConfig(model.name_or_path or "", budget, device=str(model.device), **options)
     projection = Projection(UnitSpace.of(model), budget, seed=config.seed, device=config.device)
     _freeze(model)
-    choice = select(model, projection, blocks, config, lambda stage: Journal())
-    if choice.scales is not None:
-        fold_scales(model, config.scales, choice.scales)
-    return projection.mask(choice.scores)
+    selection = select(model, projection, blocks, config, lambda stage: Journal())
+    if selection.scales is not None:
+        fold_scales(model, config.scales, selection.scales)
+    return projection.mask(selection.scores)
 
 
 def refit(model: PreTrainedModel, mask: Mask, blocks: Tensor) -> None:

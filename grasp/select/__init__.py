@@ -13,7 +13,7 @@ from grasp.budget.projection import Projection
 from grasp.config import PruneConfig
 from grasp.errors import GraspError
 from grasp.journal import Journal
-from grasp.select.choice import Choice
+from grasp.select.selection import Selection
 
 
 def select(
@@ -22,7 +22,7 @@ def select(
     blocks: Tensor,
     config: PruneConfig,
     stage: Callable[[str], Journal],
-) -> Choice:
+) -> Selection:
     """Score all units with the criterion `config.method`; blocks: int64 [samples, seq_len].
 
     A criterion that updates weights changes `model` in place, for this budget only. `stage(name)`
@@ -39,7 +39,7 @@ def select(
         config=config,
         stage=stage,
     )
-    if isinstance(found, Choice):
+    if isinstance(found, Selection):
         return found
     size = projection.space.size
     if not isinstance(found, Tensor) or found.shape != (size,) or not found.isfinite().all():
@@ -47,4 +47,4 @@ def select(
         raise GraspError(
             f"method {criterion.name!r} gave {shape}, expected {size} finite scores, one per unit"
         )
-    return Choice(projection.ranked(found.to(model.device, torch.float32)))
+    return Selection(projection.ranked(found.to(model.device, torch.float32)))

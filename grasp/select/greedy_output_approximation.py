@@ -28,23 +28,23 @@ from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.units import Rows, decoder_layers
-from grasp.select.choice import Choice
 from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
 from grasp.select.ratio import uniform_ratio
+from grasp.select.selection import Selection
 
 
 def greedy_output_approximation(
     model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
-) -> Choice:
+) -> Selection:
     """Prune greedily, with KV groups scored by their second moment, like channels."""
-    return Choice(prune_greedily(model, projection, blocks, journal))
+    return Selection(prune_greedily(model, projection, blocks, journal))
 
 
 def greedy_head_similarity(
     model: PreTrainedModel, projection: Projection, blocks: Tensor, journal: Journal
-) -> Choice:
+) -> Selection:
     """Prune greedily, with KV groups scored by their similarity."""
-    return Choice(prune_greedily(model, projection, blocks, journal, similar_heads=True))
+    return Selection(prune_greedily(model, projection, blocks, journal, similar_heads=True))
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from grasp.config import GateSite, PruneConfig, ScaleKind
 from grasp.gates.scales import scale, scale_count, scaled
 from grasp.gates.training import TrainSettings, train_gates
 from grasp.journal import Journal
-from grasp.select.choice import Choice
 from grasp.select.fisher import fisher_scores
+from grasp.select.selection import Selection
 
 TAU = 1.5
 
@@ -51,11 +51,11 @@ def learned(
     blocks: Tensor,
     config: PruneConfig,
     stage: Callable[[str], Journal],
-) -> Choice:
-    """Learn gates under the budget of `projection`, from the scores that `config.start` names."""
+) -> Selection:
+    """Learn gates under the budget of `projection`, from `config.init_scores`."""
     fisher = criteria.get("fisher").samples
     start = torch.zeros(projection.space.size, device=model.device)
-    if config.start == "fisher":
+    if config.init_scores == "fisher":
         scores = fisher_scores(model, projection.space, blocks[:fisher], stage("fisher"))
         start = projection.ranked(scores)
     settings = LearnSettings(
@@ -73,7 +73,7 @@ def free(
     blocks: Tensor,
     config: PruneConfig,
     stage: Callable[[str], Journal],
-) -> Choice:
+) -> Selection:
     """Learn gates with the same gradients, but every unit open and one projection at the end."""
     everything = replace(config.budget, kind="keep", asked=1.0)
     device = str(model.device)
@@ -88,7 +88,7 @@ def learn_scores(
     blocks: Tensor,
     settings: LearnSettings,
     journal: Journal,
-) -> Choice:
+) -> Selection:
     """Learn scores, starting from `start`, and scales; blocks: int64 [samples, seq_len]."""
     space, whole = projection.space, projection.budget.cost(projection.space)
     along = settings.scales == "channel"
@@ -123,7 +123,7 @@ def learn_scores(
             info=lambda: kept_by_kind(projection, mask, int(limit)),
             scales=len(theta) - space.size,
         )
-    return Choice(theta[: space.size], scale(theta[space.size :]) if along else None)
+    return Selection(theta[: space.size], scale(theta[space.size :]) if along else None)
 
 
 def annealed(limit: int, whole: int, progress: Tensor, anneal: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """Scores of all units, fp32 [units], and the scales for `fold_scales` if any were learned."""
 
     scores: Tensor

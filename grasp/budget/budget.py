@@ -19,6 +19,9 @@ from grasp.options import Option, option, options_of
 
 Kind = Literal["keep", "params", "kv_cache"]
 Layout = Literal["per-layer", "uniform"]
+Part = Literal["ffn", "kv"]
+Units = Literal["auto", "both", "ffn", "kv"]
+NAMES: dict[Part, str] = {"ffn": "FFN channels", "kv": "KV groups"}
 KINDS: dict[str, Option] = {
     "keep": Option(
         "Part of the prunable parameters to keep (default: 0.5).",
@@ -31,8 +34,9 @@ KINDS: dict[str, Option] = {
 
 
 class Segment(NamedTuple):
-    """One kind of unit in one layer."""
+    """The units of one kind in one layer, at least one."""
 
+    kind: Part
     units: slice  # into the flat unit vector
     multiple: int
     unit_cost: int  # in the budget's measure
@@ -53,11 +57,23 @@ class Budget:
     ffn_multiple: int = option(32, "FFN widths are multiples of this.")
     kv_multiple: int = option(1, "KV head counts are multiples of this.")
     layout: Layout = option("per-layer", "Widths of each layer, or the same in all.")
+    units: Units = option(
+        "auto", "What may go: FFN channels, KV groups, both, or auto: what the structure allows."
+    )
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
             choices = " or ".join(get_args(Layout))
             raise GraspError(f"`layout` must be {choices}, got {self.layout!r}")
+        if self.units not in get_args(Units):
+            raise GraspError(
+                f"`units` must be one of {', '.join(get_args(Units))}, got {self.units!r}"
+            )
+        if self.kind == "kv_cache" and self.units in ("ffn", "both"):
+            raise GraspError(
+                f"`kv_cache` is a budget of KV groups alone, got `units={self.units!r}`: leave out "
+                "`units`, or use `keep`"
+            )
         if not isinstance(self.asked, Real):
             raise GraspError(f"`{self.kind}` must be one number, got {self.asked!r}")
         if not math.isfinite(self.asked):
@@ -91,13 +107,30 @@ class Budget:
         """(cost of an FFN channel, cost of a KV group) in the measure that this budget limits."""
         if self.kind == "kv_cache":
             return 0, layer.head_dim
-        return FFN_COST, layer.kv_cost
+        return FFN_COST * (self.units != "kv"), layer.kv_cost * (self.units != "ffn")
 
     def segments(self, space: UnitSpace) -> Iterator[Segment]:
+        """The kinds of each layer. A kind that costs nothing is kept whole."""
         for index, ffn, kv in space.segments():
             ffn_cost, kv_cost = self.unit_costs(space.layers[index])
-            yield Segment(ffn, self.ffn_multiple, ffn_cost)
-            yield Segment(kv, self.kv_multiple, kv_cost)
+            if ffn.stop > ffn.start:
+                yield Segment("ffn", ffn, self.ffn_multiple, ffn_cost)
+            if kv.stop > kv.start:
+                yield Segment("kv", kv, self.kv_multiple, kv_cost)
+
+    def prunes(self, space: UnitSpace) -> tuple[Part, ...]:
+        """The kinds of units of a model that may go under this budget. Raises GraspError."""
+        segments = list(self.segments(space))
+        have = tuple(part for part in NAMES if any(s.kind == part for s in segments))
+        found = tuple(
+            part for part in have if any(s.kind == part and s.unit_cost for s in segments)
+        )
+        if not found or (self.units == "both" and found != tuple(NAMES)):
+            (left,) = have
+            asked = "`kv_cache`" if self.kind == "kv_cache" else f"`units={self.units!r}`"
+            fix = f"`units={left!r}`" if self.kind != "kv_cache" else "`keep`"
+            raise GraspError(f"{asked} is not possible: only {NAMES[left]} can go here: use {fix}")
+        return found
 
     def cost(self, space: UnitSpace) -> int:
         """Cost of a whole (or already pruned) space in this budget's measure."""
@@ -109,14 +142,15 @@ class Budget:
 
     def step(self, space: UnitSpace) -> int:
         """Largest amount that may stay unspent: one block (uniform: one block in every layer)."""
-        blocks = [s.unit_cost * s.multiple for s in self.segments(space) if s.unit_cost]
-        ffn_blocks = blocks if self.kind == "kv_cache" else blocks[::2]
-        return max(ffn_blocks) * (len(space.layers) if self.layout == "uniform" else 1)
+        smallest = self.prunes(space)[0]  # FFN channels fill what is left
+        blocks = [s.unit_cost * s.multiple for s in self.segments(space) if s.kind == smallest]
+        return sum(blocks) if self.layout == "uniform" else max(blocks)
 
     def limit(self, space: UnitSpace) -> int:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
+        self.prunes(space)
         self.check_multiples(space)
-        if self.layout == "uniform" and len(set(space.layers)) > 1:
+        if self.layout == "uniform" and not space.is_uniform:
             raise GraspError(
                 "`layout='uniform'` needs layers of equal widths, and this model's differ: "
                 "use `layout='per-layer'`"
@@ -125,7 +159,7 @@ class Budget:
         # str first: 0.7 means seven tenths, not the nearest binary fraction
         asked = Fraction(str(self.asked))
         if self.kind == "params":
-            untouchable = space.total_params - space.prunable_params
+            untouchable = space.total_params - total * space.hidden_size
             least = untouchable + floor * space.hidden_size
             if not least <= asked <= space.total_params:
                 raise GraspError(

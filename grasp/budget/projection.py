@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grasp.budget.budget import Budget
+from grasp.budget.budget import Budget, Layout, Segment
 from grasp.errors import GraspError, reason
 from grasp.model.units import LayerUnits, UnitSpace
 from grasp_kernels import budget_topk
@@ -34,6 +34,15 @@ class Mask:
 
     space: UnitSpace
     keep: Tensor
+
+    @classmethod
+    def first(cls, space: UnitSpace, after: UnitSpace) -> Mask:
+        """The mask that keeps the first units of each layer, as many as `after` has."""
+        keep = torch.zeros(space.size, dtype=torch.bool)
+        for (_, *kinds), layer in zip(space.segments(), after.layers, strict=True):
+            for units, kept in zip(kinds, (layer.ffn, layer.kv_groups), strict=True):
+                keep[units.start : units.start + kept] = True
+        return cls(space, keep)
 
     def __repr__(self) -> str:
         after = self.pruned_space()
@@ -83,6 +92,14 @@ class Mask:
         return sha256(self.keep.numpy().tobytes()).hexdigest()
 
 
+def _shared(segments: list[Segment], layout: Layout) -> list[list[Segment]]:
+    """Segments that get the same width: all of a kind in the uniform layout, else each its own."""
+    if layout == "per-layer":
+        return [[segment] for segment in segments]
+    kinds = dict.fromkeys(segment.kind for segment in segments)
+    return [[s for s in segments if s.kind == kind] for kind in kinds]
+
+
 class Projection:
     """A budget bound to a model's units: `projection(scores)` is the mask within it."""
 
@@ -102,7 +119,6 @@ class Projection:
         self.space, self.budget = space, budget
         self.limit = budget.limit(space)
         segments = list(budget.segments(space))
-        together = len(space.layers) if budget.layout == "uniform" else 1
         lengths = torch.tensor([s.units.stop - s.units.start for s in segments])
         segment = torch.repeat_interleave(torch.arange(len(segments)), lengths)
         by_tie = tie_rank.argsort()
@@ -117,23 +133,27 @@ class Projection:
         first: list[bool] = []
         blocks_of_kind: list[int] = []
         block_of = torch.empty(space.size, dtype=torch.int64)
-        heads = segments[: len(segments) // together]
-        for number, head in enumerate(heads):
-            shared = segments[number :: len(heads)]
+        for shared in _shared(segments, budget.layout):
+            head = shared[0]
             blocks_of_kind.append((head.units.stop - head.units.start) // head.multiple)
             for start in range(0, head.units.stop - head.units.start, head.multiple):
                 for s in shared:
                     at = s.units.start + start
                     block_of[at : at + s.multiple] = len(costs)
                 middle.append([s.units.start + start + head.multiple // 2 for s in shared])
-                costs.append(head.multiple * head.unit_cost * together)
+                costs.append(head.multiple * head.unit_cost * len(shared))
                 first.append(start == 0)
         self._block_of = block_of.to(device)
-        self._middle = torch.tensor(middle, device=device)
+        self._layers = torch.tensor([len(own) for own in middle], device=device)
+        # a hybrid has fewer attentions than FFNs: rows are padded, and padding does not count
+        most = max(map(len, middle))
+        padded = torch.tensor([own + own[:1] * (most - len(own)) for own in middle])
+        self._counts = (torch.arange(most) < self._layers.cpu()[:, None]).to(device)
+        self._middle = padded.to(device)
         self._costs = torch.tensor(costs, device=device)
         self._floor = torch.tensor(first, device=device)
         # ties: random between kinds; in order within a kind, whose blocks are adjacent
-        lowest = tie_rank[torch.tensor(middle)].amin(1)
+        lowest = tie_rank[padded].amin(1)
         block_tie = torch.cat([part.sort().values for part in lowest.split(blocks_of_kind)])
         self._block_tie = block_tie.argsort().argsort().to(device)  # as ranks 0, 1, 2, ...
 
@@ -145,7 +165,7 @@ class Projection:
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         order = self._by_segment[(self._segment - key).argsort(stable=True)]
         blocks = budget_topk(
-            scores[order][self._middle].mean(1),
+            (scores[order][self._middle] * self._counts).sum(1) / self._layers,
             self._costs,
             self.limit if limit is None else limit,
             floor=self._floor,

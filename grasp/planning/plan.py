@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from grasp import criteria
-from grasp.budget.budget import Budget
+from grasp.budget.budget import NAMES, Budget, Part
 from grasp.config import (
     RECOMPUTE_EVERY,
     TOKENS_PER_CHANNEL,
@@ -99,6 +99,8 @@ class Plan:
     layers: int
     channels: int
     kv_groups: int
+    prunes: tuple[Part, ...]  # what may go
+    whole: tuple[str, ...]  # what stays whole besides, and why
     params: Size
     prunable: Size
     weight_bytes: Size
@@ -136,6 +138,8 @@ class Plan:
                 f"{self.channels:,} FFN channels, {self.kv_groups:,} KV groups, "
                 f"{self.layers} layers",
             ),
+            ("may go", " and ".join(NAMES[part] for part in self.prunes)),
+            *(("stays whole", why) for why in self.whole),
             ("parameters", _change(self.params)),
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
@@ -190,6 +194,8 @@ def plan(
         layers=len(space.layers),
         channels=sum(layer.ffn for layer in space.layers),
         kv_groups=sum(layer.kv_groups for layer in space.layers),
+        prunes=budget.prunes(space),
+        whole=_whole(header, budget),
         params=Size(space.total_params, after),
         prunable=Size(space.prunable_params, _times(space.hidden_size, cost)),
         weight_bytes=Size(width * space.total_params, _times(width, after)),
@@ -209,6 +215,17 @@ def plan(
     )
 
 
+def _whole(header: Header, budget: Budget) -> tuple[str, ...]:
+    """What stays whole in the layers, and why: by structure, or as the budget asks."""
+    prunes, reason = budget.prunes(header.space), f"`units={budget.units!r}`"
+    if budget.kind == "kv_cache":
+        reason = "`kv_cache` is a budget of KV groups"
+    have = {"ffn": any(layer.ffn for layer in header.space.layers)}
+    have["kv"] = any(layer.kv_groups for layer in header.space.layers)
+    asked = tuple(f"{NAMES[p]}: {reason}" for p in NAMES if have[p] and p not in prunes)
+    return (*asked, *header.whole)
+
+
 def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
     """Bounds on the cost of any mask under `budget`, and on the K values per token that it keeps.
 
@@ -217,39 +234,52 @@ def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
     """
     limit = budget.limit(space)
     # bounds on KV groups follow from the least and the most that FFN channels can cost
-    ffn = FFN_COST * sum(layer.ffn for layer in space.layers)
-    ffn_floor = FFN_COST * budget.ffn_multiple * len(space.layers)
+    ffns = [layer.ffn for layer in space.layers if layer.ffn]
+    attentions = [layer for layer in space.layers if layer.kv_groups]
+    ffn, ffn_floor = FFN_COST * sum(ffns), FFN_COST * budget.ffn_multiple * len(ffns)
     kv = space.cost - ffn
-    kv_floor = budget.kv_multiple * sum(layer.kv_cost for layer in space.layers)
+    kv_floor = budget.kv_multiple * sum(layer.kv_cost for layer in attentions)
     # cost of a KV group per head_dim; the same in all layers, except in foreign per-layer models
-    ratios = [2 * layer.group_size + 2 for layer in space.layers]
+    ratios = [2 * layer.group_size + 2 for layer in attentions] or [1]
+    keys = sum(layer.kv_groups * layer.head_dim for layer in attentions)
+    prunes = budget.prunes(space)
 
     unspent = budget.step(space) - 1
-    if budget.kind != "kv_cache" and limit >= ffn + kv_floor:
-        together = len(space.layers) if budget.layout == "uniform" else 1
-        group = budget.kv_multiple * max(layer.kv_cost for layer in space.layers)
+    if len(prunes) == 2 and limit >= ffn + kv_floor:
+        together = len(attentions) if budget.layout == "uniform" else 1
+        group = budget.kv_multiple * max(layer.kv_cost for layer in attentions)
         unspent = max(unspent, together * group - 1)
     if limit == budget.cost(space):
         unspent = 0
     spent = Range(max(budget.floor(space), limit - unspent), limit)
     if budget.kind == "kv_cache":
         cost = Range(ffn + spent.least * min(ratios), ffn + spent.most * max(ratios))
-        return cost, spent
+        return cost, _plus(space.fixed_keys, spent)
+    if "kv" not in prunes:
+        return _plus(kv, spent), _plus(space.fixed_keys, Range(keys, keys))
     groups = Range(max(kv_floor, spent.least - ffn), min(kv, spent.most - ffn_floor))
-    return spent, Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
+    if "ffn" not in prunes:
+        groups, spent = spent, _plus(ffn, spent)
+    values = Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
+    return spent, _plus(space.fixed_keys, values)
 
 
 def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
     """Bounds on all parameters of a result that costs `cost`, biases of kept units included."""
     most = space.total_params - space.fixed_params - space.prunable_params
     least = sum(
-        layer.channel_bias * budget.ffn_multiple + layer.group_bias * budget.kv_multiple
+        layer.channel_bias * min(layer.ffn, budget.ffn_multiple)
+        + layer.group_bias * min(layer.kv_groups, budget.kv_multiple)
         for layer in space.layers
     )
     if cost.least == space.cost:  # nothing is dropped
         least = most
     fixed, d = space.fixed_params, space.hidden_size
     return Range(fixed + d * cost.least + least, fixed + d * cost.most + most)
+
+
+def _plus(term: int, values: Range) -> Range:
+    return Range(term + values.least, term + values.most)
 
 
 def _times(factor: int, values: Range) -> Range:

@@ -139,12 +139,11 @@ def annealed(limit: int, whole: int, progress: Tensor, anneal: float) -> Tensor:
 def kept_by_kind(projection: Projection, mask: Tensor, limit: int) -> dict[str, Any]:
     """Count kept FFN channels and KV groups; add their cost, the current limit and the total."""
     mask = mask.cpu()
-    counts = [int(mask[s.units].sum()) for s in projection.budget.segments(projection.space)]
-    costs = [s.unit_cost for s in projection.budget.segments(projection.space)]
+    counts = [(s, int(mask[s.units].sum())) for s in projection.budget.segments(projection.space)]
     return {
-        "ffn": sum(counts[::2]),
-        "kv": sum(counts[1::2]),
-        "cost": sum(n * c for n, c in zip(counts, costs, strict=True)),
+        "ffn": sum(n for s, n in counts if s.kind == "ffn"),
+        "kv": sum(n for s, n in counts if s.kind == "kv"),
+        "cost": sum(n * s.unit_cost for s, n in counts),
         "limit": limit,
         "of": projection.budget.cost(projection.space),
     }

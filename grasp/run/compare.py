@@ -158,7 +158,7 @@ def compare(
         summary = {
             "model": base.model,
             **asked,
-            "calibration": start.corpus.to_json(),
+            "calibration": start.calibration.to_json(),
             "parameters": {
                 "prunable": start.space.prunable_params,
                 "total": start.space.total_params,

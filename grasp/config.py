@@ -50,7 +50,10 @@ KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
 SEEDS = (0, 1, 2)
 COMPARED_WIDTHS = {"ffn_multiple": 1}
 SET_BY_COMPARE = {"params", "kv_cache", "method", "compensate", "seed", "as_published"}
-CALIBRATION = "Text, JSON-lines, CSV or Parquet file, hub data set, self, or builtin."
+CALIBRATION = (
+    "Text, JSON-lines, CSV or Parquet file, hub data set, self, or builtin; several as "
+    "a.txt,b.jsonl:0.3, with weights."
+)
 TEXT_FIELD = "Field or column that holds texts or conversations."
 EVAL_TEXT = "Text to evaluate on (default: calibration text that was not used)."
 EVAL_WINDOWS = "Evaluate on the first windows only (default: all)."

@@ -33,7 +33,7 @@ class Record:
     widths: dict[str, list[list[int]]]  # before, after: [FFN channels, KV groups] of each layer
     mask_sha256: str
     kept: list[dict[str, list[int]]]  # ffn, kv: original indices of what each layer keeps
-    calibration: dict[str, Any] | None = None  # name, split, tokens, sha256 of the text
+    calibration: dict[str, Any] | None = None  # name, split, tokens, sha256; parts of a mixture
     budget: dict[str, Any] | None = None  # kind, asked, limit, obtained, of, chosen_for
     sparsity: dict[str, Any] | None = None  # pattern, weights, zeros_before, zeros_after, errors
     results: dict[str, Any] = field(default_factory=dict)  # dense, pruned, seconds, speed, ...

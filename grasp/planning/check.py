@@ -7,6 +7,7 @@ once and a plan describes a run that is possible.
 from __future__ import annotations
 
 from grasp.config import PruneConfig, SparsifyConfig
+from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
 from grasp.errors import GraspError
 from grasp.model.header import Header, read_header
@@ -21,8 +22,7 @@ def check(config: PruneConfig | SparsifyConfig) -> Header:
     Raises GraspError: a missing text, a model that is not supported or is quantised, a sequence
     longer than it accepts, a budget or layout that it cannot meet.
     """
-    if config.calibration != "self":
-        find_source(config.calibration)
+    find_parts(config.calibration, config.samples)
     if config.eval_text is not None:
         find_source(config.eval_text, "test")
     header = read_header(config.model)

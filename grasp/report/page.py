@@ -12,6 +12,7 @@ from typing import Any
 
 from grasp.checkpoint.record import Record
 from grasp.report.summary import (
+    calibrated_on,
     how_made,
     how_to_run,
     layer_figure,
@@ -57,7 +58,6 @@ pre { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; 
 
 def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
     """Return the page of a checkpoint, from its grasp.json and the records of its log.jsonl."""
-    calibration = record.calibration or {}
     title = f"{Path(record.model).name}, pruned to {record.kept_part:.2%}"
     recipe = dict(record.recipe)
     recipe |= {f"budget, {key}": value for key, value in recipe.pop("budget").items()}
@@ -80,8 +80,7 @@ def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
 <h2>Use it</h2>
 {"".join(_code(where, code) for where, _, code in how_to_run(record))}
 <h2>Recipe</h2>
-<p class="soft">Calibrated on {escape(calibration["name"])}: {calibration["tokens"]:,} tokens read,
-{recipe["samples"]} blocks of {recipe["seq_len"]} tokens used.</p>
+<p class="soft">{escape(calibrated_on(record))}</p>
 <table>{"".join(_row(key, value) for key, value in sorted(recipe.items()))}</table>
 <h2>Software</h2>
 <table>{"".join(_row(key, value) for key, value in record.versions.items())}</table>

@@ -73,7 +73,7 @@ def recorded(record: Record) -> list[tuple[str, dict[str, Any]]]:
 
 def model_card(record: Record) -> str:
     """Return README.md of a checkpoint, with the front matter that model hubs read."""
-    recipe, calibration = record.recipe, record.calibration or {}
+    recipe = record.recipe
     table = markdown_table(("", "dense", "pruned", ""), size_rows(record))
     rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(record)]
     layers = markdown_table(("layer", "FFN channels", "KV groups"), rows)
@@ -113,11 +113,20 @@ The indices of all kept units are in `grasp.json`.
 
 ## Recipe
 
-Calibrated on {calibration["name"]} ({calibration["tokens"]:,} tokens read,
-{recipe["samples"]} blocks of {recipe["seq_len"]} tokens used).
+{calibrated_on(record)}
 
 {settings}
 """
+
+
+def calibrated_on(record: Record) -> str:
+    """Name the calibration text, and the blocks of each of its parts, in one sentence."""
+    text, recipe = record.calibration or {}, record.recipe
+    each = " and ".join(f"{part['blocks']}" for part in text.get("parts", []))
+    return (
+        f"Calibrated on {text['name']} ({text['tokens']:,} tokens read, {recipe['samples']} blocks "
+        f"of {recipe['seq_len']} tokens used{f': {each}' if each else ''})."
+    )
 
 
 COMPENSATED = {

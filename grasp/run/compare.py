@@ -139,26 +139,12 @@ def compare(
             raise GraspError("the samples leave no text to evaluate on: give `eval_text`")
         perplexity = measure_dense(dense, start, run)
         cast(dense, working_dtype(base))
-
-        def score(name: str) -> dict[str, Any] | None:
-            if not tasks:
-                return None
-            return evaluate_tasks(
-                name,
-                tasks,
-                tasks_data=None if tasks_data is None else Path(tasks_data),
-                limit=limit,
-                batch_size=TASK_BATCH,
-                device=base.device,
-                trust_remote_code=base.trust_remote_code,
-                progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
-            ).to_json()
-
+        score = partial(_score, base, run, tasks, tasks_data, limit)
         grid = _Grid(run, dense, start, score)
         summary = {
             "model": base.model,
             **asked,
-            "calibration": start.corpus.to_json(),
+            "calibration": start.calibration.to_json(),
             "parameters": {
                 "prunable": start.space.prunable_params,
                 "total": start.space.total_params,
@@ -174,6 +160,29 @@ def compare(
         run.log(event="finished", folder=str(run.out))
         run.publish()
     return Comparison(Path(out), summary)
+
+
+def _score(
+    base: PruneConfig,
+    run: Run,
+    tasks: str | None,
+    tasks_data: str | os.PathLike[str] | None,
+    limit: int | None,
+    name: str,
+) -> dict[str, Any] | None:
+    """Return the zero-shot results of the model or folder `name`, if there are tasks."""
+    if not tasks:
+        return None
+    return evaluate_tasks(
+        name,
+        tasks,
+        tasks_data=None if tasks_data is None else Path(tasks_data),
+        limit=limit,
+        batch_size=TASK_BATCH,
+        device=base.device,
+        trust_remote_code=base.trust_remote_code,
+        progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
+    ).to_json()
 
 
 def _cells(

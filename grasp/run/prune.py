@@ -27,8 +27,8 @@ from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, SparsifyConfig
-from grasp.data.blocks import held_out_text, token_blocks
 from grasp.data.corpus import Corpus, read_corpus
+from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
@@ -199,14 +199,12 @@ class Start:
     space: UnitSpace
     tokenizer: Any
     stored_dtype: torch.dtype
-    corpus: Corpus
+    calibration: Mixture
     evaluation_set: EvaluationSet | None
 
     def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
         """Return the calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
-        return token_blocks(
-            self.corpus, seq_len=config.seq_len, samples=config.samples, seed=config.seed
-        )
+        return self.calibration.blocks(seq_len=config.seq_len, seed=config.seed)
 
     def projection(self, config: PruneConfig) -> Projection:
         return Projection(self.space, config.budget, seed=config.seed, device=config.device)
@@ -258,11 +256,17 @@ def read_texts(
 ) -> Start:
     """Read or sample the calibration text, and read the evaluation text."""
     eval_text = _eval_text(config, tokenizer)
-    corpus = _calibration_text(config, model, tokenizer, run)
-    for note in dict.fromkeys((*corpus.notes, *(eval_text.notes if eval_text else ()))):
+    calibration = read_mixture(
+        config.calibration,
+        tokenizer,
+        samples=config.samples,
+        text_field=config.text_field,
+        sample=partial(_own_text, config, model, tokenizer, run),
+    )
+    for note in dict.fromkeys((*calibration.notes, *(eval_text.notes if eval_text else ()))):
         run.log(event="note", text=note)
-    evaluation_set = _evaluation_set(config, eval_text, corpus, longest(model))
-    start = Start(UnitSpace.of(model), tokenizer, model.dtype, corpus, evaluation_set)
+    evaluation_set = _evaluation_set(config, eval_text, calibration, longest(model))
+    start = Start(UnitSpace.of(model), tokenizer, model.dtype, calibration, evaluation_set)
     start.blocks(config)
     return start
 
@@ -292,7 +296,7 @@ def _runs_layers(config: PruneConfig) -> str | None:
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
     """Bind the run to its inputs, and measure the dense model."""
-    run.same_inputs(_inputs(model, start.corpus, start.evaluation_set))
+    run.same_inputs(_inputs(model, start.calibration, start.evaluation_set))
     return run.remember("dense", partial(_measure, start.evaluation_set, model, "dense", run))
 
 
@@ -403,7 +407,7 @@ def run_record(
         name=config.model,
         seed=config.seed,
         recipe=config.to_json(),
-        calibration=start.corpus.to_json(),
+        calibration=start.calibration.to_json(),
         **more,
     )
 
@@ -426,17 +430,20 @@ def _eval_text(config: PruneConfig | SparsifyConfig, tokenizer: Any) -> Corpus |
     return read_corpus(config.eval_text, tokenizer, text_field=config.text_field, split="test")
 
 
-def _calibration_text(
-    config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
+def _own_text(
+    config: PruneConfig | SparsifyConfig,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    run: Run,
+    samples: int,
 ) -> Corpus:
-    if config.calibration != "self":
-        return read_corpus(config.calibration, tokenizer, text_field=config.text_field)
+    """Text of the model's own, sampled once per run."""
     done = run.stage("self").load()
     if done is None:
         corpus = sample_corpus(
             model,
             tokenizer,
-            samples=config.samples,
+            samples=samples,
             seq_len=config.seq_len,
             seed=config.seed,
             progress=lambda n, total: run.log(stage="self", step=n, steps=total),
@@ -456,17 +463,20 @@ class EvaluationSet:
 
 
 def _evaluation_set(
-    config: PruneConfig | SparsifyConfig, eval_text: Corpus | None, corpus: Corpus, longest: int
+    config: PruneConfig | SparsifyConfig,
+    eval_text: Corpus | None,
+    calibration: Mixture,
+    longest: int,
 ) -> EvaluationSet | None:
     """Use `eval_text`, or text held out from calibration; None if there is neither."""
     if eval_text:
         return EvaluationSet(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
-    rest = held_out_text(corpus, seq_len=config.seq_len, samples=config.samples)
+    rest = calibration.held_out(seq_len=config.seq_len)
     return None if rest is None else EvaluationSet(rest, config.seq_len, config.eval_windows)
 
 
 def _inputs(
-    model: PreTrainedModel, corpus: Corpus, evaluation_set: EvaluationSet | None
+    model: PreTrainedModel, calibration: Mixture, evaluation_set: EvaluationSet | None
 ) -> dict[str, Any]:
     """Return what determines the result besides the options: texts, weights, software, threads."""
     software = environment(model.device)
@@ -476,7 +486,7 @@ def _inputs(
     for parameter in model.parameters():
         weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
     return {
-        "calibration text": corpus.sha256,
+        "calibration text": calibration.sha256,
         "evaluation text": evaluation_set and evaluation_set.text.sha256,
         "weights": weights.hexdigest(),
         "grasp": __version__,

@@ -17,6 +17,7 @@ ROOMS = [
     *("run", "cli"),
 ]
 SOURCES = sorted((ROOT / "grasp").rglob("*.py"))
+KERNELS = sorted((ROOT / "grasp_kernels").rglob("*.py"))
 
 
 def imported(source: Path) -> Iterator[str]:
@@ -34,7 +35,11 @@ def room(name: str) -> str | None:
     return rest.partition(".")[0] if package == "grasp" and rest else None
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def name_of(source: Path) -> str:
+    return str(source.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_no_room_imports_a_later_one(source):
     own = source.relative_to(ROOT / "grasp").parts[0].removesuffix(".py")
     if own in ("__init__", "__main__"):  # the door: names of every room
@@ -45,8 +50,24 @@ def test_no_room_imports_a_later_one(source):
     assert not upward, f"grasp.{own} imports from a later room"
 
 
+def statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of its body, without the signature (a table of options, often) and the docstring."""
+    first, *rest = function.body
+    docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    start = rest[0].lineno if docstring and rest else first.lineno
+    return (function.end_lineno or start) - start + 1
+
+
+@pytest.mark.parametrize("source", SOURCES + KERNELS, ids=name_of)
+def test_functions_are_short(source):
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    lengths = {n.name: statements(n) for n in ast.walk(tree) if isinstance(n, functions)}
+    assert not {name: lines for name, lines in lengths.items() if lines > 60}
+
+
 def test_kernels_stand_alone():
-    for source in (ROOT / "grasp_kernels").rglob("*.py"):
+    for source in KERNELS:
         assert not any(n == "grasp" or n.startswith("grasp.") for n in imported(source)), source
 
 

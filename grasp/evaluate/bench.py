@@ -162,35 +162,25 @@ def bench(
         if is_for_llama_cpp(name):
             raise GraspError(f"`compile` is for torch, and {name} runs in llama.cpp: leave it out")
     device = pick_device(device)
-    longest = max(prompt_lens) + tokens
+    largest, longest = max(batch_sizes), max(prompt_lens)
     fix = "lower `batch_sizes`, `prompt_lens` or `tokens`, or use `dtype='bf16'`"
     with memory_errors(f"device {device}", fix):
         runners = [
-            LlamaCpp(name, device, max(batch_sizes), longest)
+            LlamaCpp(name, device, largest, longest + tokens)
             if is_for_llama_cpp(name)
             else Transformers(name, dtype, device, trust_remote_code, compile)
             for name in names
         ]
-        for runner in runners:
-            if longest > runner.limit:
-                raise GraspError(
-                    f"`prompt_lens` and `tokens` must be at most {runner.limit} together for "
-                    f"{runner.name}, got {max(prompt_lens)} and {tokens}"
-                )
+        _check_lengths(runners, longest, tokens)
         shapes = [(b, p) for b in dict.fromkeys(batch_sizes) for p in dict.fromkeys(prompt_lens)]
         cases, cache = [], [0.0 for _ in runners]
-        done = count(1)
-
-        def report() -> None:
-            if progress:
-                progress(next(done), len(shapes) * repetitions)
-
+        report = _reporter(progress, len(shapes) * repetitions)
         for batch, prompt in shapes:
             if compile:
                 torch.compiler.reset()  # torch.compile limits the number of shapes
             runs = _in_turns(runners, batch, prompt, tokens, repetitions, report)
             cases.append(_case(batch, prompt, runs))
-            if batch * prompt == max(batch_sizes) * max(prompt_lens):
+            if (batch, prompt) == (largest, longest):
                 cache = [runner.cache_bytes_per_token() for runner in runners]
     settings = {
         "batch_sizes": list(batch_sizes),
@@ -207,10 +197,7 @@ def bench(
         models=tuple(runner.describe(kv) for runner, kv in zip(runners, cache, strict=True)),
         cases=tuple(cases),
         settings=settings,
-        versions={
-            "grasp": __version__,
-            **{p: version(p) for p in dict.fromkeys(p for r in runners for p in r.packages)},
-        },
+        versions={"grasp": __version__} | {p: version(p) for r in runners for p in r.packages},
     )
     if plot:
         with disk_errors(plot):
@@ -225,6 +212,23 @@ def _check_counts(**counts: Sequence[int]) -> None:
         if not given or min(given) < 1:
             said = ",".join(map(str, given)) or "none"
             raise GraspError(f"`{name}` must be at least 1, got {said}")
+
+
+def _check_lengths(
+    runners: Sequence[Transformers | LlamaCpp], prompt_len: int, tokens: int
+) -> None:
+    for runner in runners:
+        if prompt_len + tokens > runner.limit:
+            raise GraspError(
+                f"`prompt_lens` and `tokens` must be at most {runner.limit} together for "
+                f"{runner.name}, got {prompt_len} and {tokens}"
+            )
+
+
+def _reporter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """Return what a repetition calls at its end."""
+    done = count(1)
+    return lambda: progress(next(done), total) if progress else None
 
 
 def _in_turns(

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import SiLUActivation
@@ -41,9 +42,9 @@ class Gates:
     """The gates of a patched model. Values keep their graph, so gradients reach every unit."""
 
     def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite) -> None:
-        self._parts = [part for modules in decoder_layers(model) for part in modules.parts]
+        self._layers = decoder_layers(model)
         self._sizes = space.sizes
-        self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0) - 1
+        self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0)
         self._site = site
         self.set(torch.ones(space.size, device=model.device))
 
@@ -55,12 +56,15 @@ class Gates:
         """
         pieces = iter(values.split(self._sizes))
         counts = iter(self._sizes if open_counts is None else open_counts)
-        for part in self._parts:
-            part.module.grasp_gate = Gate(next(pieces), next(counts), self._site)
+        for modules in self._layers:
+            for part in (modules.ffn, modules.attention):
+                gate = Gate(next(pieces), next(counts), self._site)
+                if part is not None:
+                    part.module.grasp_gate = gate
 
     def count(self, values: Tensor) -> list[int]:
         """The number of nonzero gates per FFN and attention, by layer; waits for a GPU once."""
-        upto = (values != 0).cumsum(0)[self._ends]
+        upto = F.pad((values != 0).cumsum(0), (1, 0))[self._ends]
         return upto.diff(prepend=upto.new_zeros(1)).tolist()
 
 

@@ -6,11 +6,11 @@ estimate.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from grasp import criteria
-from grasp.budget.budget import NAMES, Budget, Part
+from grasp.budget.budget import NAMES, Budget, UnitKind
 from grasp.config import (
     RECOMPUTE_EVERY,
     TOKENS_PER_CHANNEL,
@@ -22,7 +22,7 @@ from grasp.config import (
 )
 from grasp.errors import GraspError
 from grasp.model.header import STATIC_ROPE, Header
-from grasp.model.units import FFN_COST, UnitSpace
+from grasp.model.units import UnitSpace
 from grasp.planning.check import check
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -99,7 +99,7 @@ class Plan:
     layers: int
     channels: int
     kv_groups: int
-    prunes: tuple[Part, ...]  # what may go
+    prunes: tuple[UnitKind, ...]  # what may go
     whole: tuple[str, ...]  # what stays whole besides, and why
     params: Size
     prunable: Size
@@ -178,8 +178,9 @@ def plan(
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
     config = PruneConfig.of(spec, **options)
-    budget, header = config.budget, check(config)
+    header = check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
+    budget = config.budget.for_space(space)
     cost, kv_values = obtained(space, budget)
     after = params_left(space, budget, cost)
     epochs = config.epochs if criteria.get(config.method).learns else 0
@@ -220,9 +221,8 @@ def _whole(header: Header, budget: Budget) -> tuple[str, ...]:
     prunes, reason = budget.prunes(header.space), f"`units={budget.units!r}`"
     if budget.kind == "kv_cache":
         reason = "`kv_cache` is a budget of KV groups"
-    have = {"ffn": any(layer.ffn for layer in header.space.layers)}
-    have["kv"] = any(layer.kv_groups for layer in header.space.layers)
-    asked = tuple(f"{NAMES[p]}: {reason}" for p in NAMES if have[p] and p not in prunes)
+    have = dict.fromkeys(segment.kind for segment in budget.segments(header.space))
+    asked = (f"{NAMES[kind]}: {reason}" for kind in have if kind not in prunes)
     return (*asked, *header.whole)
 
 
@@ -233,35 +233,28 @@ def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
     remainder: less than one block stays unspent, an FFN block as long as one can be added.
     """
     limit = budget.limit(space)
-    # bounds on KV groups follow from the least and the most that FFN channels can cost
-    ffns = [layer.ffn for layer in space.layers if layer.ffn]
-    attentions = [layer for layer in space.layers if layer.kv_groups]
-    ffn, ffn_floor = FFN_COST * sum(ffns), FFN_COST * budget.ffn_multiple * len(ffns)
-    kv = space.cost - ffn
-    kv_floor = budget.kv_multiple * sum(layer.kv_cost for layer in attentions)
+    # bounds on KV groups follow from the least and the most that all other units can cost
+    in_params = replace(budget, kind="keep", asked=1.0, units="auto")
+    segments = [s for s in in_params.segments(space) if s.kind == "kv"]
+    kv = sum(s.unit_cost * s.size for s in segments)
+    kv_floor = sum(s.unit_cost * s.least for s in segments)
     # cost of a KV group per head_dim; the same in all layers, except in foreign per-layer models
+    attentions = [layer for layer in space.layers if layer.kv_groups]
     ratios = [2 * layer.group_size + 2 for layer in attentions] or [1]
     keys = sum(layer.kv_groups * layer.head_dim for layer in attentions)
-    prunes = budget.prunes(space)
-
-    unspent = budget.step(space) - 1
-    if len(prunes) == 2 and limit >= ffn + kv_floor:
-        together = len(attentions) if budget.layout == "uniform" else 1
-        group = budget.kv_multiple * max(layer.kv_cost for layer in attentions)
-        unspent = max(unspent, together * group - 1)
-    if limit == budget.cost(space):
-        unspent = 0
-    spent = Range(max(budget.floor(space), limit - unspent), limit)
+    spent = Range(max(budget.floor(space), limit - budget.step(space) + 1), limit)
     if budget.kind == "kv_cache":
-        cost = Range(ffn + spent.least * min(ratios), ffn + spent.most * max(ratios))
+        others = space.cost - kv
+        cost = Range(others + spent.least * min(ratios), others + spent.most * max(ratios))
         return cost, _plus(space.fixed_keys, spent)
-    if "kv" not in prunes:
-        return _plus(kv, spent), _plus(space.fixed_keys, Range(keys, keys))
-    groups = Range(max(kv_floor, spent.least - ffn), min(kv, spent.most - ffn_floor))
-    if "ffn" not in prunes:
-        groups, spent = spent, _plus(ffn, spent)
+    # units of a kind that is not under the budget stay
+    cost = _plus(space.cost - budget.cost(space), spent)
+    if "kv" not in budget.prunes(space):
+        return cost, _plus(space.fixed_keys, Range(keys, keys))
+    others, others_floor = budget.cost(space) - kv, budget.floor(space) - kv_floor
+    groups = Range(max(kv_floor, spent.least - others), min(kv, spent.most - others_floor))
     values = Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
-    return spent, _plus(space.fixed_keys, values)
+    return cost, _plus(space.fixed_keys, values)
 
 
 def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
@@ -270,6 +263,7 @@ def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
     least = sum(
         layer.channel_bias * min(layer.ffn, budget.ffn_multiple)
         + layer.group_bias * min(layer.kv_groups, budget.kv_multiple)
+        + layer.expert_bias * layer.experts_per_token
         for layer in space.layers
     )
     if cost.least == space.cost:  # nothing is dropped

@@ -135,36 +135,23 @@ def compare(
         for cell in cells:
             check_budget(cell.config, dense)
         check_fidelity([cell.config for cell in cells], dense, start, run)
-        if start.evaluation_set is None:
+        if not start.evaluation_sets:
             raise GraspError("the samples leave no text to evaluate on: give `eval_text`")
-        perplexity = measure_dense(dense, start, run)
+        perplexities = measure_dense(dense, start, run)
         cast(dense, working_dtype(base))
-
-        def score(name: str) -> dict[str, Any] | None:
-            if not tasks:
-                return None
-            return evaluate_tasks(
-                name,
-                tasks,
-                tasks_data=None if tasks_data is None else Path(tasks_data),
-                limit=limit,
-                batch_size=TASK_BATCH,
-                device=base.device,
-                trust_remote_code=base.trust_remote_code,
-                progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
-            ).to_json()
-
-        grid = _Grid(run, dense, start, score)
+        score = partial(_score, base, run, tasks, tasks_data, limit)
+        grid = _Grid(run, dense, start, perplexities, score)
         summary = {
             "model": base.model,
             **asked,
-            "calibration": start.corpus.to_json(),
+            "calibration": start.calibration.to_json(),
             "parameters": {
                 "prunable": start.space.prunable_params,
                 "total": start.space.total_params,
             },
             "dense": {
-                "perplexity": perplexity,
+                "perplexity": perplexities[0],
+                "other_texts": perplexities[1:],
                 "tasks": run.remember("dense tasks", partial(score, base.model)),
             },
             "cells": [grid.measure(cell) for cell in cells],
@@ -174,6 +161,29 @@ def compare(
         run.log(event="finished", folder=str(run.out))
         run.publish()
     return Comparison(Path(out), summary)
+
+
+def _score(
+    base: PruneConfig,
+    run: Run,
+    tasks: str | None,
+    tasks_data: str | os.PathLike[str] | None,
+    limit: int | None,
+    name: str,
+) -> dict[str, Any] | None:
+    """Return the zero-shot results of the model or folder `name`, if there are tasks."""
+    if not tasks:
+        return None
+    return evaluate_tasks(
+        name,
+        tasks,
+        tasks_data=None if tasks_data is None else Path(tasks_data),
+        limit=limit,
+        batch_size=TASK_BATCH,
+        device=base.device,
+        trust_remote_code=base.trust_remote_code,
+        progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
+    ).to_json()
 
 
 def _cells(
@@ -212,8 +222,16 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
 class _Grid:
     """Measures each cell of a run once, and computes shared results once."""
 
-    def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score) -> None:
+    def __init__(
+        self,
+        run: Run,
+        dense: PreTrainedModel,
+        start: Start,
+        perplexities: list[dict[str, Any]],
+        score: Score,
+    ) -> None:
         self._run, self._start, self._score = run, start, score
+        self._perplexities = perplexities  # of the dense model, on each text
         self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Selection, Cost]] = {}
 
@@ -259,11 +277,12 @@ class _Grid:
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
         record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
-        record = finish(pruned, record, self._start, run, folder)
+        record = finish(pruned, record, self._start, self._perplexities, run, folder)
         tasks = self._score(str(folder))
         shutil.rmtree(run.checkpoint)
-        perplexity = record.results["pruned"]
-        run.log(event="note", text=f"{cell.name}: perplexity {perplexity['value']:.2f}")
+        perplexity, *others = [pruned for _, pruned in record.perplexities]
+        values = " and ".join(f"{found['value']:.2f}" for found in (perplexity, *others))
+        run.log(event="note", text=f"{cell.name}: perplexity {values}")
         return {
             "method": cell.method,
             "keep": config.budget.asked,
@@ -271,6 +290,7 @@ class _Grid:
             "kept": record.kept_part,
             "parameters": record.params["total_after"],
             "perplexity": perplexity,
+            "other_texts": others,
             "tasks": tasks,
             "choosing": choosing,
             "making": making,

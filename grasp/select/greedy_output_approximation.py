@@ -75,13 +75,8 @@ def prune_greedily(
     dense = first_hidden(model, blocks)
     pruned = dense.clone()
 
-    place = {
-        linear: place
-        for place, linear in enumerate(x for m in decoder_layers(model) for x in m.outputs)
-    }
-
-    def cut(linear: nn.Linear, raw: Tensor) -> None:
-        order, module = raw.argsort(stable=True), place[linear]
+    def cut(linear: nn.Linear, raw: Tensor, module: int) -> None:
+        order = raw.argsort(stable=True)
         scores[module][order] = ladder.split(sizes)[module]
         dropped = order[: len(order) - kept[module]]
         linear.weight[:, expand(dropped, linear.in_features // len(raw))] = 0
@@ -101,13 +96,13 @@ def prune_greedily(
                 else:
                     added = column_norms(attention.out) * x.second_moment
                     heads = added.view(groups, -1).sum(1)
-                cut(attention.out, heads)
+                cut(attention.out, heads, 2 * index + 1)
             if (ffn := modules.ffn) is not None:
                 x = pair.recover([*ffn.inputs])
                 gate, up = (x.second_moment_after(rows) for rows in (ffn.gate, ffn.up))
                 pair.recover([ffn.down])
                 down = column_norms(ffn.down)
-                cut(ffn.down, down * up * down * gate / 2)
+                cut(ffn.down, down * up * down * gate / 2, 2 * index)
 
             error = finite_mean([pair.advance()], index + 1)
             journal.progress(index + 1, len(layers), error, blocks.numel())

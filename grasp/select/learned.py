@@ -137,13 +137,16 @@ def annealed(limit: int, whole: int, progress: Tensor, anneal: float) -> Tensor:
 
 
 def kept_by_kind(projection: Projection, mask: Tensor, limit: int) -> dict[str, Any]:
-    """Count kept FFN channels and KV groups; add their cost, the current limit and the total."""
+    """Count the kept units of each kind; add their cost, the current limit and the total."""
     mask = mask.cpu()
-    counts = [(s, int(mask[s.units].sum())) for s in projection.budget.segments(projection.space)]
+    kept, cost = {"ffn": 0, "kv": 0, "experts": 0}, 0
+    for segment in projection.budget.segments(projection.space):
+        count = int(mask[segment.units].sum())
+        kept[segment.kind] += count
+        cost += count * segment.unit_cost
     return {
-        "ffn": sum(n for s, n in counts if s.kind == "ffn"),
-        "kv": sum(n for s, n in counts if s.kind == "kv"),
-        "cost": sum(n * s.unit_cost for s, n in counts),
+        **(kept if projection.space.experts else {"ffn": kept["ffn"], "kv": kept["kv"]}),
+        "cost": cost,
         "limit": limit,
         "of": projection.budget.cost(projection.space),
     }

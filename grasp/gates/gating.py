@@ -146,7 +146,7 @@ def _kernel_is_faster(query: Tensor) -> bool:
 def _inner(module: Any) -> Any:
     if module.config._attn_implementation == SDPA:
         return sdpa_attention_forward
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def unpadded(ids: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class Budget:
             share = math.ceil(1e4 * floor / total) / 1e4
             raise GraspError(
                 f"`{self.kind}` must be at least {share}, which one block of every kind in every "
-                f"layer takes, got {self.asked}: keep more, or use smaller multiples"
+                f"layer requires, got {self.asked}: keep more, or use smaller multiples"
             )
         return limit
 

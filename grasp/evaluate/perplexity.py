@@ -94,7 +94,7 @@ def perplexity(
                 if not torch.isfinite(total):
                     raise GraspError(
                         f"the loss is {total.item()} after window {first + len(batch)} of {count}: "
-                        "the weights are damaged, or overflow in fp32: get it anew"
+                        "the weights are damaged, or overflow in fp32: download it again"
                     )
                 if progress:
                     progress(first + len(batch), count)

@@ -64,7 +64,10 @@ class Budget:
     ffn_multiple: int = option(32, "FFN widths are multiples of this.")
     kv_multiple: int = option(1, "KV head counts are multiples of this.")
     layout: Layout = option(
-        "auto", "Widths of each layer, the same in all, or auto (the same for mixtures of experts)."
+        "auto",
+        "per-layer (each layer has its widths), uniform (all have the same), or auto (uniform for "
+        "mixtures of experts).",
+        metavar="LAYOUT",
     )
 
     protect_first: int = option(0, "So many of the first layers keep all their units.")

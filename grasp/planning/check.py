@@ -6,7 +6,10 @@ once and a plan describes a run that is possible.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grasp.config import PruneConfig, SparsifyConfig
+from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
 from grasp.errors import GraspError
 from grasp.model.header import Header, read_header
@@ -21,10 +24,9 @@ def check(config: PruneConfig | SparsifyConfig) -> Header:
     Raises GraspError: a missing text, a model that is not supported or is quantised, a sequence
     longer than it accepts, a budget or layout that it cannot meet.
     """
-    if config.calibration != "self":
-        find_source(config.calibration)
-    if config.eval_text is not None:
-        find_source(config.eval_text, "test")
+    find_parts(config.calibration, config.samples)
+    for text in config.eval_text:
+        find_source(text, "test")
     header = read_header(config.model)
     check_plain(config.model, header)
     check_fit(config, header)
@@ -66,11 +68,15 @@ def check_export(model: str) -> None:
 
 
 def check_reading(
-    model: str, *, text: str | None = None, seq_len: int | None = None, device: str = "auto"
+    model: str,
+    *,
+    texts: Sequence[str] = (),
+    seq_len: int | None = None,
+    device: str = "auto",
 ) -> None:
-    """Raise GraspError if the model, text, sequence length or device cannot be used."""
+    """Raise GraspError if the model, a text, the sequence length or the device cannot be used."""
     check_device(device)
-    if text is not None:  # first, because looking up a model on the hub takes seconds
+    for text in texts:  # first, because looking up a model on the hub takes seconds
         find_source(text, "test")
     source = resolve(model)
     check_readable(source)

@@ -12,10 +12,12 @@ from typing import Any
 
 from grasp.checkpoint.record import Record
 from grasp.report.summary import (
+    calibrated_on,
     how_made,
     how_to_run,
     layer_figure,
     measured_on,
+    perplexity_pairs,
     recorded,
     size_rows,
     weight_bytes,
@@ -57,7 +59,6 @@ pre { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; 
 
 def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
     """Return the page of a checkpoint, from its grasp.json and the records of its log.jsonl."""
-    calibration = record.calibration or {}
     title = f"{Path(record.model).name}, pruned to {record.kept_part:.2%}"
     recipe = dict(record.recipe)
     recipe |= {f"budget, {key}": value for key, value in recipe.pop("budget").items()}
@@ -71,6 +72,7 @@ def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
 <p class="soft">{escape(how_made(record))}</p>
 <div class="tiles">{"".join(_tile(*row) for row in size_rows(record))}</div>
 <p class="soft">{escape(measured_on(record))}</p>
+{_quality(record)}
 <h2>Size and speed</h2>
 {_bars(record)}
 {"".join(_recorded(*found) for found in recorded(record))}
@@ -80,8 +82,7 @@ def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
 <h2>Use it</h2>
 {"".join(_code(where, code) for where, _, code in how_to_run(record))}
 <h2>Recipe</h2>
-<p class="soft">Calibrated on {escape(calibration["name"])}: {calibration["tokens"]:,} tokens read,
-{recipe["samples"]} blocks of {recipe["seq_len"]} tokens used.</p>
+<p class="soft">{escape(calibrated_on(record))}</p>
 <table>{"".join(_row(key, value) for key, value in sorted(recipe.items()))}</table>
 <h2>Software</h2>
 <table>{"".join(_row(key, value) for key, value in record.versions.items())}</table>
@@ -117,12 +118,24 @@ def _bars(record: Record) -> str:
 <p class="soft">Blue: pruned; grey: dense.</p>"""
 
 
-def _pair(what: str, pruned: float, dense: float, unit: str) -> str:
+def _quality(record: Record) -> str:
+    """Return pairs of bars, pruned above dense: perplexity on each evaluation text."""
+    bars = [
+        _pair(what, pruned, dense, "", digits=2) for what, dense, pruned in perplexity_pairs(record)
+    ]
+    if not bars:
+        return ""
+    return f"""<h2>Quality</h2>
+<div class="bars">{"".join(bars)}</div>
+<p class="soft">Blue: pruned; grey: dense. A shorter bar is better.</p>"""
+
+
+def _pair(what: str, pruned: float, dense: float, unit: str, digits: int = 0) -> str:
     widths = [100 * value / max(pruned, dense) for value in (pruned, dense)]
     bars = "".join(f'<div class="bar"><i style="width: {w:.2f}%"></i></div>' for w in widths)
     return (
         f"<span>{escape(what)}</span><div>{bars}</div>"
-        f'<span>{pruned:,.0f} {unit}<br><span class="soft">dense {dense:,.0f} · '
+        f'<span>{pruned:,.{digits}f} {unit}<br><span class="soft">dense {dense:,.{digits}f} · '
         f"{pruned / dense:.2f} x</span></span>"
     )
 

@@ -16,8 +16,8 @@ from grasp.budget.projection import Mask, Projection
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.refit import refit as refit_columns
 from grasp.config import PruneConfig, ScaleKind
-from grasp.data.blocks import token_blocks
 from grasp.data.corpus import read_corpus
+from grasp.data.mixture import read_mixture
 from grasp.evaluate import perplexity as measure
 from grasp.gates.scales import fold_scales
 from grasp.gates.training import TrainSettings
@@ -35,9 +35,9 @@ def blocks(
     seed: int = 0,
     text_field: str = "text",
 ) -> Tensor:
-    """Return blocks of a text, named as on the command line: int64 [samples, seq_len]."""
-    corpus = read_corpus(text, tokenizer, text_field=text_field)
-    return token_blocks(corpus, seq_len=seq_len, samples=samples, seed=seed)
+    """Return blocks of a text or mixture, as on the command line: int64 [samples, seq_len]."""
+    mixture = read_mixture(text, tokenizer, samples=samples, text_field=text_field)
+    return mixture.blocks(seq_len=seq_len, seed=seed)
 
 
 def learn(
@@ -49,7 +49,7 @@ def learn(
     kv_cache: float | None = None,
     ffn_multiple: int = 32,
     kv_multiple: int = 1,
-    layout: Any = "per-layer",
+    layout: Any = "auto",
     **options: Any,
 ) -> Mask:
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).

@@ -86,6 +86,6 @@ ERRORS = (
 
 
 def _outside_tile(out: Tensor) -> Tensor:
-    """True for the rows after the first 16, or after the first half where there are fewer than 32."""
+    """True for rows after the first 16, or after the first half of fewer than 32."""
     rows = out.shape[-2]
     return torch.arange(rows, device=out.device)[:, None] >= min(16, rows // 2)

@@ -266,8 +266,10 @@ def spaces_and_budgets(draw):
     if uniform:
         widths = [widths[0]] * len(widths)
     biases = draw(st.sampled_from([0, 2])), draw(st.sampled_from([0, 7]))
+    experts = (draw(st.integers(2, 4)), 3, draw(st.integers(1, 2)), draw(st.sampled_from([0, 5])))
+    experts = experts if draw(st.booleans()) else ()
     layers = tuple(
-        LayerUnits(ffn * ffn_multiple, kv * kv_multiple, group_size, head_dim, *biases)
+        LayerUnits(ffn * ffn_multiple, kv * kv_multiple, group_size, head_dim, *biases, *experts)
         for ffn, kv in widths
     )
     space = UnitSpace(16, layers, fixed_params=1000)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from grasp.budget.budget import Budget
@@ -19,6 +21,13 @@ layers = st.builds(
     group_size=st.sampled_from([1, 3]),
     head_dim=st.sampled_from([4, 8]),
 )
+experts = st.fixed_dictionaries(
+    {
+        "experts": st.sampled_from([2, 3, 5]),
+        "expert_width": st.sampled_from([1, 7]),
+        "experts_per_token": st.sampled_from([1, 2]),
+    }
+)
 
 
 @st.composite
@@ -26,12 +35,17 @@ def problems(draw, uniform=False):
     """A space, a budget that is possible in it, and scores: distinct, or heavily tied."""
     count = draw(st.integers(1, 4))
     rows = [draw(layers)] * count if uniform else [draw(layers) for _ in range(count)]
+    if draw(st.booleans()):  # a mixture; some layers may have experts only, or none
+        own = draw(experts)
+        kinds = st.sampled_from([own, {**own, "ffn": 0}, {**own, "kv_groups": 0}, {}])
+        rows = [replace(row, **draw(kinds)) for row in rows]
     space = UnitSpace(64, tuple(rows), fixed_params=1000)
     kind = draw(st.sampled_from(["keep", "params", "kv_cache"]))
     multiples = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2]))
     layout = "uniform" if uniform else "per-layer"
     shape = Budget(kind, 1.0, *multiples, layout)
     floor, total = shape.floor(space), shape.cost(space)
+    assume(total)  # a KV-cache budget needs KV groups
     limit = draw(st.integers(floor, total))
     if kind == "params":
         asked = float(limit * space.hidden_size + space.total_params - space.prunable_params)
@@ -53,21 +67,28 @@ def greedy(
 
     Equal units of a layer follow their rank; equal blocks that of one unit in each, in order.
     """
-    pools, start = [], 0  # (multiple, cost of a unit, units best first) of each segment
+    # (multiple, cost of a unit, units best first, least) of each kind in each layer
+    kinds: list[list[tuple[int, int, list[int], int]]] = [[], [], []]
+    start = 0
+
+    def add(kind: int, width: int, multiple: int, cost: int, least: int) -> None:
+        nonlocal start
+        units = sorted(range(start, start + width), key=lambda u: (-scores[u], rank[u]))
+        if units:
+            kinds[kind].append((multiple, cost, units, least))
+        start += width
+
     for layer in space.layers:
-        for width, multiple, cost in zip(
-            (layer.ffn, layer.kv_groups),
-            (budget.ffn_multiple, budget.kv_multiple),
-            budget.unit_costs(layer),
-            strict=True,
-        ):
-            units = sorted(range(start, start + width), key=lambda u: (-scores[u], rank[u]))
-            pools.append((multiple, cost, units))
-            start += width
-    groups = [pools[0::2], pools[1::2]] if budget.layout == "uniform" else [[p] for p in pools]
+        ffn, kv, _ = budget.unit_costs(layer)
+        add(0, layer.ffn, budget.ffn_multiple, ffn, budget.ffn_multiple)
+        add(1, layer.kv_groups, budget.kv_multiple, kv, budget.kv_multiple)
+    for layer in space.layers:
+        add(2, layer.experts, 1, budget.unit_costs(layer)[2], layer.experts_per_token)
+    each = [[pool] for kind in kinds for pool in kind]
+    groups = list(filter(None, kinds)) if budget.layout == "uniform" else each
     blocks = []
     for group in groups:
-        multiple, cost, units = group[0]
+        multiple, _, units, least = group[0]
         starts = range(0, len(units), multiple)
         ties = sorted(
             min(rank[min(pool[2]) + first + multiple // 2] for pool in group) for first in starts
@@ -75,7 +96,8 @@ def greedy(
         for tie, first in zip(ties, starts, strict=True):
             members = [u for pool in group for u in pool[2][first : first + multiple]]
             score = sum(scores[pool[2][first + multiple // 2]] for pool in group) / len(group)
-            blocks.append((first > 0, -score, tie, cost * len(members), members))
+            cost = sum(pool[1] * multiple for pool in group)
+            blocks.append((first >= least, -score, tie, cost, members))
     keep = [False] * space.size
     for _, _, _, cost, members in sorted(blocks, key=lambda b: b[:3]):
         if cost <= limit:
@@ -103,13 +125,15 @@ def test_budget_floors_and_widths(problem, seed):
     pruned = mask.pruned_space()
     spent, limit = budget.cost(pruned), budget.limit(space)
     assert spent <= limit
-    for layer in pruned.layers:
-        assert layer.ffn >= budget.ffn_multiple and layer.ffn % budget.ffn_multiple == 0
-        assert layer.kv_groups >= budget.kv_multiple and layer.kv_groups % budget.kv_multiple == 0
+    for layer, whole in zip(pruned.layers, space.layers, strict=True):
+        assert layer.ffn >= min(budget.ffn_multiple, whole.ffn)
+        assert layer.kv_groups >= min(budget.kv_multiple, whole.kv_groups)
+        assert layer.experts >= layer.experts_per_token or not whole.experts
+        assert layer.ffn % budget.ffn_multiple == layer.kv_groups % budget.kv_multiple == 0
     if budget.layout == "uniform":
-        assert len(set(pruned.layers)) == 1
-    if any(a.ffn < b.ffn for a, b in zip(pruned.layers, space.layers, strict=True)):
-        assert limit - spent < budget.step(space)
+        for widths in zip(*((n.ffn, n.kv_groups, n.experts) for n in pruned.layers), strict=True):
+            assert len({*widths} - {0}) <= 1
+    assert limit - spent < budget.step(space)
     if budget.kind == "params":
         assert pruned.total_params <= budget.asked
 

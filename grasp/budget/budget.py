@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,7 +18,8 @@ from grasp.model.units import FFN_COST, LayerUnits, UnitSpace
 from grasp.options import Option, option, options_of
 
 Kind = Literal["keep", "params", "kv_cache"]
-Layout = Literal["per-layer", "uniform"]
+Layout = Literal["auto", "per-layer", "uniform"]
+UnitKind = Literal["ffn", "kv", "experts"]
 KINDS: dict[str, Option] = {
     "keep": Option(
         "Part of the prunable parameters to keep (default: 0.5).",
@@ -31,11 +32,17 @@ KINDS: dict[str, Option] = {
 
 
 class Segment(NamedTuple):
-    """One kind of unit in one layer."""
+    """One kind of unit in one layer, where the layer has it."""
 
+    kind: UnitKind
     units: slice  # into the flat unit vector
     multiple: int
     unit_cost: int  # in the budget's measure
+    least: int  # units that stay: one block, and of experts as many as a token is routed to
+
+    @property
+    def size(self) -> int:
+        return int(self.units.stop - self.units.start)
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,22 @@ class Budget:
     `keep` is the fraction of the prunable parameters to keep, `params` the number of parameters of
     the whole model, `kv_cache` the fraction of the KV cache to keep (with every FFN channel).
     Widths are multiples of `ffn_multiple` channels and `kv_multiple` KV groups. Layout "uniform"
-    gives all layers the same widths.
+    gives all layers the same widths; "auto" is "uniform" for mixtures of experts, which runtimes
+    load with one number of experts only, and "per-layer" for all other models.
     """
 
     kind: Kind
     asked: float
     ffn_multiple: int = option(32, "FFN widths are multiples of this.")
     kv_multiple: int = option(1, "KV head counts are multiples of this.")
-    layout: Layout = option("per-layer", "Widths of each layer, or the same in all.")
+    layout: Layout = option(
+        "auto", "Widths of each layer, the same in all, or auto (the same for mixtures of experts)."
+    )
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
-            choices = " or ".join(get_args(Layout))
-            raise GraspError(f"`layout` must be {choices}, got {self.layout!r}")
+            choices = ", ".join(get_args(Layout))
+            raise GraspError(f"`layout` must be one of {choices}, got {self.layout!r}")
         if not isinstance(self.asked, Real):
             raise GraspError(f"`{self.kind}` must be one number, got {self.asked!r}")
         if not math.isfinite(self.asked):
@@ -87,41 +97,79 @@ class Budget:
             raise GraspError(f"{names} are two budgets: give one of them")
         return cls(*(given[0] if given else ("keep", 0.5)), **widths)
 
-    def unit_costs(self, layer: LayerUnits) -> tuple[int, int]:
-        """(cost of an FFN channel, cost of a KV group) in the measure that this budget limits."""
+    def unit_costs(self, layer: LayerUnits) -> tuple[int, int, int]:
+        """(FFN channel, KV group, expert): cost of each in the measure that this budget limits."""
         if self.kind == "kv_cache":
-            return 0, layer.head_dim
-        return FFN_COST, layer.kv_cost
+            return 0, layer.head_dim, 0
+        return FFN_COST, layer.kv_cost, layer.expert_cost
 
     def segments(self, space: UnitSpace) -> Iterator[Segment]:
+        """The kinds of units that each layer has, in the order of a unit vector."""
+        costs = [self.unit_costs(layer) for layer in space.layers]
         for index, ffn, kv in space.segments():
-            ffn_cost, kv_cost = self.unit_costs(space.layers[index])
-            yield Segment(ffn, self.ffn_multiple, ffn_cost)
-            yield Segment(kv, self.kv_multiple, kv_cost)
+            ffn_cost, kv_cost, _ = costs[index]
+            if space.layers[index].ffn:
+                yield Segment("ffn", ffn, self.ffn_multiple, ffn_cost, self.ffn_multiple)
+            if space.layers[index].kv_groups:
+                yield Segment("kv", kv, self.kv_multiple, kv_cost, self.kv_multiple)
+        for index, experts in space.expert_segments():
+            if (layer := space.layers[index]).experts:
+                yield Segment("experts", experts, 1, costs[index][2], layer.experts_per_token)
+
+    def for_space(self, space: UnitSpace) -> Budget:
+        """This budget with layout "auto" resolved."""
+        if self.layout != "auto":
+            return self
+        return replace(self, layout="uniform" if space.experts else "per-layer")
+
+    def together(self, space: UnitSpace) -> list[list[Segment]]:
+        """The segments whose widths are equal: those of a kind if uniform, else each alone."""
+        segments = list(self.segments(space))
+        if self.for_space(space).layout == "per-layer":
+            return [[s] for s in segments]
+        kinds = dict.fromkeys(s.kind for s in segments)
+        return [[s for s in segments if s.kind == kind] for kind in kinds]
 
     def cost(self, space: UnitSpace) -> int:
         """Cost of a whole (or already pruned) space in this budget's measure."""
-        return sum(s.unit_cost * (s.units.stop - s.units.start) for s in self.segments(space))
+        return sum(s.unit_cost * s.size for s in self.segments(space))
 
     def floor(self, space: UnitSpace) -> int:
         """The lowest possible cost: one block of each kind in every layer."""
-        return sum(s.unit_cost * s.multiple for s in self.segments(space))
+        return sum(s.unit_cost * s.least for s in self.segments(space))
 
     def step(self, space: UnitSpace) -> int:
-        """Largest amount that may stay unspent: one block (uniform: one block in every layer)."""
-        blocks = [s.unit_cost * s.multiple for s in self.segments(space) if s.unit_cost]
-        ffn_blocks = blocks if self.kind == "kv_cache" else blocks[::2]
-        return max(ffn_blocks) * (len(space.layers) if self.layout == "uniform" else 1)
+        """Below this the unspent amount stays: a block (uniform: a block in every layer).
+
+        What the budget leaves out is at least the cost of all units less the limit, and each block
+        that is left out costs more than what is unspent. So the dearest blocks that alone can make
+        up for so much bound it.
+        """
+        over, droppable, step = self.cost(space) - self.limit(space), 0, 1
+        blocks = [
+            (
+                sum(s.unit_cost * s.multiple for s in group),
+                sum(s.unit_cost * (s.size - s.least) for s in group),
+            )
+            for group in self.together(space)
+        ]
+        for block, most in sorted(blocks, reverse=True):
+            if droppable >= over:
+                break
+            droppable, step = droppable + most, block
+        return step
 
     def limit(self, space: UnitSpace) -> int:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
         self.check_multiples(space)
-        if self.layout == "uniform" and len(set(space.layers)) > 1:
+        if any(len({s.size for s in group}) > 1 for group in self.together(space)):
             raise GraspError(
                 "`layout='uniform'` needs layers of equal widths, and this model's differ: "
                 "use `layout='per-layer'`"
             )
         total, floor = self.cost(space), self.floor(space)
+        if not total:
+            raise GraspError(f"`{self.kind}` limits nothing here: this model has no such units")
         # str first: 0.7 means seven tenths, not the nearest binary fraction
         asked = Fraction(str(self.asked))
         if self.kind == "params":

@@ -16,6 +16,7 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -76,8 +77,13 @@ class Mask:
             for _, ffn, kv in self.space.segments()
         ]
 
+    def experts(self) -> list[Tensor]:
+        """Kept experts of each layer, ascending int64; empty where the layer has none."""
+        return [self.keep[own].nonzero().flatten() for _, own in self.space.expert_segments()]
+
     def pruned_space(self) -> UnitSpace:
-        return self.space.resized([(len(ffn), len(kv)) for ffn, kv in self.layers()])
+        widths = [(len(ffn), len(kv)) for ffn, kv in self.layers()]
+        return self.space.resized(widths, [len(own) for own in self.experts()])
 
     def digest(self) -> str:
         return sha256(self.keep.numpy().tobytes()).hexdigest()
@@ -102,8 +108,7 @@ class Projection:
         self.space, self.budget = space, budget
         self.limit = budget.limit(space)
         segments = list(budget.segments(space))
-        together = len(space.layers) if budget.layout == "uniform" else 1
-        lengths = torch.tensor([s.units.stop - s.units.start for s in segments])
+        lengths = torch.tensor([s.size for s in segments])
         segment = torch.repeat_interleave(torch.arange(len(segments)), lengths)
         by_tie = tie_rank.argsort()
         by_segment = by_tie[segment[by_tie].argsort(stable=True)]
@@ -111,29 +116,31 @@ class Projection:
         self._by_segment = by_segment.to(device)  # then by tie
         self._segment = (segment[by_segment] << 32).to(device)
 
-        # blocks of the sorted units: [blocks, layers that share the block]
+        # blocks of the sorted units: the middle of the block in each layer that shares it
         middle: list[list[int]] = []
         costs: list[int] = []
         first: list[bool] = []
         blocks_of_kind: list[int] = []
         block_of = torch.empty(space.size, dtype=torch.int64)
-        heads = segments[: len(segments) // together]
-        for number, head in enumerate(heads):
-            shared = segments[number :: len(heads)]
-            blocks_of_kind.append((head.units.stop - head.units.start) // head.multiple)
-            for start in range(0, head.units.stop - head.units.start, head.multiple):
+        for shared in budget.together(space):
+            head = shared[0]
+            blocks_of_kind.append(head.size // head.multiple)
+            for start in range(0, head.size, head.multiple):
                 for s in shared:
                     at = s.units.start + start
                     block_of[at : at + s.multiple] = len(costs)
                 middle.append([s.units.start + start + head.multiple // 2 for s in shared])
-                costs.append(head.multiple * head.unit_cost * together)
-                first.append(start == 0)
+                costs.append(sum(s.multiple * s.unit_cost for s in shared))
+                first.append(start < head.least)
         self._block_of = block_of.to(device)
-        self._middle = torch.tensor(middle, device=device)
+        most = max(map(len, middle))  # the place after the last unit holds a zero
+        padded = [own + [space.size] * (most - len(own)) for own in middle]
+        self._middle = torch.tensor(padded, device=device)
+        self._shared_by = torch.tensor([len(own) for own in middle], device=device)
         self._costs = torch.tensor(costs, device=device)
         self._floor = torch.tensor(first, device=device)
         # ties: random between kinds; in order within a kind, whose blocks are adjacent
-        lowest = tie_rank[torch.tensor(middle)].amin(1)
+        lowest = torch.stack([tie_rank[own].amin() for own in middle])
         block_tie = torch.cat([part.sort().values for part in lowest.split(blocks_of_kind)])
         self._block_tie = block_tie.argsort().argsort().to(device)  # as ranks 0, 1, 2, ...
 
@@ -144,8 +151,9 @@ class Projection:
         bits = scores[self._by_segment].view(torch.int32)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         order = self._by_segment[(self._segment - key).argsort(stable=True)]
+        middles = F.pad(scores[order], (0, 1))[self._middle]
         blocks = budget_topk(
-            scores[order][self._middle].mean(1),
+            middles.sum(1) / self._shared_by,
             self._costs,
             self.limit if limit is None else limit,
             floor=self._floor,

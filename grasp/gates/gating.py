@@ -35,8 +35,8 @@ class Gates:
 
     def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite) -> None:
         self._modules = decoder_layers(model)
-        self._sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
-        self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0) - 1
+        self._sizes = space.sizes
+        self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0)
         self._site = site
         self.set(torch.ones(space.size, device=model.device))
 
@@ -54,7 +54,7 @@ class Gates:
 
     def count(self, values: Tensor) -> list[int]:
         """The number of nonzero gates per FFN and attention, by layer; waits for a GPU once."""
-        upto = (values != 0).cumsum(0)[self._ends]
+        upto = F.pad((values != 0).cumsum(0), (1, 0))[self._ends]
         return upto.diff(prepend=upto.new_zeros(1)).tolist()
 
 

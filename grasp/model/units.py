@@ -6,9 +6,12 @@ head in `k_proj` and `v_proj`, of its G query heads in `q_proj`, and the matchin
 `o_proj`). A projection may be a separate linear layer or rows of a fused one (`gate_up_proj`,
 `qkv_proj`).
 
+A layer whose FFN is a mixture has a third kind: a routed **expert**, with its row of the router.
+
 Costs are integers in multiples of the hidden size d: a channel costs 3 (3d weights), a group
-(2G+2)*head_dim. Flat vectors over units (scores, gates, masks) run layer by layer, the layer's FFN
-channels first, then its KV groups.
+(2G+2)*head_dim, an expert 3 for each of its own channels and 1 for the router's row. Flat vectors
+over units (scores, gates, masks) run layer by layer, the layer's FFN channels first, then its KV
+groups; the experts of all layers come after them, layer by layer.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ ATTENTION_NAMES = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_pro
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """The units of one decoder layer. `channel_bias` and `group_bias` count biases per unit."""
+    """The units of one decoder layer. `channel_bias` and so on count biases per unit.
+
+    At least `experts_per_token` of the experts stay, as many as the router picks for a token.
+    """
 
     ffn: int
     kv_groups: int
@@ -35,18 +41,27 @@ class LayerUnits:
     head_dim: int
     channel_bias: int = 0
     group_bias: int = 0
+    experts: int = 0  # routed ones
+    expert_width: int = 0  # channels of each
+    experts_per_token: int = 0
+    expert_bias: int = 0
 
     @property
     def units(self) -> int:
-        return self.ffn + self.kv_groups
+        return self.ffn + self.kv_groups + self.experts
 
     @property
     def kv_cost(self) -> int:
         return (2 * self.group_size + 2) * self.head_dim
 
     @property
+    def expert_cost(self) -> int:
+        return FFN_COST * self.expert_width + 1
+
+    @property
     def cost(self) -> int:
-        return FFN_COST * self.ffn + self.kv_cost * self.kv_groups
+        dense = FFN_COST * self.ffn + self.kv_cost * self.kv_groups
+        return dense + self.expert_cost * self.experts
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +77,8 @@ class UnitSpace:
         groups = sum(layer.kv_groups for layer in self.layers)
         return (
             f"UnitSpace({len(self.layers)} layers: {channels:,} FFN channels, {groups:,} KV "
-            f"groups; {self.prunable_params:,} of {self.total_params:,} parameters prunable)"
+            f"groups{f', {self.experts:,} experts' if self.experts else ''}; "
+            f"{self.prunable_params:,} of {self.total_params:,} parameters prunable)"
         )
 
     @classmethod
@@ -80,18 +96,25 @@ class UnitSpace:
         return sum(layer.units for layer in self.layers)
 
     @property
+    def experts(self) -> int:
+        """The routed experts of all layers; 0 for a model that is not a mixture."""
+        return sum(layer.experts for layer in self.layers)
+
+    @property
     def cost(self) -> int:
         return sum(layer.cost for layer in self.layers)
 
     @property
     def prunable_params(self) -> int:
-        """Parameters of the FFN and attention matrices (biases and norms not counted)."""
+        """Parameters of the FFN, router and attention matrices (biases and norms not counted)."""
         return self.cost * self.hidden_size
 
     @property
     def total_params(self) -> int:
         biases = sum(
-            layer.channel_bias * layer.ffn + layer.group_bias * layer.kv_groups
+            layer.channel_bias * layer.ffn
+            + layer.group_bias * layer.kv_groups
+            + layer.expert_bias * layer.experts
             for layer in self.layers
         )
         return self.fixed_params + self.prunable_params + biases
@@ -103,15 +126,34 @@ class UnitSpace:
         """Yield (layer, slice of its FFN channels, slice of its KV groups) of a unit vector."""
         start = 0
         for index, layer in enumerate(self.layers):
-            middle, end = start + layer.ffn, start + layer.units
+            middle, end = start + layer.ffn, start + layer.ffn + layer.kv_groups
             yield index, slice(start, middle), slice(middle, end)
             start = end
 
-    def resized(self, widths: Sequence[tuple[int, int]]) -> UnitSpace:
-        """The space of the same model with `widths`: (FFN channels, KV groups) of each layer."""
+    def expert_segments(self) -> Iterator[tuple[int, slice]]:
+        """Yield (layer, slice of its experts) of a unit vector, for every layer."""
+        start = self.size - self.experts
+        for index, layer in enumerate(self.layers):
+            yield index, slice(start, start + layer.experts)
+            start += layer.experts
+
+    @property
+    def sizes(self) -> list[int]:
+        """Units of each part of a unit vector: FFN and KV groups of each layer, then experts."""
+        dense = [n for layer in self.layers for n in (layer.ffn, layer.kv_groups)]
+        return dense + [layer.experts for layer in self.layers]
+
+    def resized(
+        self, widths: Sequence[tuple[int, int]], experts: Sequence[int] | None = None
+    ) -> UnitSpace:
+        """The space of the same model with `widths`: (FFN channels, KV groups) of each layer.
+
+        `experts` of each layer: as they are if None.
+        """
+        counts = [layer.experts for layer in self.layers] if experts is None else experts
         layers = tuple(
-            replace(layer, ffn=ffn, kv_groups=groups)
-            for layer, (ffn, groups) in zip(self.layers, widths, strict=True)
+            replace(layer, ffn=ffn, kv_groups=groups, experts=count)
+            for layer, (ffn, groups), count in zip(self.layers, widths, counts, strict=True)
         )
         return replace(self, layers=layers)
 

@@ -22,6 +22,7 @@ def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> Non
     `biased`: the result has biases in all projections. The error names options that would work, if
     any. For the uniform layout the stock class itself is tried, which imports transformers.
     """
+    budget = budget.for_space(header.space)
     why = lacks(header, budget, biased=biased)
     if why is None:
         return
@@ -34,7 +35,7 @@ def check_layout(header: Header, budget: Budget, *, biased: bool = False) -> Non
 
 def _fixes(header: Header, budget: Budget, biased: bool) -> list[str]:
     """Options that would work: the other layout, a multiple of KV groups, or only both together."""
-    (other,) = {*get_args(Layout)} - {budget.layout}
+    (other,) = {*get_args(Layout)} - {"auto", budget.layout}
     groups = header.space.layers[0].kv_groups
     multiples = [m for m in range(budget.kv_multiple + 1, groups + 1) if groups % m == 0]
 

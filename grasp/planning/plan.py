@@ -6,7 +6,7 @@ estimate.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from grasp import criteria
@@ -22,7 +22,7 @@ from grasp.config import (
 )
 from grasp.errors import GraspError
 from grasp.model.header import STATIC_ROPE, Header
-from grasp.model.units import FFN_COST, UnitSpace
+from grasp.model.units import UnitSpace
 from grasp.planning.check import check
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -174,8 +174,9 @@ def plan(
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
     config = PruneConfig.of(spec, **options)
-    budget, header = config.budget, check(config)
+    header = check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
+    budget = config.budget.for_space(space)
     cost, kv_values = obtained(space, budget)
     after = params_left(space, budget, cost)
     epochs = config.epochs if criteria.get(config.method).learns else 0
@@ -216,26 +217,20 @@ def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
     remainder: less than one block stays unspent, an FFN block as long as one can be added.
     """
     limit = budget.limit(space)
-    # bounds on KV groups follow from the least and the most that FFN channels can cost
-    ffn = FFN_COST * sum(layer.ffn for layer in space.layers)
-    ffn_floor = FFN_COST * budget.ffn_multiple * len(space.layers)
-    kv = space.cost - ffn
-    kv_floor = budget.kv_multiple * sum(layer.kv_cost for layer in space.layers)
+    # bounds on KV groups follow from the least and the most that all other units can cost
+    in_params = replace(budget, kind="keep", asked=1.0)
+    segments = [s for s in in_params.segments(space) if s.kind == "kv"]
+    kv = sum(s.unit_cost * s.size for s in segments)
+    kv_floor = sum(s.unit_cost * s.least for s in segments)
+    others, others_floor = space.cost - kv, in_params.floor(space) - kv_floor
     # cost of a KV group per head_dim; the same in all layers, except in foreign per-layer models
     ratios = [2 * layer.group_size + 2 for layer in space.layers]
 
-    unspent = budget.step(space) - 1
-    if budget.kind != "kv_cache" and limit >= ffn + kv_floor:
-        together = len(space.layers) if budget.layout == "uniform" else 1
-        group = budget.kv_multiple * max(layer.kv_cost for layer in space.layers)
-        unspent = max(unspent, together * group - 1)
-    if limit == budget.cost(space):
-        unspent = 0
-    spent = Range(max(budget.floor(space), limit - unspent), limit)
+    spent = Range(max(budget.floor(space), limit - budget.step(space) + 1), limit)
     if budget.kind == "kv_cache":
-        cost = Range(ffn + spent.least * min(ratios), ffn + spent.most * max(ratios))
+        cost = Range(others + spent.least * min(ratios), others + spent.most * max(ratios))
         return cost, spent
-    groups = Range(max(kv_floor, spent.least - ffn), min(kv, spent.most - ffn_floor))
+    groups = Range(max(kv_floor, spent.least - others), min(kv, spent.most - others_floor))
     return spent, Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
 
 
@@ -243,7 +238,9 @@ def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
     """Bounds on all parameters of a result that costs `cost`, biases of kept units included."""
     most = space.total_params - space.fixed_params - space.prunable_params
     least = sum(
-        layer.channel_bias * budget.ffn_multiple + layer.group_bias * budget.kv_multiple
+        layer.channel_bias * budget.ffn_multiple
+        + layer.group_bias * budget.kv_multiple
+        + layer.expert_bias * layer.experts_per_token
         for layer in space.layers
     )
     if cost.least == space.cost:  # nothing is dropped

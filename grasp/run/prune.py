@@ -223,7 +223,7 @@ def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
     """Return widths that `budget` allows: the minimum in all layers, or only in the first."""
     least = (budget.ffn_multiple, budget.kv_multiple)
     whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
-    uniform = budget.layout == "uniform"
+    uniform = budget.for_space(space).layout == "uniform"
     return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
 
 

@@ -49,7 +49,7 @@ def learn(
     kv_cache: float | None = None,
     ffn_multiple: int = 32,
     kv_multiple: int = 1,
-    layout: Any = "per-layer",
+    layout: Any = "auto",
     **options: Any,
 ) -> Mask:
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).

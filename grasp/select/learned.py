@@ -137,14 +137,16 @@ def annealed(limit: int, whole: int, progress: Tensor, anneal: float) -> Tensor:
 
 
 def kept_by_kind(projection: Projection, mask: Tensor, limit: int) -> dict[str, Any]:
-    """Count kept FFN channels and KV groups; add their cost, the current limit and the total."""
+    """Count the kept units of each kind; add their cost, the current limit and the total."""
     mask = mask.cpu()
-    counts = [int(mask[s.units].sum()) for s in projection.budget.segments(projection.space)]
-    costs = [s.unit_cost for s in projection.budget.segments(projection.space)]
+    kept, cost = {"ffn": 0, "kv": 0, "experts": 0}, 0
+    for segment in projection.budget.segments(projection.space):
+        count = int(mask[segment.units].sum())
+        kept[segment.kind] += count
+        cost += count * segment.unit_cost
     return {
-        "ffn": sum(counts[::2]),
-        "kv": sum(counts[1::2]),
-        "cost": sum(n * c for n, c in zip(counts, costs, strict=True)),
+        **(kept if projection.space.experts else {"ffn": kept["ffn"], "kv": kept["kv"]}),
+        "cost": cost,
         "limit": limit,
         "of": projection.budget.cost(projection.space),
     }

@@ -39,6 +39,7 @@ PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults 
     "method": "learned",
     "init_scores": "equal",
     "schedule": "constant",
+    "lm_weight": 1.0,
     "anneal": 0.0,
     "gate_site": "kv",
     "compensate": "none",
@@ -79,6 +80,12 @@ class PruneConfig:
     batch_size: int = option(1, "Blocks per forward pass.", LEARNING)
     accumulate: int = option(1, "Forward passes per step.", ABLATION)
     lr: float = option(1e-2, "Learning rate of gates and scales.", LEARNING)
+    lm_weight: float = option(
+        0.0,
+        "Weight of the next-token loss while gates and scales learn; the rest is the KL divergence "
+        "from the dense model's predictions.",
+        LEARNING,
+    )
     schedule: Schedule = option(
         "cosine", "Learning rate schedule of the scales that learn after the mask.", ABLATION
     )
@@ -128,6 +135,8 @@ class PruneConfig:
         check_device(self.device)
         if not 0 <= self.anneal <= 1:
             raise GraspError(f"`anneal` must be between 0 and 1, got {self.anneal}")
+        if not 0 <= self.lm_weight <= 1:
+            raise GraspError(f"`lm_weight` must be between 0 and 1, got {self.lm_weight}")
         if not 0 <= self.scale_decay < math.inf:
             raise GraspError(
                 f"`scale_decay` must be a finite number from 0 up, got {self.scale_decay}"
@@ -160,6 +169,11 @@ class PruneConfig:
         budget = {name: options.pop(name) for name in Budget.options() if name in options}
         config = cls(os.fspath(model), Budget.of(**budget), **_plain(options))
         return config.as_published() if as_published else config
+
+    @property
+    def distils(self) -> bool:
+        """Whether gates or scales learn from the dense model's predictions."""
+        return self.lm_weight < 1 and (criteria.get(self.method).learns or self.scale_epochs > 0)
 
     @property
     def compensation(self) -> Literal["refit", "bias", "none"]:

@@ -11,8 +11,9 @@ and reports like ours:
 
 A function receives the arguments that its parameters name: `model`, `units` (UnitSpace), `blocks`
 (int64 [samples, seq_len]), `journal` (progress, and state to resume from), `projection`, `config`
-(PruneConfig) and `stage` (a journal by name). It returns scores, fp32 [units.size]; the highest are
-kept. Only their order matters, not their scale.
+(PruneConfig), `stage` (a journal by name) and `teacher` (the dense model's
+last hidden states, [samples, seq_len, hidden], or None). It returns scores, fp32 [units.size]; the
+highest are kept. Only their order matters, not their scale.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 from grasp.errors import GraspError, reason
 
 GROUP = "grasp.criteria"
-OFFERED = ("model", "units", "blocks", "journal", "projection", "config", "stage")
+OFFERED = ("model", "units", "blocks", "journal", "projection", "config", "stage", "teacher")
 Scores = TypeVar("Scores", bound=Callable[..., Any])
 
 

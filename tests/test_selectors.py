@@ -18,7 +18,7 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.fold import fold_mask
 from grasp.gates.moments import Moments, channel_moments
-from grasp.gates.training import next_token_loss
+from grasp.gates.objective import next_token_loss
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.units import UnitSpace, decoder_layers

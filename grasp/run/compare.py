@@ -28,6 +28,7 @@ from grasp.config import COMPARED_WIDTHS, KEEP, SEEDS, SET_BY_COMPARE, PruneConf
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
+from grasp.gates.objective import last_hidden
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
 from grasp.model.load import cast, move
 from grasp.planning.check import check_fit
@@ -225,6 +226,7 @@ class _Grid:
         self._run, self._start, self._score = run, start, score
         self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Selection, Cost]] = {}
+        self._taught: tuple[int, Tensor] | None = None  # a seed, and the teacher of its blocks
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         return self._run.part(cell.name).remember("result", partial(self._measure, cell))
@@ -238,10 +240,20 @@ class _Grid:
             reset_peak_memory()
             move(model, cell.config.device)
             with memory_mode(model, cell.config):
-                selection = select(model, projection, blocks, cell.config, part.stage)
+                teacher = self._teacher(cell.config, blocks)
+                selection = select(model, projection, blocks, cell.config, part.stage, teacher)
             move(self._dense, "cpu")
             self._chosen[cell.selection] = selection, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.selection]
+
+    def _teacher(self, config: PruneConfig, blocks: Tensor) -> Tensor | None:
+        """Return the `last_hidden` of the dense model on the blocks; the last seed's is kept."""
+        if not config.distils:
+            return None
+        if self._taught is None or self._taught[0] != config.seed:
+            self._taught = config.seed, last_hidden(move(self._dense, config.device), blocks)
+        move(self._dense, "cpu")
+        return self._taught[1]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
         """Copy the dense model in the cell's dtype; load it again if it has another dtype."""
@@ -263,7 +275,14 @@ class _Grid:
         mask = projection.mask(selection.scores)
         reset_peak_memory()
         pruned = apply_mask(
-            model, mask, selection.scales, blocks, config, self._start.stored_dtype, part
+            model,
+            mask,
+            selection.scales,
+            blocks,
+            self._teacher(config, blocks),
+            config,
+            self._start.stored_dtype,
+            part,
         )
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"

@@ -39,6 +39,7 @@ from grasp.gates.fidelity import (
     gated_outputs,
 )
 from grasp.gates.memory import memory_mode
+from grasp.gates.objective import last_hidden
 from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors, memory_errors
 from grasp.model.header import of_model
@@ -164,7 +165,9 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     with memory_mode(model, config) as mode:
         if config.memory == "auto" and mode != "fast":
             run.log(event="note", text=f"`memory={mode!r}`, for what is free on {config.device}")
-        selection = select(model, start.projection(config), blocks, config, run.stage)
+        teacher = teacher_of(model, blocks, config)
+        projection = start.projection(config)
+        selection = select(model, projection, blocks, config, run.stage, teacher)
     if "" not in budgets:
         move(model, "cpu")  # the device holds the copy that is pruned
     results = []
@@ -176,7 +179,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part = run.part(name) if name else run
             pruned = move(copy.deepcopy(model), config.device) if name else model
             pruned = apply_mask(
-                pruned, mask, selection.scales, blocks, own, start.stored_dtype, part
+                pruned, mask, selection.scales, blocks, teacher, own, start.stored_dtype, part
             )
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
             record = finish(pruned, record, start, part, run.checkpoint)
@@ -300,6 +303,11 @@ def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, A
     return run.remember("dense", partial(_measure, start.evaluation_set, model, "dense", run))
 
 
+def teacher_of(model: PreTrainedModel, blocks: Tensor, config: PruneConfig) -> Tensor | None:
+    """What gates and scales learn from besides the text: `last_hidden` of the dense model."""
+    return last_hidden(model, blocks) if config.distils else None
+
+
 def working_dtype(config: PruneConfig) -> torch.dtype:
     """Return the dtype in which gates and scales learn."""
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[config.dtype])
@@ -311,13 +319,15 @@ def apply_mask(
     mask: Mask,
     joint_scales: Tensor | None,
     blocks: Tensor,
+    teacher: Tensor | None,
     config: PruneConfig,
     stored_dtype: torch.dtype,
     run: Run,
 ) -> PreTrainedModel:
     """Scale, compensate, cut and calibrate; return the pruned model in `stored_dtype`.
 
-    `joint_scales` are the scales of a `Selection`. `model` cannot be used afterwards.
+    `joint_scales` are the scales of a `Selection`, `teacher` is the dense model's `last_hidden`.
+    `model` cannot be used afterwards.
     """
     edits: list[Edit] = []
 
@@ -342,7 +352,9 @@ def apply_mask(
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
         with memory_mode(model, config):
-            scales = learn_scales(model, config.scales, blocks, settings, run.stage("calibrate"))
+            scales = learn_scales(
+                model, config.scales, blocks, settings, run.stage("calibrate"), teacher
+            )
         last = [Scale(config.scales, scales)]
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
         # the working dtype has rounded the weights: apply all edits again, to the stored ones

@@ -242,10 +242,9 @@ def test_opcheck(device):
             cross_entropy._cross_entropy,
             (leaf(5, 8).requires_grad_(gradient), weights[0], targets, 2, gradient),
         )
-        check(
-            cross_entropy._distillation,
-            (leaf(5, 8).requires_grad_(gradient), weights[0], x.detach(), targets, 0.5, 2, gradient),
-        )
+        x = leaf(5, 8).requires_grad_(gradient)
+        taught = torch.randn(5, 8, device=device)
+        check(cross_entropy._distillation, (x, weights[0], taught, targets, 0.5, 2, gradient))
     scores, costs = torch.randn(30, device=device), torch.randint(1, 9, (30,), device=device)
     budget, floor = (
         torch.tensor(60, device=device),

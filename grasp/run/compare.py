@@ -235,13 +235,18 @@ class _Grid:
         self._perplexities = perplexities  # of the dense model, on each text
         self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Selection, Cost]] = {}
-        self._taught: tuple[int, Tensor] | None = None  # a seed, and the teacher of its blocks
+        self._taught: tuple[Any, Tensor] | None = None  # a seed and dtype, and what they gave
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         return self._run.part(cell.name).remember("result", partial(self._measure, cell))
 
     def _choose(
-        self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
+        self,
+        cell: Cell,
+        model: PreTrainedModel,
+        projection: Projection,
+        blocks: Tensor,
+        teacher: Tensor | None,
     ) -> tuple[Selection, Cost]:
         """Return the selection of the cell's method, and its cost."""
         if cell.rewrites or cell.selection not in self._chosen:
@@ -249,19 +254,20 @@ class _Grid:
             reset_peak_memory()
             move(model, cell.config.device)
             with memory_mode(model, cell.config):
-                teacher = self._teacher(cell.config, blocks)
                 selection = select(model, projection, blocks, cell.config, part.stage, teacher)
             move(self._dense, "cpu")
             self._chosen[cell.selection] = selection, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.selection]
 
-    def _teacher(self, config: PruneConfig, blocks: Tensor) -> Tensor | None:
-        """Return the `last_hidden` of the dense model on the blocks; the last seed's is kept."""
+    def _teacher(
+        self, config: PruneConfig, dense: PreTrainedModel, blocks: Tensor
+    ) -> Tensor | None:
+        """Return the `last_hidden` of the dense model on the blocks; only the last one is kept."""
         if not config.distils:
             return None
-        if self._taught is None or self._taught[0] != config.seed:
-            self._taught = config.seed, last_hidden(move(self._dense, config.device), blocks)
-        move(self._dense, "cpu")
+        key = config.seed, dense.dtype
+        if self._taught is None or self._taught[0] != key:
+            self._taught = key, last_hidden(move(dense, config.device), blocks)
         return self._taught[1]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
@@ -275,11 +281,10 @@ class _Grid:
         config, run, part = cell.config, self._run, self._run.part(cell.name)
         run.log(event="cell", name=cell.name)  # its seconds count from here
         blocks, projection = self._start.blocks(config), self._start.projection(config)
-        if cell.rewrites:
-            model = self._own_model(config)
-            selection, choosing = self._choose(cell, model, projection, blocks)
-        else:
-            selection, choosing = self._choose(cell, self._dense, projection, blocks)
+        model = self._own_model(config) if cell.rewrites else self._dense
+        teacher = self._teacher(config, model, blocks)
+        selection, choosing = self._choose(cell, model, projection, blocks, teacher)
+        if not cell.rewrites:
             model = self._own_model(config)
         mask = projection.mask(selection.scores)
         reset_peak_memory()
@@ -288,7 +293,7 @@ class _Grid:
             mask,
             selection.scales,
             blocks,
-            self._teacher(config, blocks),
+            teacher,
             config,
             self._start.stored_dtype,
             part,

@@ -105,6 +105,7 @@ class Plan:
     kv_bytes_per_token: Size
     memory: Memory
     refit_memory: int | None  # estimated peak bytes of refit, if it runs
+    teacher_bytes: int | None  # of the dense model's hidden states, in the host's memory
     evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
     learning_tokens: int  # forward and backward, for gates and for the scales after the mask
     learning_seconds: float | None
@@ -124,6 +125,9 @@ class Plan:
         if self.refit_memory is not None:
             stages.insert(1, ("refitting", self.refit_memory))
         peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
+        teacher = ""
+        if self.teacher_bytes is not None:
+            teacher = f"; {self.teacher_bytes / 1e9:,.1f} GB of the host's for the teacher"
         time = "give `tokens_per_second` for the time"
         if self.learning_seconds is not None:
             time = f"{self.learning_seconds / 60:,.1f} minutes"
@@ -140,7 +144,7 @@ class Plan:
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
             ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
-            ("memory", f"about {peaks} (estimates)"),
+            ("memory", f"about {peaks} (estimates){teacher}"),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
         lines = [f"{name:<12}{text}" for name, text in facts]
@@ -202,6 +206,9 @@ def plan(
             refit_memory(header, config.samples, config.seq_len, width)
             if config.compensation == "refit"
             else None
+        ),
+        teacher_bytes=(
+            width * config.samples * config.seq_len * space.hidden_size if config.distils else None
         ),
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
         learning_tokens=tokens,

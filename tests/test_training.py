@@ -23,7 +23,7 @@ from grasp.gates.training import (
     CapturedStep,
     Step,
     TrainSettings,
-    _epoch_order,
+    epoch_order,
     train_gates,
 )
 from grasp.journal import Journal
@@ -200,7 +200,7 @@ def test_the_fast_path_learns_what_plain_pytorch_does(family, device):
     blocks = BLOCKS.to(device)
     settings, journal = LearnSettings(TrainSettings(1, lr=0.05)), Memory()
     learn_scores(model, fast, start, BLOCKS, settings, journal)
-    losses = plain_training(model, plain, start, blocks[_epoch_order(len(BLOCKS), 0, 0)], 0.05)
+    losses = plain_training(model, plain, start, blocks[epoch_order(len(BLOCKS), 0, 0)], 0.05)
     seen = len(losses)
     if device == "cpu":
         assert [r["loss"] for r in journal.records] == pytest.approx(losses, abs=1e-4)
@@ -247,7 +247,7 @@ def test_the_driver_runs_our_ops_at_real_sizes(device, dtype, length, batch, mon
     assert ran["grasp::gated_attention_gate_backward"] == ran["grasp::budget_topk"] == steps
     assert ran["grasp::linear_cross_entropy"] == steps  # never all logits
 
-    order = _epoch_order(len(blocks), 0, 0)
+    order = epoch_order(len(blocks), 0, 0)
     plain = plain_training(
         model, projection, start, blocks[order].to(device).view(-1, batch, length), 0.05
     )

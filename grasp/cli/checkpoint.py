@@ -35,7 +35,7 @@ def verify_command(folder: Folder, as_json: Json = False) -> None:
 def show_command(folder: Folder, as_json: Json = False) -> None:
     """What was kept, layer by layer."""
     from grasp.checkpoint.record import Record
-    from grasp.report.summary import layer_rows, measured_on, size_rows
+    from grasp.report.summary import layer_rows, measured_on, recovered, size_rows
 
     record = Record.read(folder)
     if as_json:
@@ -53,6 +53,8 @@ def show_command(folder: Folder, as_json: Json = False) -> None:
     print_table(("layer", "FFN channels", "", "KV groups"), layers, folder)
     for what, dense, pruned, ratio in size_rows(record):
         print_line(f"{what}: {dense} -> {pruned} ({ratio})")
+    if record.recovery:
+        print_line(recovered(record))
     print_line(measured_on(record))
 
 

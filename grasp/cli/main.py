@@ -12,6 +12,7 @@ from grasp.cli import checkpoint, measure, plan, prune  # noqa: F401  they add t
 from grasp.cli.app import app, as_options
 from grasp.errors import GraspError
 
+RESUMABLE = ("prune", "compare", "sparsify", "recover")
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         _fail(f"error: {message}" if message else "", 2)
     if code in (INTERRUPTED, TERMINATED):  # newer releases of typer return the first
         stopped = "stopped" if code == INTERRUPTED else "stopped by SIGTERM"
-        resumable = sys.argv[1:2] in (["prune"], ["compare"], ["sparsify"])
+        resumable = sys.argv[1:2] in [[verb] for verb in RESUMABLE]
         _fail(stopped + ": run the same command again to resume" * resumable, code)
     sys.exit(code)
 

@@ -93,7 +93,7 @@ def train_gates(
         [theta], lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=on_gpu
     )
     per_step = settings.batch_size * settings.accumulate
-    order = torch.cat([_epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
+    order = torch.cat([epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
     examples = Batch(blocks.to(theta.device), teacher)
     steps = math.ceil(len(order) / per_step)
     small = settings.batch_size * blocks.shape[1] <= GRAPH_TOKENS
@@ -231,7 +231,8 @@ def _rate(settings: TrainSettings, progress: float) -> float:
     return settings.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits its blocks, int64 [samples]."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return torch.randperm(samples, generator=generator)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grasp.config import PruneConfig, SparsifyConfig
+from grasp.config import PruneConfig, RunConfig
 from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
 from grasp.errors import GraspError
@@ -18,7 +18,7 @@ from grasp.model.source import check_readable, read_config, resolve
 from grasp.planning.layouts import check_layout
 
 
-def check(config: PruneConfig | SparsifyConfig) -> Header:
+def check(config: RunConfig) -> Header:
     """Check what `config` asks for, and return the header of the model that it names.
 
     Raises GraspError: a missing text, a model that is not supported or is quantised, a sequence
@@ -33,13 +33,13 @@ def check(config: PruneConfig | SparsifyConfig) -> Header:
     return header
 
 
-def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
+def check_fit(config: RunConfig, header: Header) -> None:
     """Raise GraspError if the model of `header` cannot meet the options of `config`."""
     if header.longest is not None and config.seq_len > header.longest:
         raise GraspError(
             f"`seq_len` must be at most {header.longest} for this model, got {config.seq_len}"
         )
-    if isinstance(config, SparsifyConfig):
+    if not isinstance(config, PruneConfig):
         return
     biased = config.compensation == "bias"
     if biased and not header.facts.carries_biases:

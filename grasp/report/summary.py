@@ -72,6 +72,22 @@ def how_measured(first: dict[str, Any], *others: dict[str, Any]) -> str:
     )
 
 
+def recovered(record: Record) -> str:
+    """Say how the checkpoint was recovered, a sentence for each run; empty if it was not."""
+    return " ".join(map(_recovered, record.recovery or ()))
+
+
+def _recovered(run: dict[str, Any]) -> str:
+    rank, texts = run["recipe"]["lora_rank"], run["perplexity_before"]
+    before = ", ".join(f"{found['value']:.2f} on {found['data']}" for found in texts)
+    return (
+        f"Recovered by distillation on {run['tokens']:,} tokens of {run['text']['name']} from "
+        f"{run['teacher']} ({f'LoRA of rank {rank}, merged' if rank else 'all weights'}): loss on "
+        f"held-out blocks {run['before']:.3f} -> {run['after']:.3f}"
+        f"{f'; perplexity before it {before}' if before else ''}."
+    )
+
+
 def weight_bytes(record: Record) -> tuple[int, int]:
     """Return the bytes of the weights (dense, pruned), both in the checkpoint's dtype."""
     params, after = record.params, record.results["weight_bytes"]
@@ -130,7 +146,17 @@ The indices of all kept units are in `grasp.json`.
 {calibrated_on(record)}
 
 {settings}
-"""
+{recovery_recipe(record)}"""
+
+
+def recovery_recipe(record: Record) -> str:
+    """The section of a model card on recovery; empty if there was none."""
+    if not record.recovery:
+        return ""
+    settings = "\n".join(
+        f"- {key}: `{value}`" for key, value in record.recovery[-1]["recipe"].items()
+    )
+    return f"\n## Recovery\n\n{recovered(record)}\n\n{settings}\n"
 
 
 def calibrated_on(record: Record) -> str:
@@ -155,10 +181,12 @@ def how_made(record: Record) -> str:
     recipe = record.recipe
     method = "GRASPrune (arXiv 2604.19398)" if recipe["method"] == "learned" else recipe["method"]
     after = COMPENSATED[recipe["compensate"]]
+    tuned = "The model was not fine-tuned"
+    if record.recovery:
+        tuned = f"The model was then recovered by distillation on {record.recovery_tokens:,} tokens"
     return (
         f"Made with grasp {record.grasp_version}. FFN channels and KV groups were selected by "
-        f"{method} and removed under a hard budget{after}. The model was not fine-tuned; its "
-        "weights are dense."
+        f"{method} and removed under a hard budget{after}. {tuned}; its weights are dense."
     )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,7 +27,7 @@ from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.refit import refit
-from grasp.config import PruneConfig, SparsifyConfig
+from grasp.config import PruneConfig, RunConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
@@ -205,7 +206,7 @@ class Start:
     calibration: Mixture
     evaluation_sets: tuple[EvaluationSet, ...]  # empty if no text is left
 
-    def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
+    def blocks(self, config: RunConfig) -> Tensor:
         """Return the calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
         return self.calibration.blocks(seq_len=config.seq_len, seed=config.seed)
 
@@ -241,7 +242,7 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
         )
 
 
-def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, Any]:
+def load_dense(config: RunConfig) -> tuple[PreTrainedModel, Any]:
     """Load the model as stored, and its tokenizer. Raises GraspError if it cannot be pruned."""
     model, tokenizer = load_model(
         config.model,
@@ -254,9 +255,7 @@ def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, A
     return model, tokenizer
 
 
-def read_texts(
-    config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
-) -> Start:
+def read_texts(config: RunConfig, model: PreTrainedModel, tokenizer: Any, run: Run) -> Start:
     """Read or sample the calibration text, and read the evaluation texts."""
     eval_texts = [
         read_corpus(text, tokenizer, text_field=config.text_field, split="test")
@@ -303,9 +302,16 @@ def _runs_layers(config: PruneConfig) -> str | None:
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> list[dict[str, Any]]:
     """Bind the run to its inputs, and return the dense model's perplexity on each text."""
-    run.same_inputs(_inputs(model, start))
+    run.same_inputs(inputs_of(start, model))
+    return measure_once(start, model, "dense", run)
+
+
+def measure_once(
+    start: Start, model: PreTrainedModel, which: str, run: Run
+) -> list[dict[str, Any]]:
+    """Return the perplexity on each text, measured once per run."""
     found: list[dict[str, Any]] = run.remember(
-        "dense", partial(_measure, start.evaluation_sets, model, "dense", run)
+        which, partial(_measure, start.evaluation_sets, model, which, run)
     )
     return found
 
@@ -420,7 +426,7 @@ def pruned_record(
 
 
 def run_record(
-    config: PruneConfig | SparsifyConfig,
+    config: RunConfig,
     start: Start,
     mask: Mask,
     model: PreTrainedModel,
@@ -438,7 +444,7 @@ def run_record(
     )
 
 
-def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
+def _check_weights(config: RunConfig, model: PreTrainedModel) -> None:
     """Check the weights and the family of the loaded model, which its config cannot show."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -451,7 +457,7 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
 
 
 def _own_text(
-    config: PruneConfig | SparsifyConfig,
+    config: RunConfig,
     model: PreTrainedModel,
     tokenizer: Any,
     run: Run,
@@ -483,7 +489,7 @@ class EvaluationSet:
 
 
 def _evaluation_sets(
-    config: PruneConfig | SparsifyConfig,
+    config: RunConfig,
     eval_texts: Sequence[Corpus],
     calibration: Mixture,
     longest: int,
@@ -495,13 +501,14 @@ def _evaluation_sets(
     return tuple(EvaluationSet(text, length, config.eval_windows) for text in texts)
 
 
-def _inputs(model: PreTrainedModel, start: Start) -> dict[str, Any]:
+def inputs_of(start: Start, *models: PreTrainedModel) -> dict[str, Any]:
     """Return what determines the result besides the options: texts, weights, software, threads."""
-    software = environment(model.device)
-    if model.device.type != "cpu":
+    device = models[0].device
+    software = environment(device)
+    if device.type != "cpu":
         del software["threads"]  # they do not matter on a GPU
     weights = sha256()
-    for parameter in model.parameters():
+    for parameter in chain.from_iterable(model.parameters() for model in models):
         weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
     return {
         "calibration text": start.calibration.sha256,

@@ -130,15 +130,17 @@ def saved_activations(config: RecoverConfig, header: Header, mode: MemoryMode, w
     """Bytes that the backward pass of one forward pass needs.
 
     A layer saves four FFN widths, queries, keys, values and attention output, and for each norm its
-    input and the normed one in fp32 and what it gives. A recomputed layer saves only its input.
+    input in fp32, the normed one if the norm learns, and what it gives. A recomputed layer saves
+    only its input.
     """
     space, facts = header.space, header.facts
+    in_norm = 4 if config.lora_rank else 8
     tokens, hidden = config.batch_size * config.seq_len, space.hidden_size
     saved = []
     for layer in space.layers:
         queries, keys = _heads(layer)
         own = width * (4 * layer.ffn + 3 * queries + 2 * keys)
-        own += facts.norms * hidden * (8 + width) + facts.qk_norm * 8 * (queries + keys)
+        own += facts.norms * hidden * (in_norm + width) + facts.qk_norm * in_norm * (queries + keys)
         if facts.softcap:  # scores after tanh and softmax
             own += 8 * layer.group_size * layer.kv_groups * config.seq_len
         saved.append(own)

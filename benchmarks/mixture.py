@@ -1,0 +1,167 @@
+"""Train a small mixture of experts on the built-in text, until its loss shows that routing matters.
+
+    python -m benchmarks.mixture --out FOLDER [--seed 0]
+
+Some seconds to a minute on one core: a Qwen3-MoE of three layers with 16 experts each, of which a
+token is routed to two. FOLDER holds the model, its tokenizer and `log.jsonl`: the loss on text held
+out from training, the same with every token routed to random experts, the entropy of the router
+(1: uniform) and the part of the tokens that each expert of each layer gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from grasp.data.builtin import builtin_rows
+
+VOCABULARY, SEQ_LEN, BATCH = 1024, 128, 8
+HELD_OUT = 32  # blocks
+EXPERTS, PER_TOKEN = 16, 2
+MATTERS = 0.5  # nats per token that random routing costs
+STEPS = 800  # at most; the loss is looked at every EVERY steps
+EVERY = 100
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Train and save the model; return its log. `steps` may end it before routing matters."""
+    torch.manual_seed(seed)
+    rows = builtin_rows()
+    tokenizer = _tokenizer(rows)
+    ids = torch.tensor(tokenizer("\n\n".join(rows), verbose=False).input_ids)
+    ids = ids[: len(ids) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
+    ids = ids[torch.randperm(len(ids))]
+    held_out, text = ids[:HELD_OUT], ids[HELD_OUT:]
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    log = []
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, step / 50)
+        batch = text[torch.randint(len(text), (BATCH,))]
+        model(batch, labels=batch, output_router_logits=True).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % EVERY == 0:
+            log.append({"step": step, **_look(model, held_out)}); print(log[-1], flush=True)
+            if log[-1]["loss_random_routes"] - log[-1]["loss"] > MATTERS and step >= 500:
+                break
+    model.config.output_router_logits = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    lines = [json.dumps(line) + "\n" for line in log]
+    (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    return log
+
+
+def _model() -> Qwen3MoeForCausalLM:
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=EXPERTS,
+        num_experts_per_tok=PER_TOKEN,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.001,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def _tokenizer(rows: list[str]) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        rows[:200],
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet)
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    )
+
+
+@torch.no_grad()
+def _look(model: Any, ids: Tensor) -> dict[str, Any]:
+    """Losses, router entropy and the load of each expert, on `ids` [blocks, SEQ_LEN]."""
+    model.eval()
+    logits: list[Tensor] = []
+    with ExitStack() as hooks:
+        for layer in model.model.layers:
+            see = lambda _, args, output: logits.append(output[0])  # noqa: E731
+            hooks.enter_context(layer.mlp.gate.register_forward_hook(see))
+        loss = model(ids, labels=ids).loss.item()
+    with _random_routes(model):
+        random = model(ids, labels=ids).loss.item()
+    model.train()
+    entropies, loads = [], []
+    for own in logits:
+        log_p = own.log_softmax(-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1).mean().item())
+        chosen = own.topk(PER_TOKEN).indices.flatten()
+        loads.append((chosen.bincount(minlength=EXPERTS) / chosen.numel()).tolist())
+    uniform = torch.tensor(float(EXPERTS)).log().item()
+    return {
+        "loss": loss,
+        "loss_random_routes": random,
+        "router_entropy": [entropy / uniform for entropy in entropies],
+        "load": loads,
+    }
+
+
+@contextmanager
+def _random_routes(model: Any) -> Iterator[None]:
+    """Every token goes to experts drawn at random, with the weights that its own ones had."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(_: nn.Module, args: Any, output: Any) -> Any:
+        scores, weights, index = output
+        draw = torch.rand(scores.shape, generator=generator).topk(index.shape[-1]).indices
+        return scores, weights, draw
+
+    with ExitStack() as hooks:
+        for layer in model.model.layers:
+            hooks.enter_context(layer.mlp.gate.register_forward_hook(drawn))
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    for line in train(options.out, seed=options.seed):
+        entropy = ", ".join(f"{e:.2f}" for e in line["router_entropy"])
+        print(
+            f"step {line['step']}: loss {line['loss']:.3f}, at random routes "
+            f"{line['loss_random_routes']:.3f}, router entropy {entropy}"
+        )
+
+
+if __name__ == "__main__":
+    main()

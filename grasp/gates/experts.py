@@ -1,0 +1,91 @@
+"""Gates on routed experts: a factor on an expert's output, and no token for a closed one.
+
+Only the router is patched, on this instance. While an expert's gate is 0 its router logit is minus
+infinity, so the tokens go to the others, as they do once it is cut. The gate multiplies the weight
+that the router gives to the expert's output. So no family's code is copied.
+
+A closed expert would get no gradient and could never come back. So while gates learn, each token
+also visits the experts that it would have been routed to if all were open; those of them that are
+closed add nothing, as their gate is 0, but their gate has the gradient that it would open with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from grasp.model.experts import Mixture
+
+
+@contextmanager
+def gated_routers(mixtures: Sequence[Mixture]) -> Iterator[None]:
+    """Patch the routers to read `grasp_gate`, fp32 [experts], on each; restored on exit."""
+    routers: list[Any] = [mixture.router for mixture in mixtures]
+    # a library's hook may already have put a forward on the instance
+    before = [{k: v for k, v in vars(r).items() if k == "forward"} for r in routers]
+    try:
+        for router in routers:
+            router.grasp_gate = torch.ones(len(router.weight), device=router.weight.device)
+            router.forward = _router_forward(router)
+        yield
+    finally:
+        for router, forward in zip(routers, before, strict=True):
+            router.__dict__.pop("forward", None)
+            router.__dict__.update(forward)
+            del router.grasp_gate
+
+
+def _router_forward(router: Any) -> Any:
+    whole = router.forward
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        z = router.grasp_gate
+        closed = z.detach() == 0
+        with _closed(router, closed):
+            logits, weights, index = whole(*args, **kwargs)
+        weights = (weights * z[index]).to(weights.dtype)
+        # a GPU would have to wait for the answer
+        if z.requires_grad and (closed.device.type != "cpu" or bool(closed.any())):
+            _, would, picked = whole(*args, **kwargs)
+            would = (would * (z * closed)[picked]).to(weights.dtype)
+            weights, index = torch.cat([weights, would], -1), torch.cat([index, picked], -1)
+        return logits, weights, index
+
+    return forward
+
+
+@contextmanager
+def _closed(router: nn.Module, closed: Tensor) -> Iterator[None]:
+    """Within the context, closed experts have a router logit of minus infinity.
+
+    Some routers add a bias per expert after a sigmoid, to choose but not to weigh: it is minus
+    infinity too.
+    """
+    buffers = {n: b for n, b in router._buffers.items() if b is not None}
+    try:
+        for name, buffer in buffers.items():
+            router._buffers[name] = buffer.masked_fill(closed, -torch.inf)
+        with _ClosedLogits(closed):
+            yield
+    finally:
+        router._buffers.update(buffers)
+
+
+class _ClosedLogits(TorchFunctionMode):
+    """Masks the output of the router's linear layer, the only one that it calls."""
+
+    def __init__(self, closed: Tensor) -> None:
+        super().__init__()
+        self._closed = closed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.masked_fill(self._closed, -torch.inf) if func is F.linear else out

@@ -1,0 +1,94 @@
+"""REAP and frequency: scores of routed experts from what the router does on calibration text.
+
+Source: REAP (arXiv 2510.13999). An expert's score is the mean, over the tokens that are routed to
+it, of its weight from the router times the norm of its output; an expert with no token gets 0. The
+frequency of an expert is the number of its tokens, the baseline there. Both only rank the experts
+of a layer: a score here is the rank within it, as the paper prunes every layer at one ratio. KV
+groups and FFN channels, which the paper keeps, rank above all experts.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.gates.training import finite_mean, next_token_loss
+from grasp.journal import Journal
+from grasp.model.experts import Mixture, mixtures_of
+from grasp.model.units import UnitSpace
+from grasp.select.ratio import uniform_ratio
+
+
+def reap_scores(
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """Return scores, fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
+    tokens, norms = routed(model, units, blocks, journal)
+    return _ranked(units, norms / tokens.clamp(min=1))
+
+
+def frequency_scores(
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
+) -> Tensor:
+    """Return scores, fp32 [units] on the model's device; blocks: int64 [samples, seq_len]."""
+    tokens, _ = routed(model, units, blocks, journal)
+    return _ranked(units, tokens)
+
+
+def _ranked(units: UnitSpace, raw: Tensor) -> Tensor:
+    """Scores of all units from raw scores of the experts, [experts of all layers]."""
+    per_layer = [own for own in raw.split([layer.experts for layer in units.layers]) if len(own)]
+    return torch.cat([raw.new_full((units.size - units.experts,), 2.0), uniform_ratio(per_layer)])
+
+
+@torch.no_grad()
+def routed(
+    model: PreTrainedModel, units: UnitSpace, blocks: Tensor, journal: Journal
+) -> tuple[Tensor, Tensor]:
+    """Tokens of each expert, and the sum over them of router weight times norm of the output.
+
+    fp32 [experts of all layers] each. Resumes from its journal. Raises GraspError if the loss is
+    not finite.
+    """
+    mixtures = mixtures_of(model)
+    tokens, norms = torch.zeros(2, units.experts, device=model.device)
+    done, start = journal.load(), 0
+    if done is not None:
+        tokens, norms = done["tokens"].to(tokens.device), done["norms"].to(norms.device)
+        start = int(done["step"])
+    sizes = [mixture.count for mixture in mixtures]
+    with ExitStack() as hooks:
+        for mixture, *into in zip(mixtures, tokens.split(sizes), norms.split(sizes), strict=True):
+            hooks.enter_context(
+                mixture.experts.register_forward_pre_hook(_Watch(mixture, *into), with_kwargs=True)
+            )
+        for step in range(start + 1, len(blocks) + 1):
+            block = blocks[step - 1][None].to(model.device)
+            loss = finite_mean([next_token_loss(model, block)], step)
+            journal.progress(step, len(blocks), loss, block.numel())
+            state = {"tokens": tokens, "norms": norms, "step": torch.tensor(step)}
+            journal.save(state.copy, final=step == len(blocks))
+    return tokens, norms
+
+
+class _Watch:
+    """A pre-hook on a layer's experts that adds up what they are asked for, in views of the sums.
+
+    The output of a token's k-th expert is what the module computes for that expert alone, with
+    weight 1.
+    """
+
+    def __init__(self, mixture: Mixture, tokens: Tensor, norms: Tensor) -> None:
+        self._mixture, self._tokens, self._norms = mixture, tokens, norms
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden, index, weights = (*args, *kwargs.values())  # [tokens, hidden], [tokens, k] twice
+        for own, weight in zip(index.split(1, 1), weights.split(1, 1), strict=True):
+            output = type(module).forward(module, hidden, own, torch.ones_like(weight))
+            norm = output.float().norm(dim=1) * weight[:, 0].float()
+            self._tokens.index_add_(0, own[:, 0], torch.ones_like(norm))
+            self._norms.index_add_(0, own[:, 0], norm)

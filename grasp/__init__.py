@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the same names for type checkers; test_house holds them tog
     from grasp.errors import GraspError as GraspError
     from grasp.evaluate.bench import bench as bench
     from grasp.evaluate.perplexity import evaluate_text as evaluate_text
+    from grasp.evaluate.perplexity import evaluate_texts as evaluate_texts
     from grasp.evaluate.zero_shot import evaluate_tasks as evaluate_tasks
     from grasp.model.load import load as load
     from grasp.model.units import UnitSpace as UnitSpace
@@ -63,6 +64,7 @@ _HOMES = {
     "compare": "grasp.run.compare",
     "evaluate_tasks": "grasp.evaluate.zero_shot",
     "evaluate_text": "grasp.evaluate.perplexity",
+    "evaluate_texts": "grasp.evaluate.perplexity",
     "export": "grasp.checkpoint.export",
     "load": "grasp.model.load",
     "plan": "grasp.planning.plan",

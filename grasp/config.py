@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -55,7 +56,7 @@ CALIBRATION = (
     "a.txt,b.jsonl:0.3, with weights."
 )
 TEXT_FIELD = "Field or column that holds texts or conversations."
-EVAL_TEXT = "Text to evaluate on (default: calibration text that was not used)."
+EVAL_TEXT = "Text to evaluate on, once for each text (default: calibration text that was not used)."
 EVAL_WINDOWS = "Evaluate on the first windows only (default: all)."
 DEVICE = "cpu, cuda, cuda:1, or auto."
 SEED = "Seed of everything that is drawn at random."
@@ -96,7 +97,7 @@ class PruneConfig:
     )
     scale_epochs: int = option(1, "Passes over the blocks while scales learn.", LEARNING)
     scale_decay: float = option(1.0, "Decay rate that pulls scales towards 1, per epoch.", ABLATION)
-    eval_text: str | None = option(None, EVAL_TEXT, EVALUATION)
+    eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
     dtype: Dtype = option("auto", "Data type of the frozen model.", MACHINE)
@@ -176,7 +177,7 @@ class PruneConfig:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the result: a run may go on under another `memory`."""
-        recipe = asdict(self) | {"compensate": self.compensation}
+        recipe = asdict(self) | {"compensate": self.compensation, "eval_text": [*self.eval_text]}
         del recipe["memory"]
         return recipe
 
@@ -197,7 +198,7 @@ class SparsifyConfig:
     seq_len: int = option(512, "Tokens per block.")
     rounds: int = option(5, "Rounds of Wanda++'s regional optimisation.", LEARNING)
     lr: float = option(3e-7, "Learning rate of Wanda++'s regional optimisation.", LEARNING)
-    eval_text: str | None = option(None, EVAL_TEXT, EVALUATION)
+    eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
     device: str = option("auto", DEVICE, MACHINE)
@@ -222,12 +223,27 @@ class SparsifyConfig:
         check_device(self.device)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"eval_text": [*self.eval_text]}
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Paths as text."""
-    return {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    """Paths as text, and texts to evaluate on as a tuple, however many there are."""
+    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    if "eval_text" in plain:
+        plain["eval_text"] = named_texts(plain["eval_text"])
+    return plain
+
+
+def named_texts(given: str | os.PathLike[str] | Sequence[str] | None) -> tuple[str, ...]:
+    """The names of texts, given as none, one, or several. Raises GraspError if one is repeated."""
+    if given is None:
+        return ()
+    names = [given] if isinstance(given, str | os.PathLike) else given
+    texts = tuple(os.fspath(name) for name in names)
+    for name in texts:
+        if texts.count(name) > 1:
+            raise GraspError(f"`eval_text` names {name} twice: give it once")
+    return texts
 
 
 def _check_published(options: dict[str, Any]) -> None:

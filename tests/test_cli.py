@@ -314,7 +314,7 @@ def test_ctrl_c(call, tiny, text, monkeypatch):
     def stopped(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "evaluate_text", stopped)
+    monkeypatch.setattr(evaluate, "evaluate_texts", stopped)
     code, out, err = call("eval", tiny, f"--text={text}")
     assert (code, out) == (130, "")
     assert err.strip() == "stopped"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Record:
     calibration: dict[str, Any] | None = None  # name, split, tokens, sha256; parts of a mixture
     budget: dict[str, Any] | None = None  # kind, asked, limit, obtained, of, chosen_for
     sparsity: dict[str, Any] | None = None  # pattern, weights, zeros_before, zeros_after, errors
-    results: dict[str, Any] = field(default_factory=dict)  # dense, pruned, seconds, speed, ...
+    results: dict[str, Any] = field(default_factory=dict)  # see `measured` and `perplexities`
     sha256: dict[str, str] = field(default_factory=dict)  # of the weight files, by file name
     format: int = FORMAT
 
@@ -44,6 +45,21 @@ class Record:
     def kept_part(self) -> float:
         """Fraction of the prunable parameters that is kept."""
         return self.params["prunable_after"] / self.params["prunable_before"]
+
+    @property
+    def perplexities(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """(dense, pruned) on each evaluation text, as `Perplexity.to_json` gives them."""
+        pairs = [self.results, *self.results.get("other_texts", ())]
+        return [(p["dense"], p["pruned"]) for p in pairs if p.get("dense") and p.get("pruned")]
+
+    def evaluated(
+        self, dense: Sequence[dict[str, Any]], pruned: Sequence[dict[str, Any]]
+    ) -> Record:
+        """Return a copy with the perplexities of both models on each evaluation text."""
+        pairs = [{"dense": a, "pruned": b} for a, b in zip(dense, pruned, strict=True)]
+        if not pairs:
+            return self.measured(dense=None, pruned=None)
+        return self.measured(**pairs[0], **({"other_texts": pairs[1:]} if pairs[1:] else {}))
 
     def measured(self, **results: Any) -> Record:
         """Return a copy with more results."""

@@ -35,7 +35,10 @@ READING = {name: OPTIONS[name] for name in ("device", "trust_remote_code")}
 def eval_command(
     model: Model,
     text: Annotated[
-        str | None, typer.Option(help="Text, JSON-lines, CSV or Parquet file, or hub data set.")
+        list[str] | None,
+        typer.Option(
+            help="Text, JSON-lines, CSV or Parquet file, or hub data set; once for each text."
+        ),
     ] = None,
     tasks: Tasks = None,
     against: Against = None,
@@ -62,8 +65,8 @@ def eval_command(
     device = reading.get("device", PruneConfig.device)
     models = [model] if against is None else [model, against]
     for name in models:  # before torch is imported, which takes seconds
-        check_reading(name, text=text, seq_len=seq_len, device=device)
-    from grasp.evaluate.perplexity import evaluate_text
+        check_reading(name, texts=text or (), seq_len=seq_len, device=device)
+    from grasp.evaluate.perplexity import evaluate_texts
     from grasp.evaluate.zero_shot import evaluate_tasks
     from grasp.machine import memory_errors
 
@@ -73,11 +76,15 @@ def eval_command(
     with progress() as show, memory_errors(f"device {device}", fix):
         both: Any = dict(batch_size=batch_size, progress=steps_of("evaluate", show), **reading)
         scores = evaluate_tasks(model, tasks, **on_tasks, **both) if tasks else None
-        texts = [evaluate_text(name, text, **on_text, **both) for name in models if text]
+        texts = [
+            (name, result)
+            for name in models
+            for result in (evaluate_texts(name, text, **on_text, **both) if text else ())
+        ]
     if as_json:
-        print_json(_eval_json(models, texts, scores))
+        print_json(_eval_json(texts, scores))
         return
-    for name, result in zip(models, texts, strict=False):
+    for name, result in texts:
         print_line(f"{name}: {result}" if against else str(result))
         for note in result.notes:
             print_line(note)
@@ -86,13 +93,11 @@ def eval_command(
         print_line(scores.measured_on())
 
 
-def _eval_json(models: list[str], texts: list[Any], scores: Any) -> dict[str, Any]:
+def _eval_json(texts: list[tuple[str, Any]], scores: Any) -> dict[str, Any]:
     """The perplexity alone where nothing else was asked for, or all results by their names."""
     if len(texts) == 1 and not scores:
-        return texts[0].to_json()
-    perplexities = [
-        {"model": name, **result.to_json()} for name, result in zip(models, texts, strict=False)
-    ]
+        return texts[0][1].to_json()
+    perplexities = [{"model": name, **result.to_json()} for name, result in texts]
     report = {"perplexity": perplexities} if texts else {}
     return report | ({"zero_shot": scores.to_json()} if scores else {})
 

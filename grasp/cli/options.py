@@ -92,6 +92,8 @@ def _parameter(name: str, option: Option) -> Parameter:
         rich_help_panel=option.panel,
     )
     kind: Any = str | None if parse else option.type
+    if kind == tuple[str, ...]:  # given once for each
+        kind = list[str]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 

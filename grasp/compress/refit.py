@@ -52,11 +52,13 @@ def refit(
         layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
     )
     for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
-        run = runner(layer, kwargs)
-        down_proj, o_proj = modules.outputs
-        heads = expand(kv, units.group_size * units.head_dim)
-        own = {}
-        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # in the order that they run
+        run, own, kept_columns = runner(layer, kwargs), {}, {}
+        if modules.attention is not None:  # first, in the order that they run
+            heads = expand(kv, units.group_size * units.head_dim)
+            kept_columns[modules.attention.out] = heads
+        if modules.ffn is not None:
+            kept_columns[modules.ffn.down] = ffn
+        for linear, kept in kept_columns.items():
             gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
             for x in inputs_of(linear, run, hidden.split(1)):
                 x = x.flatten(0, -2).float()

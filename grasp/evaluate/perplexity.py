@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -118,9 +118,17 @@ def perplexity(
     )
 
 
-def evaluate_text(
+def evaluate_text(model: str, text: str, **how: Any) -> Perplexity:
+    """Measure the perplexity of a model on a text, both named as on the command line.
+
+    `how`: the options of `evaluate_texts`.
+    """
+    return evaluate_texts(model, [text], **how)[0]
+
+
+def evaluate_texts(
     model: str,
-    text: str,
+    texts: Sequence[str],
     *,
     text_field: str = "text",
     seq_len: int | None = None,
@@ -130,26 +138,31 @@ def evaluate_text(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Perplexity:
-    """Measure the perplexity of a model on a text, both named as on the command line."""
-    find_source(text, "test")  # a mistyped name fails before the model is read
+) -> list[Perplexity]:
+    """Measure the perplexity of a model on each text, all named as on the command line."""
+    for name in texts:
+        find_source(name, "test")  # a mistyped name fails before the model is read
     loaded, tokenizer = load_model(
         model,
         dtype=None,
         device=pick_device(device),
         trust_remote_code=trust_remote_code,
     )
-    corpus = read_corpus(text, tokenizer, text_field=text_field, split="test")
-    with packed_errors(model, loaded):
-        return perplexity(
-            loaded,
-            corpus,
-            seq_len=seq_len,
-            windows=windows,
-            batch_size=batch_size,
-            bos=bos,
-            progress=progress,
-        )
+    found = []
+    for name in texts:
+        corpus = read_corpus(name, tokenizer, text_field=text_field, split="test")
+        with packed_errors(model, loaded):
+            measured = perplexity(
+                loaded,
+                corpus,
+                seq_len=seq_len,
+                windows=windows,
+                batch_size=batch_size,
+                bos=bos,
+                progress=progress,
+            )
+        found.append(measured)
+    return found
 
 
 def _windows(

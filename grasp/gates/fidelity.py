@@ -125,7 +125,7 @@ def _short(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _gated_modules(model: PreTrainedModel) -> dict[nn.Module, str]:
-    return _named(model, (part for m in decoder_layers(model) for part in (m.attention, m.mlp)))
+    return _named(model, (part.module for m in decoder_layers(model) for part in reversed(m.parts)))
 
 
 def _named(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:

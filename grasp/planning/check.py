@@ -6,6 +6,8 @@ once and a plan describes a run that is possible.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
@@ -23,8 +25,8 @@ def check(config: PruneConfig | SparsifyConfig) -> Header:
     longer than it accepts, a budget or layout that it cannot meet.
     """
     find_parts(config.calibration, config.samples)
-    if config.eval_text is not None:
-        find_source(config.eval_text, "test")
+    for text in config.eval_text:
+        find_source(text, "test")
     header = read_header(config.model)
     check_plain(config.model, header)
     check_fit(config, header)
@@ -66,11 +68,15 @@ def check_export(model: str) -> None:
 
 
 def check_reading(
-    model: str, *, text: str | None = None, seq_len: int | None = None, device: str = "auto"
+    model: str,
+    *,
+    texts: Sequence[str] = (),
+    seq_len: int | None = None,
+    device: str = "auto",
 ) -> None:
-    """Raise GraspError if the model, text, sequence length or device cannot be used."""
+    """Raise GraspError if the model, a text, the sequence length or the device cannot be used."""
     check_device(device)
-    if text is not None:  # first, because looking up a model on the hub takes seconds
+    for text in texts:  # first, because looking up a model on the hub takes seconds
         find_source(text, "test")
     source = resolve(model)
     check_readable(source)

@@ -61,16 +61,23 @@ Perplexities of different models or lengths cannot be compared; ratios only roug
 
 
 def perplexity_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: each method with its perplexity at each budget, seconds and peak memory."""
-    dense, budgets = summary["dense"]["perplexity"]["value"], _budgets(summary)
-    head = ["method", *(f"keep {part}" for part in budgets), "seconds", "peak memory"]
-    rows = [["dense", *(f"{dense:.2f}" for _ in budgets), "", ""]]
+    """Head and rows: each method with its perplexity at each budget, seconds and peak memory.
+
+    Several texts have a column each at each budget.
+    """
+    dense, budgets = [found["value"] for found in _on_texts(summary["dense"])], _budgets(summary)
+    names = [f", {found['data']}" for found in _on_texts(summary["dense"])]
+    columns = [f"keep {part}{name if len(names) > 1 else ''}" for part in budgets for name in names]
+    head = ["method", *columns, "seconds", "peak memory"]
+    rows = [["dense", *(f"{value:.2f}" for _ in budgets for value in dense), "", ""]]
     for method, by_budget in _methods(summary):
         cells = [cell for records in by_budget.values() for cell in records]
         seconds = mean(c["choosing"]["seconds"] + c["making"]["seconds"] for c in cells)
         peak = max(c[stage]["peak_memory"] for c in cells for stage in ("choosing", "making"))
-        values = [[c["perplexity"]["value"] for c in by_budget[part]] for part in budgets]
-        texts = [f"{span(v)}, {mean(v) / dense:.2f} ×" for v in values]
+        texts = []
+        for part in budgets:
+            for own, *found in zip(dense, *map(_values, by_budget[part]), strict=True):
+                texts.append(f"{span(found)}, {mean(found) / own:.2f} ×")
         rows.append([method, *texts, f"{seconds:,.0f}", f"{peak / 1e9:.2f} GB"])
     return head, rows
 
@@ -106,7 +113,7 @@ def explained(summary: Summary) -> str:
     fitted = "" if config["dtype"] == "fp32" else " Greedy methods fit weights and run in fp32."
     beside = " (including the dense model)" if config["device"] == "cpu" else ""
     return (
-        f"{how_measured(summary['dense']['perplexity'])} Cells: {shown}, and × the ratio to dense. "
+        f"{how_measured(*_on_texts(summary['dense']))} Cells: {shown}, and × the ratio to dense. "
         f"Budgets are fractions of {prunable:,} prunable parameters, never exceeded, at most "
         f"{100 * below:.2g} % unspent. All methods use {config['samples']} blocks of "
         f"{config['seq_len']} tokens of {summary['calibration']['name']} and train scales for "
@@ -129,10 +136,14 @@ def figure(summary: Summary) -> Figure:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    def perplexity(record: Record) -> float:
-        return record["perplexity"]["value"]
-
-    panels: list[tuple[str, Any]] = [("perplexity", perplexity)]
+    texts = _on_texts(summary["dense"])
+    panels: list[tuple[str, Any]] = [
+        (
+            f"perplexity, {found['data']}" if len(texts) > 1 else "perplexity",
+            lambda record, at=at: _values(record)[at],
+        )
+        for at, found in enumerate(texts)
+    ]
     for task, metric in metrics(summary):
         panels.append((f"{task}, {metric}", lambda r, t=task, m=metric: _score(r, t, m)["value"]))
     drawn = Figure(figsize=(5 * len(panels) + 2.5, 4.5), layout="constrained")
@@ -162,11 +173,20 @@ def figure(summary: Summary) -> Figure:
         axes.set(
             title=title,
             xlabel="prunable parameters kept, %",
-            yscale="log" if title == "perplexity" else "linear",
+            yscale="log" if title.startswith("perplexity") else "linear",
         )
         axes.spines[["top", "right"]].set_visible(False)
     drawn.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return drawn
+
+
+def _on_texts(record: Record) -> list[dict[str, Any]]:
+    """Perplexities of a cell, or of the dense model, on each text."""
+    return [record["perplexity"], *record.get("other_texts", ())]
+
+
+def _values(record: Record) -> list[float]:
+    return [found["value"] for found in _on_texts(record)]
 
 
 def _budgets(summary: Summary) -> list[float]:

@@ -17,6 +17,7 @@ from grasp.report.summary import (
     how_to_run,
     layer_figure,
     measured_on,
+    perplexity_pairs,
     recorded,
     size_rows,
     weight_bytes,
@@ -71,6 +72,7 @@ def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
 <p class="soft">{escape(how_made(record))}</p>
 <div class="tiles">{"".join(_tile(*row) for row in size_rows(record))}</div>
 <p class="soft">{escape(measured_on(record))}</p>
+{_quality(record)}
 <h2>Size and speed</h2>
 {_bars(record)}
 {"".join(_recorded(*found) for found in recorded(record))}
@@ -116,12 +118,24 @@ def _bars(record: Record) -> str:
 <p class="soft">Blue: pruned; grey: dense.</p>"""
 
 
-def _pair(what: str, pruned: float, dense: float, unit: str) -> str:
+def _quality(record: Record) -> str:
+    """Return pairs of bars, pruned above dense: perplexity on each evaluation text."""
+    bars = [
+        _pair(what, pruned, dense, "", digits=2) for what, dense, pruned in perplexity_pairs(record)
+    ]
+    if not bars:
+        return ""
+    return f"""<h2>Quality</h2>
+<div class="bars">{"".join(bars)}</div>
+<p class="soft">Blue: pruned; grey: dense. A shorter bar is better.</p>"""
+
+
+def _pair(what: str, pruned: float, dense: float, unit: str, digits: int = 0) -> str:
     widths = [100 * value / max(pruned, dense) for value in (pruned, dense)]
     bars = "".join(f'<div class="bar"><i style="width: {w:.2f}%"></i></div>' for w in widths)
     return (
         f"<span>{escape(what)}</span><div>{bars}</div>"
-        f'<span>{pruned:,.0f} {unit}<br><span class="soft">dense {dense:,.0f} · '
+        f'<span>{pruned:,.{digits}f} {unit}<br><span class="soft">dense {dense:,.{digits}f} · '
         f"{pruned / dense:.2f} x</span></span>"
     )
 

@@ -35,26 +35,40 @@ def size_rows(record: Record) -> list[tuple[str, str, str, str]]:
         rows.append(
             (f"zeros in linears, {sparsity['pattern']}", f"{a:,}", f"{b:,}", f"{b / of:.2%}")
         )
-    dense, pruned = (record.results.get(k) for k in ("dense", "pruned"))
-    if dense and pruned:
-        a, b = dense["value"], pruned["value"]
-        rows.append(("perplexity", f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f} x"))
+    for what, a, b in perplexity_pairs(record):
+        rows.append((what, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f} x"))
     return rows
+
+
+def perplexity_pairs(record: Record) -> list[tuple[str, float, float]]:
+    """Return (name, dense, pruned) for the perplexity on each text; names differ if several."""
+    pairs = record.perplexities
+    return [
+        (f"perplexity, {b['data']}" if len(pairs) > 1 else "perplexity", a["value"], b["value"])
+        for a, b in pairs
+    ]
 
 
 def measured_on(record: Record) -> str:
     """Describe in one line how the perplexities were measured; empty if they were not."""
-    result = record.results.get("pruned")
-    return how_measured(result) if result else ""
+    results = [pruned for _, pruned in record.perplexities]
+    return how_measured(*results) if results else ""
 
 
-def how_measured(result: dict[str, Any]) -> str:
-    """Describe in one line how a perplexity (as `Perplexity.to_json` gives it) was measured."""
-    split = f", split {result['split']}" if result["split"] else ""
-    bos = "a BOS before each window" if result["bos"] else "no BOS"
+def how_measured(first: dict[str, Any], *others: dict[str, Any]) -> str:
+    """Describe in one line how perplexities (as `Perplexity.to_json` gives them) were measured.
+
+    Several differ in nothing but their text.
+    """
+    texts = [
+        f"{found['data']}{f', split {split}' if (split := found['split']) else ''}, "
+        f"{found['windows']} windows"
+        for found in (first, *others)
+    ]
+    bos = "a BOS before each window" if first["bos"] else "no BOS"
     return (
-        f"Perplexity: {result['data']}{split}, {result['windows']} windows of "
-        f"{result['seq_len']} tokens without overlap, {bos}, fp32, checkpoint re-read from disk."
+        f"Perplexity: {'; '.join(texts)}{';' * bool(others)} of {first['seq_len']} tokens without "
+        f"overlap, {bos}, fp32, checkpoint re-read from disk."
     )
 
 

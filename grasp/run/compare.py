@@ -135,12 +135,12 @@ def compare(
         for cell in cells:
             check_budget(cell.config, dense)
         check_fidelity([cell.config for cell in cells], dense, start, run)
-        if start.evaluation_set is None:
+        if not start.evaluation_sets:
             raise GraspError("the samples leave no text to evaluate on: give `eval_text`")
-        perplexity = measure_dense(dense, start, run)
+        perplexities = measure_dense(dense, start, run)
         cast(dense, working_dtype(base))
         score = partial(_score, base, run, tasks, tasks_data, limit)
-        grid = _Grid(run, dense, start, score)
+        grid = _Grid(run, dense, start, perplexities, score)
         summary = {
             "model": base.model,
             **asked,
@@ -150,7 +150,8 @@ def compare(
                 "total": start.space.total_params,
             },
             "dense": {
-                "perplexity": perplexity,
+                "perplexity": perplexities[0],
+                "other_texts": perplexities[1:],
                 "tasks": run.remember("dense tasks", partial(score, base.model)),
             },
             "cells": [grid.measure(cell) for cell in cells],
@@ -221,8 +222,16 @@ def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
 class _Grid:
     """Measures each cell of a run once, and computes shared results once."""
 
-    def __init__(self, run: Run, dense: PreTrainedModel, start: Start, score: Score) -> None:
+    def __init__(
+        self,
+        run: Run,
+        dense: PreTrainedModel,
+        start: Start,
+        perplexities: list[dict[str, Any]],
+        score: Score,
+    ) -> None:
         self._run, self._start, self._score = run, start, score
+        self._perplexities = perplexities  # of the dense model, on each text
         self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Selection, Cost]] = {}
 
@@ -268,11 +277,12 @@ class _Grid:
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
         record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
-        record = finish(pruned, record, self._start, run, folder)
+        record = finish(pruned, record, self._start, self._perplexities, run, folder)
         tasks = self._score(str(folder))
         shutil.rmtree(run.checkpoint)
-        perplexity = record.results["pruned"]
-        run.log(event="note", text=f"{cell.name}: perplexity {perplexity['value']:.2f}")
+        perplexity, *others = [pruned for _, pruned in record.perplexities]
+        values = " and ".join(f"{found['value']:.2f}" for found in (perplexity, *others))
+        run.log(event="note", text=f"{cell.name}: perplexity {values}")
         return {
             "method": cell.method,
             "keep": config.budget.asked,
@@ -280,6 +290,7 @@ class _Grid:
             "kept": record.kept_part,
             "parameters": record.params["total_after"],
             "perplexity": perplexity,
+            "other_texts": others,
             "tasks": tasks,
             "choosing": choosing,
             "making": making,

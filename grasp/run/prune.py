@@ -25,6 +25,7 @@ from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
+from grasp.compress.fold import check_fold
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data.corpus import Corpus, read_corpus
@@ -55,6 +56,7 @@ from grasp.model.load import (
 )
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
+from grasp.planning.layouts import least
 from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import ready
@@ -156,7 +158,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     for budget in budgets.values():
         check_budget(replace(config, budget=budget), model)
     check_fidelity([config], model, start, run)
-    if start.evaluation_set is None:
+    if not start.evaluation_sets:
         run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
     cast(model, working_dtype(config))
@@ -179,8 +181,8 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
                 pruned, mask, selection.scales, blocks, own, start.stored_dtype, part
             )
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
-            record = finish(pruned, record, start, part, run.checkpoint)
-            record = record.measured(dense=dense, seconds=run.seconds())
+            record = finish(pruned, record, start, dense, part, run.checkpoint)
+            record = record.measured(seconds=run.seconds())
             with disk_errors(run.checkpoint):
                 record.write(run.checkpoint)
             add_reports(run.checkpoint, record, part.records())
@@ -200,7 +202,7 @@ class Start:
     tokenizer: Any
     stored_dtype: torch.dtype
     calibration: Mixture
-    evaluation_set: EvaluationSet | None
+    evaluation_sets: tuple[EvaluationSet, ...]  # empty if no text is left
 
     def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
         """Return the calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
@@ -215,16 +217,10 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     model, tokenizer = load_dense(config)
     check_budget(config, model)
     space = UnitSpace.of(model)
-    try_saving(model, tokenizer, run.checkpoint, _a_result(space, config.budget))
+    uniform = config.budget.for_space(space).layout == "uniform"
+    a_result = least(space, config.budget, first_only=not uniform)
+    try_saving(model, tokenizer, run.checkpoint, a_result)
     return model, read_texts(config, model, tokenizer, run)
-
-
-def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
-    """Return widths that `budget` allows: the minimum in all layers, or only in the first."""
-    least = (budget.ffn_multiple, budget.kv_multiple)
-    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
-    uniform = budget.for_space(space).layout == "uniform"
-    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
 
 
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
@@ -254,8 +250,11 @@ def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, A
 def read_texts(
     config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
 ) -> Start:
-    """Read or sample the calibration text, and read the evaluation text."""
-    eval_text = _eval_text(config, tokenizer)
+    """Read or sample the calibration text, and read the evaluation texts."""
+    eval_texts = [
+        read_corpus(text, tokenizer, text_field=config.text_field, split="test")
+        for text in config.eval_text
+    ]
     calibration = read_mixture(
         config.calibration,
         tokenizer,
@@ -263,10 +262,11 @@ def read_texts(
         text_field=config.text_field,
         sample=partial(_own_text, config, model, tokenizer, run),
     )
-    for note in dict.fromkeys((*calibration.notes, *(eval_text.notes if eval_text else ()))):
+    notes = [*calibration.notes, *(note for text in eval_texts for note in text.notes)]
+    for note in dict.fromkeys(notes):
         run.log(event="note", text=note)
-    evaluation_set = _evaluation_set(config, eval_text, calibration, longest(model))
-    start = Start(UnitSpace.of(model), tokenizer, model.dtype, calibration, evaluation_set)
+    sets = _evaluation_sets(config, eval_texts, calibration, longest(model))
+    start = Start(UnitSpace.of(model), tokenizer, model.dtype, calibration, sets)
     start.blocks(config)
     return start
 
@@ -274,7 +274,7 @@ def read_texts(
 def check_fidelity(
     configs: Sequence[PruneConfig], model: PreTrainedModel, start: Start, run: Run
 ) -> None:
-    """Refuse a model whose outputs change under gates, or when its layers run one by one.
+    """Refuse a model whose outputs change under gates, in a cut, or when its layers run one by one.
 
     The check runs in the dtype in which gates learn, or in the stored dtype if that is wider.
     """
@@ -282,6 +282,8 @@ def check_fidelity(
     stored, working = model.dtype, working_dtype(config)
     with widened(model, working if torch.promote_types(stored, working) == working else stored):
         found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
+        a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
+        found["fold"] = check_fold(model, a_cut, ids)
         if needed_by := next(filter(None, map(_runs_layers, configs)), None):
             found["layers"] = check_layers(model, ids, needed_by)
         run.log(event="fidelity", **found)
@@ -294,10 +296,13 @@ def _runs_layers(config: PruneConfig) -> str | None:
     return "`compensate='refit'`" if config.compensation == "refit" else None
 
 
-def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> dict[str, Any] | None:
-    """Bind the run to its inputs, and measure the dense model."""
-    run.same_inputs(_inputs(model, start.calibration, start.evaluation_set))
-    return run.remember("dense", partial(_measure, start.evaluation_set, model, "dense", run))
+def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> list[dict[str, Any]]:
+    """Bind the run to its inputs, and return the dense model's perplexity on each text."""
+    run.same_inputs(_inputs(model, start))
+    found: list[dict[str, Any]] = run.remember(
+        "dense", partial(_measure, start.evaluation_sets, model, "dense", run)
+    )
+    return found
 
 
 def working_dtype(config: PruneConfig) -> torch.dtype:
@@ -354,11 +359,18 @@ def apply_mask(
     return cast(model, stored_dtype)
 
 
-def finish(model: PreTrainedModel, record: Record, start: Start, run: Run, folder: Path) -> Record:
+def finish(
+    model: PreTrainedModel,
+    record: Record,
+    start: Start,
+    dense: list[dict[str, Any]],
+    run: Run,
+    folder: Path,
+) -> Record:
     """Save the pruned model in the new `folder`; check and measure the model read back from there.
 
-    Returns the record with the results. `model` cannot be used afterwards. Raises GraspError if
-    `grasp verify` would fail.
+    Returns the record with the results, beside those of `dense`. `model` cannot be used afterwards.
+    Raises GraspError if `grasp verify` would fail.
     """
     device = str(model.device)
     folder.mkdir(parents=True)
@@ -368,8 +380,8 @@ def finish(model: PreTrainedModel, record: Record, start: Start, run: Run, folde
     _release(model)
     reread, tokenizer = load_model(folder, dtype=None, device=device)
     check_saved(folder, reread, tokenizer)
-    pruned = _measure(start.evaluation_set, reread, "pruned", run)
-    return record.measured(pruned=pruned, **asdict(saved))
+    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
+    return record.measured(**asdict(saved)).evaluated(dense, pruned)
 
 
 def _release(model: PreTrainedModel) -> None:
@@ -424,12 +436,6 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
         raise GraspError(f"{family} is not in this transformers: its result could not be saved")
 
 
-def _eval_text(config: PruneConfig | SparsifyConfig, tokenizer: Any) -> Corpus | None:
-    if config.eval_text is None:
-        return None
-    return read_corpus(config.eval_text, tokenizer, text_field=config.text_field, split="test")
-
-
 def _own_text(
     config: PruneConfig | SparsifyConfig,
     model: PreTrainedModel,
@@ -455,29 +461,27 @@ def _own_text(
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The text and settings with which both models are measured."""
+    """A text and the settings with which both models are measured."""
 
     text: Corpus
     seq_len: int
     windows: int | None
 
 
-def _evaluation_set(
+def _evaluation_sets(
     config: PruneConfig | SparsifyConfig,
-    eval_text: Corpus | None,
+    eval_texts: Sequence[Corpus],
     calibration: Mixture,
     longest: int,
-) -> EvaluationSet | None:
-    """Use `eval_text`, or text held out from calibration; None if there is neither."""
-    if eval_text:
-        return EvaluationSet(eval_text, min(config.eval_seq_len, longest), config.eval_windows)
-    rest = calibration.held_out(seq_len=config.seq_len)
-    return None if rest is None else EvaluationSet(rest, config.seq_len, config.eval_windows)
+) -> tuple[EvaluationSet, ...]:
+    """Use `eval_texts`, or text held out from calibration; empty if there is neither."""
+    length, texts = min(config.eval_seq_len, longest), eval_texts
+    if not texts and (rest := calibration.held_out(seq_len=config.seq_len)):
+        length, texts = config.seq_len, [rest]
+    return tuple(EvaluationSet(text, length, config.eval_windows) for text in texts)
 
 
-def _inputs(
-    model: PreTrainedModel, calibration: Mixture, evaluation_set: EvaluationSet | None
-) -> dict[str, Any]:
+def _inputs(model: PreTrainedModel, start: Start) -> dict[str, Any]:
     """Return what determines the result besides the options: texts, weights, software, threads."""
     software = environment(model.device)
     if model.device.type != "cpu":
@@ -486,23 +490,31 @@ def _inputs(
     for parameter in model.parameters():
         weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
     return {
-        "calibration text": calibration.sha256,
-        "evaluation text": evaluation_set and evaluation_set.text.sha256,
+        "calibration text": start.calibration.sha256,
+        "evaluation texts": [own.text.sha256 for own in start.evaluation_sets],
         "weights": weights.hexdigest(),
         "grasp": __version__,
         **software,
     }
 
 
+def _log_step(run: Run, stage: str, step: int, steps: int) -> None:
+    run.log(stage=stage, step=step, steps=steps)
+
+
 def _measure(
-    evaluation_set: EvaluationSet | None, model: PreTrainedModel, which: str, run: Run
-) -> dict[str, Any] | None:
-    if evaluation_set is None:
-        return None
-    return perplexity(
-        model,
-        evaluation_set.text,
-        seq_len=evaluation_set.seq_len,
-        windows=evaluation_set.windows,
-        progress=lambda n, total: run.log(stage=f"evaluate {which}", step=n, steps=total),
-    ).to_json()
+    sets: Sequence[EvaluationSet], model: PreTrainedModel, which: str, run: Run
+) -> list[dict[str, Any]]:
+    """Return the perplexity on each text."""
+    found = []
+    for own in sets:
+        stage = f"evaluate {which}" + f", {own.text.name}" * (len(sets) > 1)
+        measured = perplexity(
+            model,
+            own.text,
+            seq_len=own.seq_len,
+            windows=own.windows,
+            progress=partial(_log_step, run, stage),
+        )
+        found.append(measured.to_json())
+    return found

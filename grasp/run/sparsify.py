@@ -84,7 +84,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     start = read_texts(config, model, tokenizer, run)
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)
-    if start.evaluation_set is None:
+    if not start.evaluation_sets:
         run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
 
@@ -99,8 +99,8 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     sparsity["zeros_after"] = _zeros(model)
     everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
     record = run_record(config, start, everything, model, sparsity=sparsity)
-    record = finish(model, record, start, run, run.checkpoint)
-    record = record.measured(dense=dense, seconds=run.seconds())
+    record = finish(model, record, start, dense, run, run.checkpoint)
+    record = record.measured(seconds=run.seconds())
     with disk_errors(run.checkpoint):
         record.write(run.checkpoint)
     run.log(event="finished", folder=str(run.out), **record.results)

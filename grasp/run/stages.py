@@ -50,6 +50,7 @@ def learn(
     ffn_multiple: int = 32,
     kv_multiple: int = 1,
     layout: Any = "auto",
+    units: Any = "auto",
     **options: Any,
 ) -> Mask:
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).
@@ -64,6 +65,7 @@ def learn(
         ffn_multiple=ffn_multiple,
         kv_multiple=kv_multiple,
         layout=layout,
+        units=units,
     )
     config = PruneConfig(model.name_or_path or "", budget, device=str(model.device), **options)
     projection = Projection(UnitSpace.of(model), budget, seed=config.seed, device=config.device)

@@ -31,10 +31,12 @@ def unit_means(
 
     pieces = []
     for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
-        channels = rows(modules.gate) + rows(modules.up)
-        channels = channels + value(modules.mlp.down_proj.weight).sum(0)
-        heads = [rows(projection) for projection in (modules.q, modules.k, modules.v)]
-        heads += [value(modules.attention.o_proj.weight).sum(0)]
-        groups = torch.stack([h.view(layer.kv_groups, -1).sum(1) for h in heads]).sum(0)
-        pieces += [channels / FFN_COST, groups / layer.kv_cost]
+        if (ffn := modules.ffn) is not None:
+            channels = rows(ffn.gate) + rows(ffn.up) + value(ffn.down.weight).sum(0)
+            pieces += [channels / FFN_COST]
+        if (attention := modules.attention) is not None:
+            heads = [rows(projection) for projection in (attention.q, attention.k, attention.v)]
+            heads += [value(attention.out.weight).sum(0)]
+            groups = torch.stack([h.view(layer.kv_groups, -1).sum(1) for h in heads]).sum(0)
+            pieces += [groups / layer.kv_cost]
     return torch.cat(pieces) / space.hidden_size

@@ -83,7 +83,9 @@ def _model() -> Qwen3MoeForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    return model
 
 
 def _tokenizer(rows: list[str]) -> PreTrainedTokenizerFast:

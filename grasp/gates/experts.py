@@ -11,41 +11,38 @@ closed add nothing, as their gate is 0, but their gate has the gradient that it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
-from grasp.model.experts import Mixture
+from grasp.budget.projection import Mask
+from grasp.model.units import decoder_layers
 
 
 @contextmanager
-def gated_routers(mixtures: Sequence[Mixture]) -> Iterator[None]:
-    """Patch the routers to read `grasp_gate`, fp32 [experts], on each; restored on exit."""
-    routers: list[Any] = [mixture.router for mixture in mixtures]
+def gated_router(router: Any, gates: Callable[[], Tensor]) -> Iterator[None]:
+    """Put gates on the experts of a router, fp32 [experts], read in every forward pass."""
     # a library's hook may already have put a forward on the instance
-    before = [{k: v for k, v in vars(r).items() if k == "forward"} for r in routers]
+    before = {k: v for k, v in vars(router).items() if k == "forward"}
+    router.forward = _gated(router, gates)
     try:
-        for router in routers:
-            router.grasp_gate = torch.ones(len(router.weight), device=router.weight.device)
-            router.forward = _router_forward(router)
         yield
     finally:
-        for router, forward in zip(routers, before, strict=True):
-            router.__dict__.pop("forward", None)
-            router.__dict__.update(forward)
-            del router.grasp_gate
+        del router.forward
+        router.__dict__.update(before)
 
 
-def _router_forward(router: Any) -> Any:
+def _gated(router: Any, gates: Callable[[], Tensor]) -> Any:
     whole = router.forward
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        z = router.grasp_gate
+        z = gates()
         closed = z.detach() == 0
         with _closed(router, closed):
             logits, weights, index = whole(*args, **kwargs)
@@ -58,6 +55,18 @@ def _router_forward(router: Any) -> Any:
         return logits, weights, index
 
     return forward
+
+
+@contextmanager
+def closed_experts(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
+    """Within the context, no token is routed to an expert that `mask` drops."""
+    layers = zip(decoder_layers(model), mask.space.expert_segments(), strict=True)
+    with ExitStack() as stack:
+        for modules, (_, experts) in layers:
+            if modules.routed is not None:
+                kept = mask.keep[experts].to(model.device, torch.float32)
+                stack.enter_context(gated_router(modules.routed.router, kept.detach))
+        yield
 
 
 @contextmanager

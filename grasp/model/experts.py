@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 GROUPED = ("num_group", "n_group")  # what routers call their groups of experts, if they have any
+SHARED_WIDTH = "shared_expert_intermediate_size"  # in configs
 COUNTED = ("num_experts", "num_local_experts", "n_routed_experts")  # by modules and configs
 
 
 @dataclass(frozen=True)
-class Mixture:
+class RoutedExperts:
     """The routed experts of one decoder layer."""
 
     block: Any  # the layer's FFN, which holds both
@@ -35,8 +36,13 @@ class Mixture:
     @property
     def width(self) -> int:
         """FFN channels of each expert."""
-        matrices = (p for p in self.experts.parameters() if p.dim() == 3)
-        return sum(p[0].numel() for p in matrices) // (3 * self.router.weight.shape[1])
+        size = sum(p[0].numel() for p in self.experts.parameters() if p.dim() == 3)
+        return int(size // (3 * self.router.weight.shape[1]))
+
+    @property
+    def matrices(self) -> list[Any]:
+        """The matrices of experts and router: their first dimension is that of the experts."""
+        return [*(p for p in self.experts.parameters() if p.dim() == 3), self.router.weight]
 
     @property
     def bias(self) -> int:
@@ -51,7 +57,7 @@ class Mixture:
         return (p for name, p in self.experts.named_parameters() if name.startswith("down_proj"))
 
 
-def mixture_of(layer: Any) -> Mixture | None:
+def routed_experts(layer: Any) -> RoutedExperts | None:
     """The mixture among the direct children of a decoder layer; None if it has none of this form.
 
     Routers that pick groups of experts first are left out: the groups would have to stay equal.
@@ -61,7 +67,7 @@ def mixture_of(layer: Any) -> Mixture | None:
         count = _gated_experts(experts)
         routers = [m for m in block.children() if m is not experts and _routes(m, count)]
         if count and len(routers) == 1:
-            return Mixture(block, experts, routers[0])
+            return RoutedExperts(block, experts, routers[0])
     return None
 
 
@@ -88,7 +94,7 @@ def _routes(module: Any, count: int) -> bool:
     )
 
 
-def say_experts(mixture: Mixture, count: int) -> None:
+def say_experts(mixture: RoutedExperts, count: int) -> None:
     """Set the number of experts that modules do not read from their weights."""
     for module in (mixture.block, mixture.experts, mixture.router):
         for name in COUNTED:
@@ -96,7 +102,7 @@ def say_experts(mixture: Mixture, count: int) -> None:
                 setattr(module, name, count)
 
 
-def mixtures_of(model: Any) -> list[Mixture]:
+def all_routed_experts(model: Any) -> list[RoutedExperts]:
     """The mixtures of a live model, in depth order."""
-    found = map(mixture_of, model.get_decoder().layers)
+    found = map(routed_experts, model.get_decoder().layers)
     return [mixture for mixture in found if mixture is not None]

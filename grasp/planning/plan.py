@@ -99,6 +99,7 @@ class Plan:
     layers: int
     channels: int
     kv_groups: int
+    experts: int  # 0 for a model that is not a mixture
     prunes: tuple[UnitKind, ...]  # what may go
     whole: tuple[str, ...]  # what stays whole besides, and why
     params: Size
@@ -136,7 +137,8 @@ class Plan:
             (
                 "units",
                 f"{self.channels:,} FFN channels, {self.kv_groups:,} KV groups, "
-                f"{self.layers} layers",
+                + (f"{self.experts:,} experts, " if self.experts else "")
+                + f"{self.layers} layers",
             ),
             ("may go", " and ".join(NAMES[part] for part in self.prunes)),
             *(("stays whole", why) for why in self.whole),
@@ -195,6 +197,7 @@ def plan(
         layers=len(space.layers),
         channels=sum(layer.ffn for layer in space.layers),
         kv_groups=sum(layer.kv_groups for layer in space.layers),
+        experts=space.experts,
         prunes=budget.prunes(space),
         whole=_whole(header, budget),
         params=Size(space.total_params, after),
@@ -293,6 +296,10 @@ def learning_memory(
             ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
         learned += ends
         own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
+        # input, gate, up, product and output of each expert that a token visits: those of its
+        # router, and those that it would visit if all were open
+        visited = 2 * layer.experts_per_token
+        own += width * visited * (4 * layer.expert_width + 3 * space.hidden_size)
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
             own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
         else:  # values are a view of a fused output, all of which is kept
@@ -322,7 +329,7 @@ def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
     Gram matrix and its rows of kept channels. In fp64: the Gram matrix of the kept channels, its
     factor twice, the right-hand side and the solutions.
     """
-    space, widest = header.space, max(layer.ffn for layer in header.space.layers)
+    space, widest = header.space, header.space.widest
     tokens = seq_len * min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
     hidden = width * tokens * space.hidden_size
     return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grasp.gates.training import finite_mean, next_token_loss
 from grasp.journal import Journal
-from grasp.model.experts import Mixture, mixtures_of
+from grasp.model.experts import RoutedExperts, all_routed_experts
 from grasp.model.units import UnitSpace
 from grasp.select.ratio import uniform_ratio
 
@@ -54,7 +54,7 @@ def routed(
     fp32 [experts of all layers] each. Resumes from its journal. Raises GraspError if the loss is
     not finite.
     """
-    mixtures = mixtures_of(model)
+    mixtures = all_routed_experts(model)
     tokens, norms = torch.zeros(2, units.experts, device=model.device)
     done, start = journal.load(), 0
     if done is not None:
@@ -82,7 +82,7 @@ class _Watch:
     weight 1.
     """
 
-    def __init__(self, mixture: Mixture, tokens: Tensor, norms: Tensor) -> None:
+    def __init__(self, mixture: RoutedExperts, tokens: Tensor, norms: Tensor) -> None:
         self._mixture, self._tokens, self._norms = mixture, tokens, norms
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from grasp.checkpoint.verify import check_saved, not_finite
 from grasp.errors import GraspError, reason
 from grasp.model.classes import as_saved, without_weights
 from grasp.model.load import environment, load_model, quiet
+from grasp.model.source import copy_processor
 from grasp.model.units import LayerUnits, UnitSpace
 
 
@@ -147,6 +148,8 @@ def save_checkpoint(
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
         write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
+        if model.config.get_text_config() is not model.config and model.name_or_path:
+            copy_processor(model.name_or_path, folder)
         Probe.of(model, tokenizer, environment(model.device), record.seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases let only the owner read them
             path.chmod((folder / "config.json").stat().st_mode)

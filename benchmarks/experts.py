@@ -54,7 +54,7 @@ def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, 
         optimizer.step()
         optimizer.zero_grad()
         if step % EVERY == 0:
-            log.append({"step": step, **_look(model, held_out)}); print(log[-1], flush=True)
+            log.append({"step": step, **_look(model, held_out)})
             if log[-1]["loss_random_routes"] - log[-1]["loss"] > MATTERS and step >= 500:
                 break
     model.config.output_router_logits = False

@@ -153,7 +153,9 @@ OURS = (
         "mean square of a unit's weights",
         experts=True,
     ),
-    Criterion("random", "grasp.select.random:random_scores", "drawn at random", experts=True),
+    Criterion(
+        "random", "grasp.select.random:random_scores", "random scores, a baseline", experts=True
+    ),
 )
 _known = {criterion.name: criterion for criterion in OURS}
 

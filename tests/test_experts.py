@@ -193,7 +193,7 @@ def test_reap_is_the_mean_over_the_tokens_of_an_expert():
     tokens, norms = routed(model, space, IDS, Journal())
     hook.remove()
     want = [[] for _ in range(6)]
-    for x in torch.cat(inputs):
+    for x in torch.cat(inputs[-2:]):  # the passes before are tests of the head
         _, (weights,), (index,) = second.router(x[None])
         for weight, e in zip(weights, index.tolist(), strict=True):
             gate, up = (second.experts.gate_up_proj[e] @ x).chunk(2)

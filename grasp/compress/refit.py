@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
 from grasp.config import TOKENS_PER_CHANNEL
+from grasp.distributed import share, summed, tensor_from_first
 from grasp.errors import GraspError
 from grasp.gates.experts import closed_experts
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
@@ -50,6 +51,7 @@ def refit(
     fitted: list[Tensor] = []
     layers = model.get_decoder().layers
     options = layer_options(model, blocks[:1])
+    blocks, counted = share(blocks)
     hidden = first_hidden(model, blocks)
     parts = zip(
         layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
@@ -64,10 +66,11 @@ def refit(
                 kept_columns[modules.ffn.down] = ffn
             for linear, kept in kept_columns.items():
                 gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
-                for x in inputs_of(linear, run, hidden.split(1)):
-                    x = x.flatten(0, -2).float()
-                    gram.addmm_(x.T, x)
-                own[linear] = solve(linear, kept.to(gram.device), gram).cpu()
+                for n, x in enumerate(inputs_of(linear, run, hidden.split(1))):
+                    if n < counted:
+                        x = x.flatten(0, -2).float()
+                        gram.addmm_(x.T, x)
+                own[linear] = solve(linear, kept.to(gram.device), summed(gram)).cpu()
             fitted += [own[linear] for linear in modules.outputs]
             for x in hidden.split(1):
                 x.copy_(run(x))
@@ -88,7 +91,7 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     dropped[kept] = False
     lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
     taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost).T
-    columns = (linear.weight[:, kept].double() + taken_over).float()
+    columns = tensor_from_first((linear.weight[:, kept].double() + taken_over).float())
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns

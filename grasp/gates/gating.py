@@ -32,11 +32,11 @@ SDPA, EAGER = "grasp_gated", "grasp_gated_eager"
 
 
 class Gate(NamedTuple):
-    """The gates of one module, with the number of open ones and the site of attention gates."""
+    """What a patched module reads: `z` [units of the module], and how many of them may be open."""
 
-    values: Tensor
+    z: Tensor
     open_count: int
-    site: GateSite
+    site: GateSite = "output"
 
 
 class Gates:
@@ -126,10 +126,10 @@ def _fused(ffn: FFN) -> bool:
 
 def _fused_forward(ffn: FFN) -> Any:
     def forward(x: Tensor) -> Tensor:
-        z, open_count, _ = ffn.module.grasp_gate
+        gate: Gate = ffn.module.grasp_gate
         weights = ffn.gate.weight, ffn.up.weight, ffn.down.weight
-        most = None if x.device.type == "cpu" else open_count
-        return gated_swiglu_ffn(x, *weights, z, max_kept=most)
+        most = None if x.device.type == "cpu" else gate.open_count
+        return gated_swiglu_ffn(x, *weights, gate.z, max_kept=most)
 
     return forward
 
@@ -138,13 +138,13 @@ def _on_channels(ffn: FFN) -> Any:
     """A pre-hook of `down` that multiplies its input by the gates."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-        return (args[0] * ffn.module.grasp_gate.values).to(args[0].dtype)
+        return (args[0] * ffn.module.grasp_gate.z).to(args[0].dtype)
 
     return hook
 
 
 def _values(module: Any) -> Tensor:
-    values: Tensor = module.grasp_gate.values
+    values: Tensor = module.grasp_gate.z
     return values
 
 
@@ -159,17 +159,17 @@ def _attention_forward(
     if not hasattr(module, "grasp_gate"):  # its heads stay whole
         whole, _ = _inner(module)(module, query, key, value, attention_mask, **kwargs)
         return whole, None
-    gate, open_count, site = module.grasp_gate
+    z, open_count, site = module.grasp_gate
     if site == "output" and _takes_kernel(module, query, attention_mask):
         scale = kwargs.get("scaling")
-        out = gated_attention(query, key, value, gate, scale=scale, max_kept=open_count)
+        out = gated_attention(query, key, value, z, scale=scale, max_kept=open_count)
         return out.transpose(1, 2), None
     if site == "kv":
-        per_group = gate[:, None, None]
+        per_group = z[:, None, None]
         key, value = ((t * per_group).to(t.dtype) for t in (key, value))
     out, _ = _inner(module)(module, query, key, value, attention_mask, **kwargs)
     if site == "output":  # out: [B, S, H, D]
-        out = (out * gate.repeat_interleave(out.shape[2] // len(gate))[:, None]).to(out.dtype)
+        out = (out * z.repeat_interleave(out.shape[2] // len(z))[:, None]).to(out.dtype)
     return out, None
 
 
@@ -186,7 +186,7 @@ def _kernel_is_faster(query: Tensor) -> bool:
 def _inner(module: Any) -> Any:
     if module.config._attn_implementation == SDPA:
         return sdpa_attention_forward
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def unpadded(ids: Tensor) -> Tensor:

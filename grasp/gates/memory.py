@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig
+from grasp.distributed import everywhere
 from grasp.machine import memory_errors
 from grasp.model.header import of_model
 from grasp.planning.plan import learning_memory
 
+MODES: tuple[MemoryMode, ...] = ("fast", "balanced", "low")  # by the memory that each needs
 SLACK = 0.9  # of free memory; the rest is for fragmentation and the estimate's error
 
 
@@ -24,7 +26,9 @@ def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryM
 
     On out-of-memory, raises GraspError with the mode to resume with.
     """
-    mode = choose(model, config) if config.memory == "auto" else config.memory
+    mode = config.memory
+    if mode == "auto":  # all ranks recompute the same layers
+        mode = max(everywhere(choose(model, config)), key=MODES.index)
     every = RECOMPUTE_EVERY.get(mode)
     layers = list(model.get_decoder().layers)[::every] if every else []
     before = [vars(layer).get("forward") for layer in layers]
@@ -51,9 +55,8 @@ def choose(model: PreTrainedModel, config: PruneConfig) -> MemoryMode:
     free = SLACK * (torch.cuda.mem_get_info(model.device)[0] + cached)
     header = of_model(model)
     tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
-    modes: tuple[MemoryMode, ...] = ("fast", "balanced")
-    for mode in modes:
+    for mode in MODES[:-1]:
         memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
         if memory.total - memory.weights <= free:
             return mode
-    return "low"
+    return MODES[-1]

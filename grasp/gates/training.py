@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp import distributed
 from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
@@ -23,6 +25,7 @@ from grasp.journal import Journal
 from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
+COMPARE_EVERY = 50  # steps, of which READ_EVERY is a divisor; scores must agree over ranks
 GRAPH_TOKENS = 2048  # per pass; up to here, launching kernels takes longer than running them
 
 
@@ -102,7 +105,7 @@ def train_gates(
         decay[-scales:] = settings.decay * settings.epochs / steps / settings.lr
     one_step = Step(model, gates, theta, gate_values, optimizer, settings.batch_size, decay)
     run_step: Callable[[Tensor, Tensor], Tensor] = one_step
-    if on_gpu and small:
+    if on_gpu and small and distributed.ranks() == 1:  # a graph holds no collectives
         run_step = CapturedStep(one_step, journal.note)
     elif on_gpu:
         run_step = partial(one_step, count=True)
@@ -125,6 +128,8 @@ def train_gates(
                 losses.clear()
                 tokens = 0
                 done = step + 1
+                if done == steps or done % COMPARE_EVERY == 0:
+                    distributed.check_same(f"theta after step {done}", digest(theta))
                 journal.save(partial(_state, theta, optimizer, done), final=done == steps)
     return theta.detach()
 
@@ -149,12 +154,17 @@ class Step:
         values = self.gate_values(self.theta, progress)
         z = values.detach().requires_grad_()
         counts = self.gates.count(z) if count else None
-        loss, gradient = torch.zeros((), device=z.device), torch.zeros_like(z)
-        for part in ids.split(self.batch_size):
+
+        def of_part(part: Tensor) -> Tensor:  # [units + 1]: the gradient, then the loss
             self.gates.set(z, counts)
-            part_loss = next_token_loss(self.model, part) * (len(part) / len(ids))
-            gradient += torch.autograd.grad(part_loss, z)[0]
-            loss += part_loss.detach()
+            loss = next_token_loss(self.model, part) * (len(part) / len(ids))
+            return torch.cat([torch.autograd.grad(loss, z)[0], loss.detach()[None]])
+
+        total = torch.zeros(len(z) + 1, device=z.device)
+        at_once = min(self.batch_size, math.ceil(len(ids) / distributed.ranks()))
+        for part in distributed.in_order(of_part, ids.split(at_once)):
+            total += part
+        gradient, loss = total[:-1], total[-1]
         (self.theta.grad,) = torch.autograd.grad(values, self.theta, gradient)
         if self.decay is not None:
             rate = self.optimizer.param_groups[0]["lr"]
@@ -239,6 +249,11 @@ def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
         (out,), head = passed, model.get_output_embeddings()
         _PLAIN[model] = torch.equal(logits, F.linear(out.last_hidden_state, head.weight))
     return _PLAIN[model]
+
+
+def digest(values: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    return sha256(values.detach().cpu().numpy().tobytes()).hexdigest()
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from grasp.distributed import join, local_rank, rank, ranks
 from grasp.errors import GraspError, reason
 from grasp.model.source import (
     Source,
@@ -181,6 +182,7 @@ def check_device(device: str) -> None:
 def pick_device(device: str) -> str:
     """The name of a usable torch device; "auto" is a GPU if there is one. Raises GraspError."""
     check_device(device)
+    join()  # which chooses the GPU of a rank
 
     import torch
 
@@ -188,6 +190,8 @@ def pick_device(device: str) -> str:
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     asked = torch.device(device)
+    if asked.type == "cuda" and ranks() > 1:
+        _check_gpu_of_rank(asked.index, gpus)
     if asked.type == "cuda" and (asked.index or 0) >= gpus:
         raise GraspError(
             f"device {device} asked for, but torch {torch.__version__} sees {gpus or 'no'} GPU"
@@ -200,6 +204,20 @@ def pick_device(device: str) -> str:
             f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use `device='cpu'`"
         )
     return device
+
+
+def _check_gpu_of_rank(asked: int | None, gpus: int) -> None:
+    """Raise GraspError unless each rank of this machine has a GPU of its own."""
+    if asked is not None:
+        raise GraspError(
+            f"`device` must be cuda under torchrun, which gives each rank its own GPU, got "
+            f"cuda:{asked}"
+        )
+    if local_rank() >= gpus:
+        raise GraspError(
+            f"rank {rank()} has no GPU: this machine has {gpus}: start as many processes, or use "
+            "`device='cpu'`"
+        )
 
 
 def processor(device: torch.device) -> str:

@@ -108,12 +108,14 @@ def least(space: UnitSpace, budget: Budget, *, first_only: bool = False) -> Unit
     """The smallest widths that `budget` allows, in all layers or only in the first of each kind."""
     prunes, widths, experts = budget.prunes(space), [], []
     seen: set[LayerUnits] = set()
-    for layer in space.layers:
+    protected = budget.protected(len(space.layers))
+    for index, layer in enumerate(space.layers):
         channels = min(layer.ffn, budget.ffn_multiple) if "ffn" in prunes else layer.ffn
         groups = min(layer.kv_groups, budget.kv_multiple) if "kv" in prunes else layer.kv_groups
-        whole = first_only and layer in seen
+        whole = index in protected or (first_only and layer in seen)
         widths.append((layer.ffn, layer.kv_groups) if whole else (channels, groups))
         can_go = "experts" in prunes and not whole
         experts.append(layer.experts_per_token if can_go and layer.experts else layer.experts)
-        seen.add(layer)
+        if not whole:
+            seen.add(layer)
     return space.resized(widths, experts)

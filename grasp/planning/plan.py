@@ -142,10 +142,11 @@ class Plan:
             ),
             ("may go", " and ".join(NAMES[part] for part in self.prunes)),
             *(("stays whole", why) for why in self.whole),
+            *([("protected", self._protected())] if budget.protected(self.layers) else []),
             ("parameters", _change(self.params)),
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
-            ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
+            ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes per token"),
             ("memory", f"about {peaks} (estimates)"),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
@@ -154,6 +155,10 @@ class Plan:
             answer = "yes" if runtime.loads else "no "
             lines.append(f"{'loads in':<12}{answer} {runtime.name}: {runtime.why}")
         return "\n".join(lines)
+
+    def _protected(self) -> str:
+        whole = sorted(self.budget.protected(self.layers))
+        return f"{len(whole)} layers keep all units: {', '.join(map(str, whole))}"
 
 
 def _change(size: Size) -> str:

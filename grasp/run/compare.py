@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from grasp import criteria
 from grasp.budget.projection import Projection
 from grasp.config import COMPARED_WIDTHS, KEEP, SEEDS, SET_BY_COMPARE, PruneConfig
+from grasp.distributed import from_first
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
@@ -159,7 +160,7 @@ def compare(
             "cells": [grid.measure(cell) for cell in cells],
             "seconds": run.seconds(),
         }
-        _write(run.checkpoint, summary)
+        from_first(partial(_write, run.checkpoint, summary))
         run.log(event="finished", folder=str(run.out))
         run.publish()
     return Comparison(Path(out), summary)
@@ -176,7 +177,8 @@ def _score(
     """Return the zero-shot results of the model or folder `name`, if there are tasks."""
     if not tasks:
         return None
-    return evaluate_tasks(
+    evaluate = partial(
+        evaluate_tasks,
         name,
         tasks,
         tasks_data=None if tasks_data is None else Path(tasks_data),
@@ -185,7 +187,8 @@ def _score(
         device=base.device,
         trust_remote_code=base.trust_remote_code,
         progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
-    ).to_json()
+    )
+    return from_first(lambda: evaluate().to_json())
 
 
 def all_methods(*, mixture: bool) -> tuple[str, ...]:
@@ -287,7 +290,7 @@ class _Grid:
         record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
         record = finish(pruned, record, self._start, self._perplexities, run, folder)
         tasks = self._score(str(folder))
-        shutil.rmtree(run.checkpoint)
+        from_first(lambda: shutil.rmtree(run.checkpoint))
         perplexity, *others = [pruned for _, pruned in record.perplexities]
         values = " and ".join(f"{found['value']:.2f}" for found in (perplexity, *others))
         run.log(event="note", text=f"{cell.name}: perplexity {values}")

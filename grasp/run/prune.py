@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from grasp import __version__, criteria
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.record import Record
-from grasp.checkpoint.save import record_of, save_checkpoint, try_saving
+from grasp.checkpoint.save import Saved, record_of, save_checkpoint, try_saving
 from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
@@ -31,6 +32,7 @@ from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
+from grasp.distributed import check_same, from_first, ranks
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.fidelity import (
@@ -132,8 +134,20 @@ def prune(
 def on_device(config: PruneConfig) -> PruneConfig:
     """Return the config with `auto` device and dtype resolved. Raises GraspError."""
     device = pick_device(config.device)
+    if criteria.get(config.method).learns or config.scale_epochs:
+        _check_step(config)
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
+
+
+def _check_step(config: PruneConfig) -> None:
+    """Refuse steps with fewer blocks than ranks: the options alone say how many a step has."""
+    blocks, of = config.batch_size * config.accumulate, ranks()
+    if blocks < of:
+        raise GraspError(
+            f"a step of {blocks} blocks (`batch_size` times `accumulate`) leaves some of the {of} "
+            f"ranks without work: use `accumulate={math.ceil(of / config.batch_size)}`"
+        )
 
 
 @contextmanager
@@ -173,8 +187,9 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     for name, budget in budgets.items():
         own = replace(config, budget=budget)
         mask = start.projection(own).mask(selection.scores)
+        check_same("the mask", mask.digest())
         folder = run.finished(name) if name else run.checkpoint
-        if not folder.exists():
+        if not from_first(folder.exists):
             part = run.part(name) if name else run
             pruned = move(copy.deepcopy(model), config.device) if name else model
             pruned = apply_mask(
@@ -183,15 +198,19 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
             record = finish(pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
-            with disk_errors(run.checkpoint):
-                record.write(run.checkpoint)
-            add_reports(run.checkpoint, record, part.records())
+            from_first(partial(_write, run.checkpoint, record, part))
             part.log(event="finished", folder=str(run.out / name), **record.results)
             if name:
                 run.finish(name)
         results.append(PruneResult(run.out / name, mask, Record.read(folder)))
     run.publish()
     return results
+
+
+def _write(folder: Path, record: Record, part: Run) -> None:
+    with disk_errors(folder):
+        record.write(folder)
+    add_reports(folder, record, part.records())
 
 
 @dataclass(frozen=True)
@@ -218,8 +237,8 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     check_budget(config, model)
     space = UnitSpace.of(model)
     uniform = config.budget.for_space(space).layout == "uniform"
-    a_result = least(space, config.budget, first_only=not uniform)
-    try_saving(model, tokenizer, run.checkpoint, a_result)
+    result = least(space, config.budget, first_only=not uniform)
+    from_first(lambda: try_saving(model, tokenizer, run.checkpoint, result))
     return model, read_texts(config, model, tokenizer, run)
 
 
@@ -373,13 +392,17 @@ def finish(
     Raises GraspError if `grasp verify` would fail.
     """
     device = str(model.device)
-    folder.mkdir(parents=True)
-    saved, record = save_checkpoint(model, start.tokenizer, folder, record)
+
+    def save() -> tuple[Saved, Record]:
+        folder.mkdir(parents=True)
+        return save_checkpoint(model, start.tokenizer, folder, record)
+
+    saved, record = from_first(save)
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
     reread, tokenizer = load_model(folder, dtype=None, device=device)
-    check_saved(folder, reread, tokenizer)
+    from_first(lambda: check_saved(folder, reread, tokenizer))
     pruned = _measure(start.evaluation_sets, reread, "pruned", run)
     return record.measured(**asdict(saved)).evaluated(dense, pruned)
 
@@ -429,7 +452,7 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise GraspError(
-                f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
+                f"{config.model} is damaged: {name} holds NaN or infinite values: download it again"
             )
     family = model.config.model_type.removeprefix("grasp_")
     if family not in CONFIG_MAPPING:

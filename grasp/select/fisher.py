@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.distributed import in_order
 from grasp.gates.gating import gated
 from grasp.gates.training import finite_mean, next_token_loss
 from grasp.journal import Journal
@@ -26,13 +27,16 @@ def fisher_scores(
     z = torch.ones(units.size, device=model.device, requires_grad=True)
     fisher = torch.zeros_like(z, requires_grad=False)
     with gated(model, units) as gates:
-        for step, block in enumerate(blocks):
+
+        def of_block(block: Tensor) -> Tensor:  # [units + 1]: the gradient, then the loss
             gates.set(z)
             loss = next_token_loss(model, block[None].to(z.device))
-            value = finite_mean([loss.detach()], step + 1)
-            (grad,) = torch.autograd.grad(loss, z)
-            fisher += grad**2
-            journal.progress(step + 1, len(blocks), value, block.numel())
+            return torch.cat([torch.autograd.grad(loss, z)[0], loss.detach()[None]])
+
+        for step, found in enumerate(in_order(of_block, blocks), 1):
+            value = finite_mean([found[-1]], step)
+            fisher += found[:-1] ** 2
+            journal.progress(step, len(blocks), value, blocks.shape[1])
     for index, _, kv in units.segments():
         fisher[kv] *= FFN_COST / units.layers[index].kv_cost
     for index, experts in units.expert_segments():

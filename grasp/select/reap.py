@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp.distributed import in_order
 from grasp.gates.training import finite_mean, next_token_loss
 from grasp.journal import Journal
-from grasp.model.experts import RoutedExperts, all_routed_experts
+from grasp.model.experts import all_routed_experts
 from grasp.model.units import UnitSpace
 from grasp.select.ratio import uniform_ratio
 
@@ -55,38 +56,46 @@ def routed(
     not finite.
     """
     mixtures = all_routed_experts(model)
-    tokens, norms = torch.zeros(2, units.experts, device=model.device)
-    done, start = journal.load(), 0
+    sums, start = torch.zeros(2 * units.experts, device=model.device), 0
+    done = journal.load()
     if done is not None:
-        tokens, norms = done["tokens"].to(tokens.device), done["norms"].to(norms.device)
-        start = int(done["step"])
+        sums, start = done["sums"].to(sums.device), int(done["step"])
+    seen = torch.zeros_like(sums)  # of one block
     sizes = [mixture.count for mixture in mixtures]
+    tokens, norms = (part.split(sizes) for part in seen.chunk(2))
     with ExitStack() as hooks:
-        for mixture, *into in zip(mixtures, tokens.split(sizes), norms.split(sizes), strict=True):
-            hooks.enter_context(
-                mixture.experts.register_forward_pre_hook(_Watch(mixture, *into), with_kwargs=True)
-            )
-        for step in range(start + 1, len(blocks) + 1):
-            block = blocks[step - 1][None].to(model.device)
-            loss = finite_mean([next_token_loss(model, block)], step)
-            journal.progress(step, len(blocks), loss, block.numel())
-            state = {"tokens": tokens, "norms": norms, "step": torch.tensor(step)}
+        for mixture, *into in zip(mixtures, tokens, norms, strict=True):
+            watch = _Watch(*into)
+            hooks.enter_context(mixture.experts.register_forward_pre_hook(watch, with_kwargs=True))
+
+        def of_block(block: Tensor) -> Tensor:  # tokens, norms, the loss
+            loss = next_token_loss(model, block[None].to(model.device))
+            return torch.cat([seen, loss[None]])
+
+        for step, found in enumerate(in_order(of_block, blocks[start:]), start + 1):
+            loss = finite_mean([found[-1]], step)
+            sums = sums + found[:-1]
+            journal.progress(step, len(blocks), loss, blocks.shape[1])
+            state = {"sums": sums, "step": torch.tensor(step)}
             journal.save(state.copy, final=step == len(blocks))
-    return tokens, norms
+    tokens_of, norms_of = sums.chunk(2)
+    return tokens_of, norms_of
 
 
 class _Watch:
-    """A pre-hook on a layer's experts that adds up what they are asked for, in views of the sums.
+    """A pre-hook on a layer's experts that writes the sums of a forward pass into its tensors.
 
     The output of a token's k-th expert is what the module computes for that expert alone, with
     weight 1.
     """
 
-    def __init__(self, mixture: RoutedExperts, tokens: Tensor, norms: Tensor) -> None:
-        self._mixture, self._tokens, self._norms = mixture, tokens, norms
+    def __init__(self, tokens: Tensor, norms: Tensor) -> None:
+        self._tokens, self._norms = tokens, norms
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         hidden, index, weights = (*args, *kwargs.values())  # [tokens, hidden], [tokens, k] twice
+        self._tokens.zero_()
+        self._norms.zero_()
         for own, weight in zip(index.split(1, 1), weights.split(1, 1), strict=True):
             output = type(module).forward(module, hidden, own, torch.ones_like(weight))
             norm = output.float().norm(dim=1) * weight[:, 0].float()

@@ -28,6 +28,7 @@ VOCABULARY, SEQ_LEN, BATCH = 1024, 128, 8
 HELD_OUT = 32  # blocks
 EXPERTS, PER_TOKEN = 16, 2
 MATTERS = 0.5  # nats per token that random routing costs
+BALANCE = 0.02  # weight of the loss that spreads the tokens of a layer over its experts
 STEPS = 800  # at most; the loss is looked at every EVERY steps
 EVERY = 100
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -49,7 +50,9 @@ def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, 
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, step / 50)
         batch = text[torch.randint(len(text), (BATCH,))]
-        model(batch, labels=batch, output_router_logits=True).loss.backward()
+        with _router_logits(model) as logits:
+            loss = model(batch, labels=batch).loss
+        (loss + BALANCE * sum(map(_imbalance, logits))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -57,7 +60,6 @@ def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, 
             log.append({"step": step, **_look(model, held_out)})
             if log[-1]["loss_random_routes"] - log[-1]["loss"] > MATTERS and step >= 500:
                 break
-    model.config.output_router_logits = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     lines = [json.dumps(line) + "\n" for line in log]
@@ -66,7 +68,7 @@ def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, 
 
 
 def _model() -> Qwen3MoeForCausalLM:
-    config = Qwen3MoeConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=VOCABULARY,
         hidden_size=64,
         num_hidden_layers=3,
@@ -77,13 +79,12 @@ def _model() -> Qwen3MoeForCausalLM:
         num_experts_per_tok=PER_TOKEN,
         moe_intermediate_size=32,
         norm_topk_prob=True,
-        router_aux_loss_coef=0.001,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
     model.set_experts_implementation("grouped_mm")
     return model
 
@@ -112,11 +113,7 @@ def _tokenizer(rows: list[str]) -> PreTrainedTokenizerFast:
 def _look(model: Any, ids: Tensor) -> dict[str, Any]:
     """Losses, router entropy and the load of each expert, on `ids` [blocks, SEQ_LEN]."""
     model.eval()
-    logits: list[Tensor] = []
-    with ExitStack() as hooks:
-        for layer in model.model.layers:
-            see = lambda _, args, output: logits.append(output[0])  # noqa: E731
-            hooks.enter_context(layer.mlp.gate.register_forward_hook(see))
+    with _router_logits(model) as logits:
         loss = model(ids, labels=ids).loss.item()
     with _random_routes(model):
         random = model(ids, labels=ids).loss.item()
@@ -134,6 +131,29 @@ def _look(model: Any, ids: Tensor) -> dict[str, Any]:
         "router_entropy": [entropy / uniform for entropy in entropies],
         "load": loads,
     }
+
+
+@contextmanager
+def _router_logits(model: Any) -> Iterator[list[Tensor]]:
+    """The logits of each layer's router, [tokens, experts], in the list once the model has run."""
+    logits: list[Tensor] = []
+
+    def see(_: nn.Module, args: Any, output: Any) -> None:
+        logits.append(output[0])
+
+    with ExitStack() as hooks:
+        for layer in model.model.layers:
+            hooks.enter_context(layer.mlp.gate.register_forward_hook(see))
+        yield logits
+
+
+def _imbalance(logits: Tensor) -> Tensor:
+    """Switch's loss of one layer (arXiv 2101.03961): 1 if all experts get equally many tokens.
+
+    transformers' own balances the sum over the layers, so that each may have experts without any.
+    """
+    chosen = logits.topk(PER_TOKEN).indices.flatten().bincount(minlength=EXPERTS)
+    return EXPERTS * (chosen / chosen.sum() * logits.softmax(-1).mean(0)).sum()
 
 
 @contextmanager

@@ -141,7 +141,10 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {}),
     "falcon-h1": ("FalconH1", MAMBA),
     "falcon-h1, multipliers": ("FalconH1", {"mlp_multipliers": [0.5, 2.0], **MAMBA}),
-    "qwen3-next": ("Qwen3Next", {**EXPERTS, **LINEAR, **HEADS}),
+    "qwen3-next": (
+        "Qwen3Next",
+        {"layer_types": ["linear_attention", "full_attention"], **EXPERTS, **LINEAR, **HEADS},
+    ),
     "qwen3.5": (
         "Qwen3_5Text",
         {**LINEAR, **HEADS, "layer_types": ["linear_attention", "full_attention"]},

@@ -107,7 +107,7 @@ def per_layer_config(config: Mapping[str, Any], space: UnitSpace) -> PreTrainedC
     }
     if "text_config" in values:
         values["per_layer_text_config"] = {str(i): widths for i, widths in enumerate(own)}
-        return classes.config(**values)  # type: ignore[no-any-return]
+        return classes.config(**values)
     whole = {
         "ffn": [i for i, layer in enumerate(space.layers) if not layer.ffn],
         "kv": [i for i, layer in enumerate(space.layers) if not layer.kv_groups],
@@ -117,7 +117,7 @@ def per_layer_config(config: Mapping[str, Any], space: UnitSpace) -> PreTrainedC
     overrides = _overrides(config, without=())
     if not any("head_dim" in layer for layer in overrides.values()):
         values |= _head_dim(space)
-    return classes.config(  # type: ignore[no-any-return]
+    return classes.config(
         **values,
         per_layer_config={i: overrides.get(i, {}) | widths for i, widths in enumerate(own)},
         serialize_explicit_per_layer_config=True,  # all widths of every layer

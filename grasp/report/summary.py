@@ -43,7 +43,8 @@ def size_rows(record: Record) -> list[tuple[str, str, str, str]]:
         ("all parameters", params["total_before"], params["total_after"]),
         ("KV cache, bytes per token (16 bit)", cache["before"], cache["after"]),
     ]
-    rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.2%}") for what, a, b in pairs]
+    # attention of other kinds may keep no keys
+    rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.2%}") for what, a, b in pairs if a]
     if sparsity := record.sparsity:
         a, b, of = (sparsity[k] for k in ("zeros_before", "zeros_after", "weights"))
         rows.append(

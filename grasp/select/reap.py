@@ -92,8 +92,8 @@ class _Watch:
     def __init__(self, tokens: Tensor, norms: Tensor) -> None:
         self._tokens, self._norms = tokens, norms
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden, index, weights = (*args, *kwargs.values())  # [tokens, hidden], [tokens, k] twice
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, index, weights = [*args, *kwargs.values()]  # [tokens, hidden], [tokens, k] twice
         self._tokens.zero_()
         self._norms.zero_()
         for own, weight in zip(index.split(1, 1), weights.split(1, 1), strict=True):

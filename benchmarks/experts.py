@@ -1,11 +1,13 @@
-"""Train a small mixture of experts on the built-in text, until its loss shows that routing matters.
+"""Train a small mixture of experts on real text, and compare criteria on its experts.
 
-    python -m benchmarks.mixture --out FOLDER [--seed 0]
+    python -m benchmarks.experts [--folder out/experts] [--out benchmarks/results/experts.json]
 
-Some seconds to a minute on one core: a Qwen3-MoE of three layers with 16 experts each, of which a
-token is routed to two. FOLDER holds the model, its tokenizer and `log.jsonl`: the loss on text held
-out from training, the same with every token routed to random experts, the entropy of the router
-(1: uniform) and the part of the tokens that each expert of each layer gets.
+A Qwen3-MoE of three layers with 16 experts each, of which a token is routed to two, learns the
+built-in text until its loss shows that routing matters: about a minute on one core. The folder gets
+the model, its tokenizer and `log.jsonl`: the loss on text held out from training, the same with
+every token routed to random experts, the entropy of the router (1: uniform) and the part of the
+tokens that each expert of each layer gets. Then every criterion of experts keeps half of them, with
+three seeds, which draw its blocks. The result has the loss of each mask on the held-out text.
 """
 
 from __future__ import annotations
@@ -22,33 +24,44 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.gate_training import machine
+from benchmarks.rows import RESULTS
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Projection
+from grasp.config import PruneConfig
 from grasp.data.builtin import builtin_rows
+from grasp.gates.gating import gated
+from grasp.gates.training import next_token_loss
+from grasp.journal import Journal
+from grasp.model.load import load_model
+from grasp.model.units import UnitSpace
+from grasp.report.comparison import span
+from grasp.report.summary import markdown_table
+from grasp.select import select
 
 VOCABULARY, SEQ_LEN, BATCH = 1024, 128, 8
 HELD_OUT = 32  # blocks
 EXPERTS, PER_TOKEN = 16, 2
-MATTERS = 0.5  # nats per token that random routing costs
-BALANCE = 0.02  # weight of the loss that spreads the tokens of a layer over its experts
-STEPS = 800  # at most; the loss is looked at every EVERY steps
+MATTERS = 1.9  # nats per token that random routing costs
+BALANCE = 0.1  # weight of the loss that spreads the tokens of a layer over its experts
+STEPS = 1200  # at most; the loss is looked at every EVERY steps
 EVERY = 100
+SAMPLES = 64  # blocks that a criterion reads
+RATE, WARM_UP = 3e-3, 50
+METHODS = ("learned", "reap", "fisher", "frequency", "random")
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Train and save the model; return its log. `steps` may end it before routing matters."""
+    """Train and save the model, until routing matters or for `steps`; return the log."""
     torch.manual_seed(seed)
-    rows = builtin_rows()
-    tokenizer = _tokenizer(rows)
-    ids = torch.tensor(tokenizer("\n\n".join(rows), verbose=False).input_ids)
-    ids = ids[: len(ids) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
-    ids = ids[torch.randperm(len(ids))]
-    held_out, text = ids[:HELD_OUT], ids[HELD_OUT:]
+    tokenizer, held_out, text = texts()
     model = _model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    log = []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
+    log: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, step / 50)
+            group["lr"] = RATE * min(1, step / WARM_UP)
         batch = text[torch.randint(len(text), (BATCH,))]
         with _router_logits(model) as logits:
             loss = model(batch, labels=batch).loss
@@ -58,13 +71,48 @@ def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, 
         optimizer.zero_grad()
         if step % EVERY == 0:
             log.append({"step": step, **_look(model, held_out)})
-            if log[-1]["loss_random_routes"] - log[-1]["loss"] > MATTERS and step >= 500:
+            if log[-1]["loss_random_routes"] - log[-1]["loss"] > MATTERS:
                 break
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     lines = [json.dumps(line) + "\n" for line in log]
     (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     return log
+
+
+def texts() -> tuple[PreTrainedTokenizerFast, Tensor, Tensor]:
+    """The tokenizer, the held-out blocks and those to learn from: int64 [blocks, SEQ_LEN]."""
+    rows = builtin_rows()
+    tokenizer = _tokenizer(rows)
+    ids = torch.tensor(tokenizer("\n\n".join(rows), verbose=False).input_ids)
+    ids = ids[: len(ids) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    return tokenizer, ids[:HELD_OUT], ids[HELD_OUT:]
+
+
+def losses(
+    folder: Path, methods: Sequence[str], seeds: Sequence[int], *, keep: float = 0.5
+) -> dict[str, list[float]]:
+    """The loss on the held-out text, by method and seed, with `keep` of the experts' parameters.
+
+    The seed draws the blocks; scales and refit are left out. KV groups stay.
+    """
+    model, _ = load_model(folder, dtype=torch.float32)
+    _, held_out, text = texts()
+    space = UnitSpace.of(model)
+    budget = Budget("keep", keep, units="ffn")
+    found: dict[str, list[float]] = {}
+    for method in methods:
+        for seed in seeds:
+            config = PruneConfig(str(folder), budget, method=method, seed=seed, device="cpu")
+            generator = torch.Generator().manual_seed(seed)
+            blocks = text[torch.randperm(len(text), generator=generator)[:SAMPLES]]
+            projection = Projection(space, budget, seed=seed)
+            selection = select(model, projection, blocks, config, lambda stage: Journal())
+            with torch.no_grad(), gated(model, space) as gates:
+                gates.set(projection(selection.scores).float())
+                found.setdefault(method, []).append(next_token_loss(model, held_out).item())
+    return found
 
 
 def _model() -> Qwen3MoeForCausalLM:
@@ -174,15 +222,25 @@ def _random_routes(model: Any) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("out/experts"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "experts.json")
+    parser.add_argument("--seeds", default="0,1,2", help="numbers separated by commas")
     options = parser.parse_args(argv)
-    for line in train(options.out, seed=options.seed):
-        entropy = ", ".join(f"{e:.2f}" for e in line["router_entropy"])
-        print(
-            f"step {line['step']}: loss {line['loss']:.3f}, at random routes "
-            f"{line['loss_random_routes']:.3f}, router entropy {entropy}"
-        )
+    log = train(options.folder)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    result = {
+        "command": "python -m benchmarks.experts",
+        "machine": machine("cpu"),
+        "training": log,
+        "keep": 0.5,
+        "samples": SAMPLES,
+        "seq_len": SEQ_LEN,
+        "seeds": seeds,
+        "loss": losses(options.folder, METHODS, seeds),
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows = [(method, span(values)) for method, values in result["loss"].items()]
+    print(markdown_table(("method", f"loss (dense {log[-1]['loss']:.2f})"), rows))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ infinity, so the tokens go to the others, as they do once it is cut. The gate mu
 that the router gives to the expert's output. So no family's code is copied.
 
 A closed expert would get no gradient and could never come back. So while gates learn, each token
-also visits the experts that it would have been routed to if all were open; those of them that are
-closed add nothing, as their gate is 0, but their gate has the gradient that it would open with.
+also visits the experts that it would have been routed to if all were open. They add nothing, as the
+gates of the closed ones are 0, but those gates have the gradient of the way from the present routes
+to those of the open model.
 """
 
 from __future__ import annotations
@@ -50,7 +51,13 @@ def _gated(router: Any, gates: Callable[[], Tensor]) -> Any:
         # a GPU would have to wait for the answer
         if z.requires_grad and (closed.device.type != "cpu" or bool(closed.any())):
             _, would, picked = whole(*args, **kwargs)
-            would = (would * (z * closed)[picked]).to(weights.dtype)
+            shut = closed[picked]
+            # what opens takes its part of the way from the present routes to these: 0 in value
+            part = (z[picked] * shut).sum(-1, keepdim=True) / shut.sum(-1, keepdim=True).clamp(
+                min=1
+            )
+            would = (would * torch.where(shut, z[picked], part)).to(weights.dtype)
+            weights = (weights * (1 - part)).to(weights.dtype)
             weights, index = torch.cat([weights, would], -1), torch.cat([index, picked], -1)
         return logits, weights, index
 

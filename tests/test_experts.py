@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import mean
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from families import MIXTURES, tiny_mixture, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from benchmarks import experts
 from grasp import criteria
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
@@ -277,3 +279,20 @@ def test_groups_of_experts_stay():
     model = DeepseekV3ForCausalLM(DeepseekV3Config(vocab_size=256, pad_token_id=2, **sizes))
     with pytest.raises(GraspError, match="is a mixture of experts of another form"):
         UnitSpace.of(model)
+
+
+# On a mixture that has learned to route
+
+
+def test_a_trained_mixture_loses_least_by_what_its_experts_do(tmp_path):
+    """What benchmarks/experts.py measures, in short: routing matters, and REAP beats chance.
+
+    Means of three seeds, as one draw of chance may be a good one.
+    """
+    log = experts.train(tmp_path / "model", steps=200)
+    assert log[-1]["loss_random_routes"] > log[-1]["loss"] + 0.3
+    assert all(0 < entropy < 1 for entropy in log[-1]["router_entropy"])
+    assert [sum(load) for load in log[-1]["load"]] == pytest.approx([1] * 3)
+    found = experts.losses(tmp_path / "model", ["reap", "random"], [0, 1, 2])
+    assert mean(found["reap"]) < mean(found["random"])
+    assert log[-1]["loss"] < min(found["reap"])

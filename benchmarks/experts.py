@@ -228,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     log = train(options.folder)
     seeds = [int(seed) for seed in options.seeds.split(",")]
+    found = losses(options.folder, METHODS, seeds)
     result = {
         "command": "python -m benchmarks.experts",
         "machine": machine("cpu"),
@@ -236,10 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "samples": SAMPLES,
         "seq_len": SEQ_LEN,
         "seeds": seeds,
-        "loss": losses(options.folder, METHODS, seeds),
+        "loss": found,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    rows = [(method, span(values)) for method, values in result["loss"].items()]
+    rows = [(method, span(values)) for method, values in found.items()]
     print(markdown_table(("method", f"loss (dense {log[-1]['loss']:.2f})"), rows))
 
 

@@ -88,6 +88,6 @@ def column_moments(
     A unit's columns are adjacent: `columns.view(units, -1)` has one row per unit.
     """
     linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
-    units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+    units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups) if n]
     moments = channel_moments(model, [(linear, "input") for linear in linears], blocks, journal)
     return [(x.weight, m, n) for x, m, n in zip(linears, moments, units, strict=True)]

@@ -56,7 +56,6 @@ from grasp.select.selection import Selection
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
-METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
 TASK_BATCH = 16  # requests per batch: they are short, and scores hardly depend on it
 
 
@@ -97,7 +96,7 @@ def compare(
     out: str | os.PathLike[str],
     *,
     keep: float | Sequence[float] = KEEP,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = SEEDS,
     tasks: str | None = None,
     tasks_data: str | os.PathLike[str] | None = None,
@@ -107,7 +106,8 @@ def compare(
 ) -> Comparison:
     """Measure perplexity, and accuracy on `tasks`, of each method at each budget with each seed.
 
-    A method is a criterion, optionally followed by `+refit` or `+bias`. `options` are the fields of
+    A method is a criterion, optionally followed by `+refit` or `+bias`; by default, `all_methods`
+    of this kind of model. `options` are the fields of
     `PruneConfig` that all cells share; `tasks`, `tasks_data` and `limit` are passed to
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. After an interruption, the same call resumes; methods, budgets and
@@ -116,7 +116,7 @@ def compare(
     """
     parts = [*keep] if isinstance(keep, Iterable) else [keep]
     for name, values in (("keep", parts), ("methods", methods), ("seeds", seeds)):
-        if not values:
+        if values is not None and not values:
             raise GraspError(f"`{name}` must name at least one, got none")
     if own := options.keys() & SET_BY_COMPARE:
         raise GraspError(
@@ -125,6 +125,8 @@ def compare(
     base = PruneConfig.of(model, keep=parts[0], **COMPARED_WIDTHS | options)
     header = check_run(base, out)
     base = on_device(base)
+    if methods is None:
+        methods = all_methods(mixture=bool(header.space.experts))
     cells = _cells(base, parts, methods, seeds)
     for cell in cells:
         check_fit(cell.config, header)
@@ -188,6 +190,12 @@ def _score(
         progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
     )
     return from_first(lambda: evaluate().to_json())
+
+
+def all_methods(*, mixture: bool) -> tuple[str, ...]:
+    """Our criteria that score what can go, and the best two with refit."""
+    ours = (c.name for c in criteria.OURS if criteria.suits(c.name, mixture=mixture))
+    return (*ours, "learned+refit", "fisher+refit")
 
 
 def _cells(

@@ -26,6 +26,7 @@ from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
+from grasp.compress.fold import check_fold
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data.corpus import Corpus, read_corpus
@@ -58,6 +59,7 @@ from grasp.model.load import (
 )
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
+from grasp.planning.layouts import least
 from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import ready
@@ -237,17 +239,10 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     model, tokenizer = load_dense(config)
     check_budget(config, model)
     space = UnitSpace.of(model)
-    result = _a_result(space, config.budget)
+    uniform = config.budget.for_space(space).layout == "uniform"
+    result = least(space, config.budget, first_only=not uniform)
     from_first(lambda: try_saving(model, tokenizer, run.checkpoint, result))
     return model, read_texts(config, model, tokenizer, run)
-
-
-def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
-    """Return widths that `budget` allows: the minimum in all layers, or only in the first."""
-    least = (budget.ffn_multiple, budget.kv_multiple)
-    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
-    uniform = budget.for_space(space).layout == "uniform"
-    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
 
 
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
@@ -301,7 +296,7 @@ def read_texts(
 def check_fidelity(
     configs: Sequence[PruneConfig], model: PreTrainedModel, start: Start, run: Run
 ) -> None:
-    """Refuse a model whose outputs change under gates, or when its layers run one by one.
+    """Refuse a model whose outputs change under gates, in a cut, or when its layers run one by one.
 
     The check runs in the dtype in which gates learn, or in the stored dtype if that is wider.
     """
@@ -309,6 +304,8 @@ def check_fidelity(
     stored, working = model.dtype, working_dtype(config)
     with widened(model, working if torch.promote_types(stored, working) == working else stored):
         found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
+        a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
+        found["fold"] = check_fold(model, a_cut, ids)
         if needed_by := next(filter(None, map(_runs_layers, configs)), None):
             found["layers"] = check_layers(model, ids, needed_by)
         run.log(event="fidelity", **found)

@@ -51,6 +51,7 @@ def learn(
     ffn_multiple: int = 32,
     kv_multiple: int = 1,
     layout: Any = "auto",
+    units: Any = "auto",
     **options: Any,
 ) -> Mask:
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).
@@ -67,6 +68,7 @@ def learn(
         ffn_multiple=ffn_multiple,
         kv_multiple=kv_multiple,
         layout=layout,
+        units=units,
         **more,
     )
     config = PruneConfig(model.name_or_path or "", budget, device=str(model.device), **options)

@@ -31,7 +31,7 @@ from grasp.budget.projection import Projection
 from grasp.config import PruneConfig
 from grasp.data.builtin import builtin_rows
 from grasp.gates.gating import gated
-from grasp.gates.training import next_token_loss
+from grasp.gates.objective import next_token_loss
 from grasp.journal import Journal
 from grasp.model.load import load_model
 from grasp.model.units import UnitSpace

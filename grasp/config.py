@@ -192,6 +192,7 @@ class PruneConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the result: a run may go on under another `memory`."""
         recipe = asdict(self) | {"compensate": self.compensation, "eval_text": [*self.eval_text]}
+        recipe["budget"]["protect"] = [*self.budget.protect]  # as JSON reads it back
         del recipe["memory"]
         return recipe
 

@@ -21,8 +21,8 @@ from grasp.compress.fold import fold
 from grasp.errors import GraspError
 from grasp.gates.fidelity import check_gates
 from grasp.gates.gating import gated
-from grasp.gates.scales import fold_scales
 from grasp.gates.objective import next_token_loss
+from grasp.gates.scales import fold_scales
 from grasp.journal import Journal
 from grasp.model.experts import all_routed_experts
 from grasp.model.units import UnitSpace

@@ -30,11 +30,11 @@ ScaleKind = Literal["channel", "unit"]
 Compensation = Literal["auto", "refit", "bias", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
-PlannedDtype = Literal["fp32", "bf16"]  # "auto" asks the machine, a plan is of any
+PlannedDtype = Literal["fp32", "bf16"]  # "auto" depends on the machine; a plan needs a choice
 PlannedMemory = Literal["fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
-RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
+RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every n-th layer, the first included
 TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
 PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults are others
     "method": "learned",
@@ -87,7 +87,7 @@ class PruneConfig:
     accumulate: int = option(1, "Forward passes per step.", ABLATION)
     lr: float = option(1e-2, "Learning rate of gates and scales.", LEARNING)
     lm_weight: float = option(
-        0.0,
+        1.0,
         "Weight of the next-token loss while gates and scales learn; the rest is the KL divergence "
         "from the dense model's predictions.",
         LEARNING,
@@ -188,6 +188,7 @@ class PruneConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the result: a run may go on under another `memory`."""
         recipe = asdict(self) | {"compensate": self.compensation, "eval_text": [*self.eval_text]}
+        recipe["budget"]["protect"] = [*self.budget.protect]  # as JSON reads it back
         del recipe["memory"]
         return recipe
 

@@ -163,8 +163,9 @@ def test_gradient_checkpointing_and_training(tmp_path):
     assert all(p.grad is not None for p in loaded.parameters())
 
 
-def test_a_pruned_model_can_be_pruned_again(tmp_path):
-    model, mask = pruned("qwen3", UNEVEN)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_pruned_model_can_be_pruned_again(family, tmp_path):
+    model, mask = pruned(family, UNEVEN)
     save(model, mask, tmp_path / "once")
     once, _ = load_model(tmp_path / "once", dtype=torch.float32)
     space = UnitSpace.of(once)

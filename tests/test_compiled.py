@@ -28,7 +28,7 @@ def loss_and_gradient(model):
 
 
 def rope(model):
-    return getattr(sys.modules[type(decoder_layers(model)[0].attention).__module__], ROPE)
+    return getattr(sys.modules[type(model.model).__module__], ROPE)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")

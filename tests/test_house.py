@@ -12,7 +12,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room may use itself and those before it.
 ROOMS = [
-    *("errors", "options", "criteria", "journal", "machine", "model", "data", "budget", "config"),
+    *(
+        "errors",
+        "options",
+        "criteria",
+        "journal",
+        "machine",
+        "distributed",
+        "model",
+        "data",
+        "budget",
+        "config",
+    ),
     *("planning", "gates", "compress", "sparsity", "select", "checkpoint", "report", "evaluate"),
     *("run", "cli"),
 ]

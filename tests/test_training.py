@@ -172,8 +172,8 @@ def plain_training(model, projection, start, blocks, lr):
     for m, layer, (_, ffn, kv) in zip(
         decoder_layers(model), projection.space.layers, projection.space.segments(), strict=True
     ):
-        m.mlp.down_proj.register_forward_pre_hook(gate(ffn, 1))
-        m.attention.o_proj.register_forward_pre_hook(gate(kv, layer.group_size * layer.head_dim))
+        m.ffn.down.register_forward_pre_hook(gate(ffn, 1))
+        m.attention.out.register_forward_pre_hook(gate(kv, layer.group_size * layer.head_dim))
     for step, ids in enumerate(blocks if blocks.dim() == 3 else blocks[:, None]):
         whole = projection.budget.cost(projection.space)
         progress = at(step / len(blocks)).to(scores.device)

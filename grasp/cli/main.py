@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
+from contextlib import redirect_stdout
 
 import typer
 
+from grasp import distributed
 from grasp.cli import checkpoint, measure, plan, prune  # noqa: F401  they add their verbs to `app`
 from grasp.cli.app import app, as_options
 from grasp.errors import GraspError
 
 RESUMABLE = ("prune", "compare", "sparsify", "recover")
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
+RESUME = ": run the same command again to resume"
+SPLIT = ("prune", "compare", "eval", "sparsify")  # the verbs that torchrun may start
 
 
 class Terminated(BaseException):
@@ -25,11 +30,18 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # in ASCII, say; stderr replaces by itself
     signal.signal(signal.SIGTERM, _terminate)
-    code = None
+    said, code = _run_as_rank() if distributed.launched() else _run()
+    if said:
+        print(said, file=sys.stderr)
+    sys.exit(code)
+
+
+def _run() -> tuple[str, int]:
+    """Run the command line; return what is to be said on stderr, and the exit code."""
     try:
-        code = app(standalone_mode=False)  # that of typer.Exit, or None
+        code = app(standalone_mode=False) or 0  # that of typer.Exit
     except GraspError as error:
-        _fail(f"error: {as_options(str(error))}", 1)
+        return f"error: {as_options(str(error))}", 1
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Terminated:
@@ -38,20 +50,48 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
         message = error.format_message()  # none where the help was printed instead
-        _fail(f"error: {message}" if message else "", 2)
+        return (f"error: {message}" if message else ""), 2
     if code in (INTERRUPTED, TERMINATED):  # newer releases of typer return the first
         stopped = "stopped" if code == INTERRUPTED else "stopped by SIGTERM"
         resumable = sys.argv[1:2] in [[verb] for verb in RESUMABLE]
-        _fail(stopped + ": run the same command again to resume" * resumable, code)
-    sys.exit(code)
+        return stopped + RESUME * resumable, code
+    return "", code
+
+
+def _run_as_rank() -> tuple[str, int]:
+    """`_run` in one of the processes of torchrun: the first prints, one says what stopped all."""
+    try:
+        distributed.join()
+        if sys.argv[1:2] not in [[verb] for verb in SPLIT]:
+            raise GraspError(f"torchrun is for {', '.join(SPLIT)}: start this without it")
+        with (
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(sys.stdout if distributed.is_first() else nowhere),
+        ):
+            said, code = _run()
+    except GraspError as error:
+        said, code = f"error: {error}", 1
+    except Exception as error:
+        if not distributed.is_cut_off(error):
+            distributed.first_to_fail()
+            raise
+        said, code = "", TERMINATED
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to who is left
+    if code in (INTERRUPTED, TERMINATED):
+        missing = distributed.missing()
+        if missing is None:  # another rank has failed, and told why
+            return "", code
+        if missing:
+            numbers = ", ".join(map(str, missing))
+            said = f"error: rank {numbers} was killed or lost" + RESUME
+        return said * distributed.once("stopped"), code
+    if code:
+        said = said.replace("error:", f"error on rank {distributed.rank()}:", 1)
+        return said * distributed.first_to_fail(), code
+    distributed.leave()
+    return said, code
 
 
 def _terminate(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
     raise Terminated
-
-
-def _fail(message: str, code: int) -> None:
-    if message:
-        print(message, file=sys.stderr)
-    sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from grasp.cli.options import (
 from grasp.cli.output import print_json, print_line, print_table
 from grasp.cli.progress import progress, steps_of
 from grasp.config import EVAL_WINDOWS, TEXT_FIELD, Dtype, PruneConfig
+from grasp.distributed import from_first
 from grasp.options import MACHINE
 from grasp.planning.check import check_reading
 
@@ -75,7 +77,8 @@ def eval_command(
     on_tasks: Any = dict(against=against, tasks_data=tasks_data, limit=limit, record=record)
     with progress() as show, memory_errors(f"device {device}", fix):
         both: Any = dict(batch_size=batch_size, progress=steps_of("evaluate", show), **reading)
-        scores = evaluate_tasks(model, tasks, **on_tasks, **both) if tasks else None
+        score = partial(evaluate_tasks, model, tasks or "", **on_tasks, **both)
+        scores = from_first(score) if tasks else None
         texts = [
             (name, result)
             for name in models

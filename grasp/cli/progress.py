@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from grasp.cli.app import as_options
+from grasp.distributed import is_first
 
 Show = Callable[[dict[str, Any]], None]
 err_console = Console(stderr=True)
@@ -26,7 +27,7 @@ def progress() -> Iterator[Show]:
         TextColumn("{task.fields[note]}"),
         console=err_console,
         transient=True,
-        disable=not err_console.is_terminal,
+        disable=not (err_console.is_terminal and is_first()),
     ) as bars:
         task = bars.add_task("loading", total=None, note="")
 

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
 from grasp.config import TOKENS_PER_CHANNEL
+from grasp.distributed import share, summed, tensor_from_first
 from grasp.errors import GraspError
+from grasp.gates.experts import closed_experts
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.units import decoder_layers
 
@@ -42,30 +44,37 @@ def refit(
     fp32 on the CPU, before the model's dtype rounds them. `planning.plan.refit_memory` estimates
     the peak memory. Raises GraspError if activations are not finite.
     """
-    tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
+    if not any(modules.outputs for modules in decoder_layers(model)):
+        return []
+    tokens = TOKENS_PER_CHANNEL * mask.space.widest
     blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
     fitted: list[Tensor] = []
     layers = model.get_decoder().layers
     options = layer_options(model, blocks[:1])
+    blocks, counted = share(blocks)
     hidden = first_hidden(model, blocks)
     parts = zip(
         layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
     )
-    for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
-        run = runner(layer, kwargs)
-        down_proj, o_proj = modules.outputs
-        heads = expand(kv, units.group_size * units.head_dim)
-        own = {}
-        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # in the order that they run
-            gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
-            for x in inputs_of(linear, run, hidden.split(1)):
-                x = x.flatten(0, -2).float()
-                gram.addmm_(x.T, x)
-            own[linear] = solve(linear, kept.to(gram.device), gram).cpu()
-        fitted += [own[linear] for linear in modules.outputs]
-        for x in hidden.split(1):
-            x.copy_(run(x))
-        progress(index + 1, len(layers))
+    with closed_experts(model, mask):
+        for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
+            run, own, kept_columns = runner(layer, kwargs), {}, {}
+            if modules.attention is not None:  # first, in the order that they run
+                heads = expand(kv, units.group_size * units.head_dim)
+                kept_columns[modules.attention.out] = heads
+            if modules.ffn is not None:
+                kept_columns[modules.ffn.down] = ffn
+            for linear, kept in kept_columns.items():
+                gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
+                for n, x in enumerate(inputs_of(linear, run, hidden.split(1))):
+                    if n < counted:
+                        x = x.flatten(0, -2).float()
+                        gram.addmm_(x.T, x)
+                own[linear] = solve(linear, kept.to(gram.device), summed(gram)).cpu()
+            fitted += [own[linear] for linear in modules.outputs]
+            for x in hidden.split(1):
+                x.copy_(run(x))
+            progress(index + 1, len(layers))
     return fitted
 
 
@@ -82,7 +91,7 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     dropped[kept] = False
     lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
     taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost).T
-    columns = (linear.weight[:, kept].double() + taken_over).float()
+    columns = tensor_from_first((linear.weight[:, kept].double() + taken_over).float())
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.reading import find_source
+from grasp.distributed import in_order
 from grasp.errors import GraspError
 from grasp.journal import Progress
 from grasp.model.load import load_model, longest, packed_errors, pick_device
@@ -88,23 +89,25 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64)
     try:
         with _in_fp32(model):
-            for first in range(0, count, batch_size):
-                batch = inputs[first : first + batch_size].to(model.device)
-                total += _nll(model, batch)
+            batches = inputs.split(batch_size)
+            of_batches = in_order(lambda batch: _nll(model, batch.to(model.device)), batches)
+            for done, nll in enumerate(of_batches, 1):
+                total += nll
+                windows_done = min(done * batch_size, count)
                 if not torch.isfinite(total):
                     raise GraspError(
-                        f"the loss is {total.item()} after window {first + len(batch)} of {count}: "
-                        "the weights are damaged, or overflow in fp32: get it anew"
+                        f"the loss is {total.item()} after window {windows_done} of {count}: "
+                        "the weights are damaged, or overflow in fp32: download it again"
                     )
                 if progress:
-                    progress(first + len(batch), count)
+                    progress(windows_done, count)
     finally:
         model.train(was_training)
     tokens = count * (length - 1)
-    nll = total.item() / tokens
+    mean = total.item() / tokens
     return Perplexity(
-        value=math.exp(nll) if nll < 700 else math.inf,
-        nll=nll,
+        value=math.exp(mean) if mean < 700 else math.inf,
+        nll=mean,
         tokens=tokens,
         windows=count,
         windows_available=available,

@@ -11,11 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig, RecoverConfig
+from grasp.distributed import everywhere
 from grasp.machine import memory_errors
 from grasp.model.header import Header, of_model
 from grasp.planning.plan import learning_memory
 from grasp.planning.recovery import OPTIMISER, learned_values, saved_activations
 
+MODES: tuple[MemoryMode, ...] = ("fast", "balanced", "low")  # by the memory that each needs
 SLACK = 0.9  # of free memory; the rest is for fragmentation and the estimate's error
 
 
@@ -27,7 +29,9 @@ def memory_mode(
 
     On out-of-memory, raises GraspError with the mode to resume with.
     """
-    mode = choose(model, config) if config.memory == "auto" else config.memory
+    mode = config.memory
+    if mode == "auto":  # all ranks recompute the same layers
+        mode = max(everywhere(choose(model, config)), key=MODES.index)
     every = RECOMPUTE_EVERY.get(mode)
     layers = list(model.get_decoder().layers)[::every] if every else []
     before = [vars(layer).get("forward") for layer in layers]
@@ -53,11 +57,10 @@ def choose(model: PreTrainedModel, config: PruneConfig | RecoverConfig) -> Memor
     cached = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = SLACK * (torch.cuda.mem_get_info(model.device)[0] + cached)
     header = of_model(model)
-    modes: tuple[MemoryMode, ...] = ("fast", "balanced")
-    for mode in modes:
+    for mode in MODES[:-1]:
         if _needed(model, header, config, mode) <= free:
             return mode
-    return "low"
+    return MODES[-1]
 
 
 def _needed(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp.distributed import in_order
 from grasp.gates.objective import next_token_loss
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
@@ -61,15 +62,19 @@ def channel_moments(
     with ExitStack() as hooks:
         for place, (linear, side) in enumerate(taps):
             hooks.enter_context(linear.register_forward_hook(see(place, side)))
-        for step in range(start + 1, len(blocks) + 1):
-            block = blocks[step - 1][None].to(model.device)
-            loss = finite_mean([next_token_loss(model, block)], step)
+
+        def of_block(block: Tensor) -> Tensor:  # variances, means, the loss
+            loss = next_token_loss(model, block[None].to(model.device))
             parts = zip(*(seen[place] for place in range(len(taps))), strict=True)
-            block_var, block_mean = (torch.cat(part) for part in parts)
+            return torch.cat([part for kind in parts for part in kind] + [loss[None]])
+
+        for step, found in enumerate(in_order(of_block, blocks[start:]), start + 1):
+            block_var, block_mean, losses = found.split([len(var), len(mean), 1])
+            loss = finite_mean([losses[0]], step)
             delta = block_mean - mean
             var = var + (block_var - var) / step + delta**2 * (step - 1) / step**2
             mean = mean + delta / step
-            journal.progress(step, len(blocks), loss, block.numel())
+            journal.progress(step, len(blocks), loss, blocks.shape[1])
             state = {"mean": mean, "var": var, "step": torch.tensor(step)}
             journal.save(state.copy, final=step == len(blocks))
     return [Moments(*pair) for pair in zip(mean.split(sizes), var.split(sizes), strict=True)]
@@ -83,6 +88,6 @@ def column_moments(
     A unit's columns are adjacent: `columns.view(units, -1)` has one row per unit.
     """
     linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
-    units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+    units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups) if n]
     moments = channel_moments(model, [(linear, "input") for linear in linears], blocks, journal)
     return [(x.weight, m, n) for x, m, n in zip(linears, moments, units, strict=True)]

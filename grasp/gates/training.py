@@ -7,12 +7,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp import distributed
 from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
@@ -20,6 +22,7 @@ from grasp.gates.objective import Batch, loss
 from grasp.journal import Journal
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
+COMPARE_EVERY = 50  # steps, of which READ_EVERY is a divisor; scores must agree over ranks
 GRAPH_TOKENS = 2048  # per pass; up to here, launching kernels takes longer than running them
 
 
@@ -112,7 +115,7 @@ def train_gates(
         settings.lm_weight,
     )
     run_step: Callable[[Batch, Tensor], Tensor] = one_step
-    if on_gpu and small:
+    if on_gpu and small and distributed.ranks() == 1:  # a graph holds no collectives
         run_step = CapturedStep(one_step, journal.note)
     elif on_gpu:
         run_step = partial(one_step, count=True)
@@ -135,6 +138,8 @@ def train_gates(
                 losses.clear()
                 tokens = 0
                 done = step + 1
+                if done == steps or done % COMPARE_EVERY == 0:
+                    distributed.check_same(f"theta after step {done}", digest(theta))
                 journal.save(partial(_state, theta, optimizer, done), final=done == steps)
     return theta.detach()
 
@@ -160,18 +165,23 @@ class Step:
         values = self.gate_values(self.theta, progress)
         z = values.detach().requires_grad_()
         counts = self.gates.count(z) if count else None
-        total, gradient = torch.zeros((), device=z.device), torch.zeros_like(z)
-        for part in batch.split(self.batch_size):
+
+        def of_part(part: Batch) -> Tensor:  # [units + 1]: the gradient, then the loss
             self.gates.set(z, counts)
             part_loss = loss(self.model, part, self.lm_weight) * (len(part) / len(batch))
-            gradient += torch.autograd.grad(part_loss, z)[0]
-            total += part_loss.detach()
+            return torch.cat([torch.autograd.grad(part_loss, z)[0], part_loss.detach()[None]])
+
+        total = torch.zeros(len(z) + 1, device=z.device)
+        at_once = min(self.batch_size, math.ceil(len(batch) / distributed.ranks()))
+        for found in distributed.in_order(of_part, list(batch.split(at_once))):
+            total += found
+        gradient = total[:-1]
         (self.theta.grad,) = torch.autograd.grad(values, self.theta, gradient)
         if self.decay is not None:
             rate = self.optimizer.param_groups[0]["lr"]
             self.theta.detach().mul_(torch.exp(-rate * self.decay))
         self.optimizer.step()
-        return total
+        return total[-1]
 
 
 class CapturedStep:
@@ -215,6 +225,11 @@ class CapturedStep:
             self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason(error)}")
         else:
             self._graph = graph
+
+
+def digest(values: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    return sha256(values.detach().cpu().numpy().tobytes()).hexdigest()
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from grasp.distributed import join, local_rank, rank, ranks
 from grasp.errors import GraspError, reason
 from grasp.model.source import (
     Source,
@@ -117,9 +118,25 @@ def _untie_if_it_has_a_head(model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
+def auto_class(config: Any) -> Any:
+    """The Auto class that loads the whole of a model: text alone, or what sees images too."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    sees = config.get_text_config() is not config and (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    )
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def longest(model: PreTrainedModel) -> int:
     """The longest sequence that a model accepts, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    text: Any = model.config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -165,6 +182,7 @@ def check_device(device: str) -> None:
 def pick_device(device: str) -> str:
     """The name of a usable torch device; "auto" is a GPU if there is one. Raises GraspError."""
     check_device(device)
+    join()  # which chooses the GPU of a rank
 
     import torch
 
@@ -172,6 +190,8 @@ def pick_device(device: str) -> str:
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     asked = torch.device(device)
+    if asked.type == "cuda" and ranks() > 1:
+        _check_gpu_of_rank(asked.index, gpus)
     if asked.type == "cuda" and (asked.index or 0) >= gpus:
         raise GraspError(
             f"device {device} asked for, but torch {torch.__version__} sees {gpus or 'no'} GPU"
@@ -184,6 +204,20 @@ def pick_device(device: str) -> str:
             f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer: use `device='cpu'`"
         )
     return device
+
+
+def _check_gpu_of_rank(asked: int | None, gpus: int) -> None:
+    """Raise GraspError unless each rank of this machine has a GPU of its own."""
+    if asked is not None:
+        raise GraspError(
+            f"`device` must be cuda under torchrun, which gives each rank its own GPU, got "
+            f"cuda:{asked}"
+        )
+    if local_rank() >= gpus:
+        raise GraspError(
+            f"rank {rank()} has no GPU: this machine has {gpus}: start as many processes, or use "
+            "`device='cpu'`"
+        )
 
 
 def processor(device: torch.device) -> str:
@@ -216,13 +250,13 @@ def environment(device: torch.device) -> dict[str, str]:
 def _load_safetensors(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     location = source.location
-    auto: Any = AutoModelForCausalLM
     options = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
         options["local_files_only"] = not hub_answers()
+    auto = auto_class(AutoConfig.from_pretrained(location, **options))
     model, loading = auto.from_pretrained(
         location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
     )
@@ -233,7 +267,7 @@ def _load_safetensors(
                 f"{location} is not the model that its config.json describes: its weights "
                 f"{problem} {names[0]} ({len(names)} such tensors): get both from one place"
             )
-    if getattr(model.config, "attn_logit_softcapping", None):
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # older releases use SDPA, without the softcap
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)

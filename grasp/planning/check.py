@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from grasp import criteria
 from grasp.config import PruneConfig, RunConfig
 from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
@@ -41,6 +42,7 @@ def check_fit(config: RunConfig, header: Header) -> None:
         )
     if not isinstance(config, PruneConfig):
         return
+    _check_method(config.method, header)
     biased = config.compensation == "bias"
     if biased and not header.facts.carries_biases:
         raise GraspError(
@@ -50,6 +52,15 @@ def check_fit(config: RunConfig, header: Header) -> None:
     config.budget.check_multiples(header.space)
     check_layout(header, config.budget, biased=biased)
     config.budget.limit(header.space)
+
+
+def _check_method(method: str, header: Header) -> None:
+    """Raise GraspError if a criterion does not score what this model has."""
+    mixture = bool(header.space.experts)
+    if not criteria.suits(method, mixture=mixture):
+        others = [n for n in criteria.names() if criteria.suits(n, mixture=mixture)]
+        what = "does not score experts" if mixture else "scores experts, and this model has none"
+        raise GraspError(f"`method={method!r}` {what}: use one of {', '.join(others)}")
 
 
 def check_plain(model: str, header: Header, done: str = "cut") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, RecoverConfig
 from grasp.model.header import Header
-from grasp.model.units import LayerUnits
+from grasp.model.units import LayerUnits, UnitSpace
 from grasp.planning.plan import LOGITS_AT_ONCE
 
 MASTER = 4  # bytes of a value that learns
@@ -79,7 +79,7 @@ def plan_recovery(config: RecoverConfig, pruned: Header, teacher: Header) -> Rec
     Operations are counted as 6 per token and weight that learns, 4 per frozen weight under
     adapters and 2 of the teacher's; attention's own are left out.
     """
-    frozen, dense = pruned.space.total_params, teacher.space.total_params
+    frozen, dense = active(pruned.space), active(teacher.space)
     learned = learned_values(pruned, config.lora_rank)
     tokens = config.epochs * (config.samples - config.held_out) * config.seq_len
     per_token = FORWARD * dense + PER_WEIGHT * (learned if config.lora_rank else frozen)
@@ -96,6 +96,16 @@ def plan_recovery(config: RecoverConfig, pruned: Header, teacher: Header) -> Rec
         state_bytes=4 * MASTER * learned,
         operations=tokens * per_token,
     )
+
+
+def active(space: UnitSpace) -> int:
+    """Parameters that compute a token: of routed experts, only as many as the router picks."""
+    idle = sum(
+        (layer.experts - layer.experts_per_token) * layer.expert_cost
+        for layer in space.layers
+        if layer.experts
+    )
+    return space.total_params - idle * space.hidden_size
 
 
 def recovery_memory(
@@ -119,10 +129,13 @@ def learned_values(header: Header, rank: int | None) -> int:
     if rank is None:
         tables = 1 if space.fixed_params < 2 * header.vocab_size * hidden else 2
         return space.total_params - tables * header.vocab_size * hidden
-    ends, reading = 0, 2 if header.facts.fused_qkv else 5  # linear layers on the hidden state
-    for layer in space.layers:
+    fused, ends = header.facts.fused_qkv, 0
+    for layer in space.layers:  # inputs and outputs of all linear layers
         queries, keys = _heads(layer)
-        ends += (reading + 2) * hidden + 2 * queries + 2 * keys + 3 * layer.ffn
+        if queries:
+            ends += (2 if fused else 4) * hidden + 2 * queries + 2 * keys
+        if layer.ffn:
+            ends += (2 if fused else 3) * hidden + 3 * layer.ffn
     return rank * ends
 
 
@@ -140,6 +153,7 @@ def saved_activations(config: RecoverConfig, header: Header, mode: MemoryMode, w
     for layer in space.layers:
         queries, keys = _heads(layer)
         own = width * (4 * layer.ffn + 3 * queries + 2 * keys)
+        own += width * layer.experts_per_token * (4 * layer.expert_width + 3 * hidden)
         own += facts.norms * hidden * (in_norm + width) + facts.qk_norm * in_norm * (queries + keys)
         if facts.softcap:  # scores after tanh and softmax
             own += 8 * layer.group_size * layer.kv_groups * config.seq_len

@@ -106,8 +106,9 @@ def _bars(record: Record) -> str:
     dense, pruned = weight_bytes(record)
     bars = [
         _pair("weights", pruned, dense, "bytes"),
-        _pair("KV cache per token", cache["after"], cache["before"], "bytes"),
     ]
+    if cache["before"]:  # attention of other kinds may keep no keys
+        bars.append(_pair("KV cache per token", cache["after"], cache["before"], "bytes"))
     speed = record.results.get("speed")
     if speed and len(speed["models"]) > 1:
         for phase in ("prefill", "decode"):

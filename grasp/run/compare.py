@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from grasp import criteria
 from grasp.budget.projection import Projection
 from grasp.config import COMPARED_WIDTHS, KEEP, SEEDS, SET_BY_COMPARE, PruneConfig
+from grasp.distributed import from_first
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
@@ -55,7 +56,6 @@ from grasp.select.selection import Selection
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
-METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
 TASK_BATCH = 16  # requests per batch: they are short, and scores hardly depend on it
 
 
@@ -96,7 +96,7 @@ def compare(
     out: str | os.PathLike[str],
     *,
     keep: float | Sequence[float] = KEEP,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = SEEDS,
     tasks: str | None = None,
     tasks_data: str | os.PathLike[str] | None = None,
@@ -106,7 +106,8 @@ def compare(
 ) -> Comparison:
     """Measure perplexity, and accuracy on `tasks`, of each method at each budget with each seed.
 
-    A method is a criterion, optionally followed by `+refit` or `+bias`. `options` are the fields of
+    A method is a criterion, optionally followed by `+refit` or `+bias`; by default, `all_methods`
+    of this kind of model. `options` are the fields of
     `PruneConfig` that all cells share; `tasks`, `tasks_data` and `limit` are passed to
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. After an interruption, the same call resumes; methods, budgets and
@@ -115,7 +116,7 @@ def compare(
     """
     parts = [*keep] if isinstance(keep, Iterable) else [keep]
     for name, values in (("keep", parts), ("methods", methods), ("seeds", seeds)):
-        if not values:
+        if values is not None and not values:
             raise GraspError(f"`{name}` must name at least one, got none")
     if own := options.keys() & SET_BY_COMPARE:
         raise GraspError(
@@ -124,6 +125,8 @@ def compare(
     base = PruneConfig.of(model, keep=parts[0], **COMPARED_WIDTHS | options)
     header = check_run(base, out)
     base = on_device(base)
+    if methods is None:
+        methods = all_methods(mixture=bool(header.space.experts))
     cells = _cells(base, parts, methods, seeds)
     for cell in cells:
         check_fit(cell.config, header)
@@ -158,7 +161,7 @@ def compare(
             "cells": [grid.measure(cell) for cell in cells],
             "seconds": run.seconds(),
         }
-        _write(run.checkpoint, summary)
+        from_first(partial(_write, run.checkpoint, summary))
         run.log(event="finished", folder=str(run.out))
         run.publish()
     return Comparison(Path(out), summary)
@@ -175,7 +178,8 @@ def _score(
     """Return the zero-shot results of the model or folder `name`, if there are tasks."""
     if not tasks:
         return None
-    return evaluate_tasks(
+    evaluate = partial(
+        evaluate_tasks,
         name,
         tasks,
         tasks_data=None if tasks_data is None else Path(tasks_data),
@@ -184,7 +188,14 @@ def _score(
         device=base.device,
         trust_remote_code=base.trust_remote_code,
         progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
-    ).to_json()
+    )
+    return from_first(lambda: evaluate().to_json())
+
+
+def all_methods(*, mixture: bool) -> tuple[str, ...]:
+    """Our criteria that score what can go, and the best two with refit."""
+    ours = (c.name for c in criteria.OURS if criteria.suits(c.name, mixture=mixture))
+    return (*ours, "learned+refit", "fisher+refit")
 
 
 def _cells(
@@ -303,7 +314,7 @@ class _Grid:
         record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
         record = finish(pruned, record, self._start, self._perplexities, run, folder)
         tasks = self._score(str(folder))
-        shutil.rmtree(run.checkpoint)
+        from_first(lambda: shutil.rmtree(run.checkpoint))
         perplexity, *others = [pruned for _, pruned in record.perplexities]
         values = " and ".join(f"{found['value']:.2f}" for found in (perplexity, *others))
         run.log(event="note", text=f"{cell.name}: perplexity {values}")

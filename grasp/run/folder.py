@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grasp.distributed import after_first, check_same, from_first, is_first
 from grasp.errors import GraspError
 from grasp.journal import Journal, read_log
 from grasp.machine import disk_errors, peak_memory
@@ -55,14 +57,23 @@ class Run:
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return a JSON value that is computed only once per run, even if the run is resumed."""
         path = self.path("facts", f"{name}.json")
-        if path.exists():
-            return json.loads(path.read_text())
-        value = compute()
-        _write(path, json.dumps(value).encode())
-        return json.loads(json.dumps(value))
+        known = from_first(lambda: path.read_text() if path.exists() else None)
+        if known is None:
+            value = compute()  # on all ranks
+            known = from_first(lambda: json.dumps(value))
+            if is_first():
+                _write(path, known.encode())
+        return json.loads(known)
 
     def same_inputs(self, inputs: dict[str, Any]) -> None:
-        """Refuse to resume from a state that other texts, weights or software have made."""
+        """Refuse to resume from a state that other texts, weights or software have made.
+
+        So are ranks that do not have the same.
+        """
+        for name, value in inputs.items():
+            check_same(name, value)
+        if not is_first():
+            return
         path = self.folder / "inputs.json"
         if path.exists():
             _same(self.folder, json.loads(path.read_text()), inputs)
@@ -71,6 +82,8 @@ class Run:
 
     def log(self, **record: Any) -> None:
         """Write one JSON line to the log, and pass it on to show progress."""
+        if not is_first():
+            return
         record |= {"part": self._part} if self._part else {}
         with disk_errors(self.folder), open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
@@ -85,6 +98,9 @@ class Run:
 
         Time between an interruption and the resumption does not count.
         """
+        return from_first(self._seconds)
+
+    def _seconds(self) -> float:
         worked = [
             b["time"] - a["time"]
             for a, b in pairwise([*read_log(self.folder / "log.jsonl"), {"time": time.time()}])
@@ -98,6 +114,9 @@ class Run:
 
     def finish(self, name: str) -> None:
         """Set the checkpoint aside as one of several; it survives an interruption."""
+        from_first(partial(self._finish, name))
+
+    def _finish(self, name: str) -> None:
         with disk_errors(self.folder):
             self.finished(name).parent.mkdir(exist_ok=True)
             _sync_all(self.checkpoint)
@@ -105,6 +124,9 @@ class Run:
 
     def publish(self) -> None:
         """Move the finished checkpoint, or all of several, into place; remove the run's folder."""
+        from_first(self._publish)  # the other ranks wait
+
+    def _publish(self) -> None:
         several = self.folder / "finished"
         result = several if several.exists() else self.checkpoint
         with disk_errors(self.out):
@@ -122,8 +144,12 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
     `out` exists, or its run folder is in use or belongs to another configuration (the message lists
     the differences).
     """
-    check_out(out)
     folder, asked = run_folder(out), json.loads(json.dumps(config))
+    if not is_first():
+        after_first()
+        yield Run(out, folder, show)
+        return
+    check_out(out)
     missing = [parent for parent in folder.parents if not parent.exists()]
     with disk_errors(folder):
         if folder.exists() and {p.name.removesuffix(".new") for p in folder.iterdir()} - OWN_FILES:
@@ -151,6 +177,7 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
             shutil.rmtree(run.checkpoint, ignore_errors=True)
             _drop_cut_line(folder / "log.jsonl")
             run.log(event="resumed" if resumed else "started")
+            after_first()
             yield run
         except BaseException:
             if not any([*folder.glob("state/*.safetensors"), *folder.glob("facts/*.json")]):
@@ -178,6 +205,9 @@ class StageJournal(Journal):
         self._wait = SAVE_EVERY
 
     def load(self) -> dict[str, Tensor] | None:
+        return from_first(self._load)
+
+    def _load(self) -> dict[str, Tensor] | None:
         if not self._path.exists():
             return None
         try:
@@ -188,7 +218,7 @@ class StageJournal(Journal):
             ) from None
 
     def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
-        if not final and time.monotonic() - self._saved < self._wait:
+        if not is_first() or (not final and time.monotonic() - self._saved < self._wait):
             return
         began = time.monotonic()
         tensors = {name: t.contiguous().cpu() for name, t in state().items()}

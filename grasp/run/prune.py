@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,16 +22,18 @@ from grasp import __version__, criteria
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.checkpoint.record import Record
-from grasp.checkpoint.save import record_of, save_checkpoint, try_saving
+from grasp.checkpoint.save import Saved, record_of, save_checkpoint, try_saving
 from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
+from grasp.compress.fold import check_fold
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, RunConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
+from grasp.distributed import check_same, from_first, ranks
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.fidelity import (
@@ -57,6 +60,7 @@ from grasp.model.load import (
 )
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
+from grasp.planning.layouts import least
 from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import ready
@@ -132,8 +136,20 @@ def prune(
 def on_device(config: PruneConfig) -> PruneConfig:
     """Return the config with `auto` device and dtype resolved. Raises GraspError."""
     device = pick_device(config.device)
+    if criteria.get(config.method).learns or config.scale_epochs:
+        _check_step(config)
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
+
+
+def _check_step(config: PruneConfig) -> None:
+    """Refuse steps with fewer blocks than ranks: the options alone say how many a step has."""
+    blocks, of = config.batch_size * config.accumulate, ranks()
+    if blocks < of:
+        raise GraspError(
+            f"a step of {blocks} blocks (`batch_size` times `accumulate`) leaves some of the {of} "
+            f"ranks without work: use `accumulate={math.ceil(of / config.batch_size)}`"
+        )
 
 
 @contextmanager
@@ -175,8 +191,9 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     for name, budget in budgets.items():
         own = replace(config, budget=budget)
         mask = start.projection(own).mask(selection.scores)
+        check_same("the mask", mask.digest())
         folder = run.finished(name) if name else run.checkpoint
-        if not folder.exists():
+        if not from_first(folder.exists):
             part = run.part(name) if name else run
             pruned = move(copy.deepcopy(model), config.device) if name else model
             pruned = apply_mask(
@@ -185,15 +202,19 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
             record = finish(pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
-            with disk_errors(run.checkpoint):
-                record.write(run.checkpoint)
-            add_reports(run.checkpoint, record, part.records())
+            from_first(partial(_write, run.checkpoint, record, part))
             part.log(event="finished", folder=str(run.out / name), **record.results)
             if name:
                 run.finish(name)
         results.append(PruneResult(run.out / name, mask, Record.read(folder)))
     run.publish()
     return results
+
+
+def _write(folder: Path, record: Record, part: Run) -> None:
+    with disk_errors(folder):
+        record.write(folder)
+    add_reports(folder, record, part.records())
 
 
 @dataclass(frozen=True)
@@ -219,16 +240,10 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     model, tokenizer = load_dense(config)
     check_budget(config, model)
     space = UnitSpace.of(model)
-    try_saving(model, tokenizer, run.checkpoint, _a_result(space, config.budget))
+    uniform = config.budget.for_space(space).layout == "uniform"
+    result = least(space, config.budget, first_only=not uniform)
+    from_first(lambda: try_saving(model, tokenizer, run.checkpoint, result))
     return model, read_texts(config, model, tokenizer, run)
-
-
-def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
-    """Return widths that `budget` allows: the minimum in all layers, or only in the first."""
-    least = (budget.ffn_multiple, budget.kv_multiple)
-    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
-    uniform = budget.for_space(space).layout == "uniform"
-    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
 
 
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
@@ -280,7 +295,7 @@ def read_texts(config: RunConfig, model: PreTrainedModel, tokenizer: Any, run: R
 def check_fidelity(
     configs: Sequence[PruneConfig], model: PreTrainedModel, start: Start, run: Run
 ) -> None:
-    """Refuse a model whose outputs change under gates, or when its layers run one by one.
+    """Refuse a model whose outputs change under gates, in a cut, or when its layers run one by one.
 
     The check runs in the dtype in which gates learn, or in the stored dtype if that is wider.
     """
@@ -288,6 +303,8 @@ def check_fidelity(
     stored, working = model.dtype, working_dtype(config)
     with widened(model, working if torch.promote_types(stored, working) == working else stored):
         found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
+        a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
+        found["fold"] = check_fold(model, a_cut, ids)
         if needed_by := next(filter(None, map(_runs_layers, configs)), None):
             found["layers"] = check_layers(model, ids, needed_by)
         run.log(event="fidelity", **found)
@@ -393,13 +410,17 @@ def finish(
     Raises GraspError if `grasp verify` would fail.
     """
     device = str(model.device)
-    folder.mkdir(parents=True)
-    saved, record = save_checkpoint(model, start.tokenizer, folder, record)
+
+    def save() -> tuple[Saved, Record]:
+        folder.mkdir(parents=True)
+        return save_checkpoint(model, start.tokenizer, folder, record)
+
+    saved, record = from_first(save)
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
     reread, tokenizer = load_model(folder, dtype=None, device=device)
-    check_saved(folder, reread, tokenizer)
+    from_first(lambda: check_saved(folder, reread, tokenizer))
     pruned = _measure(start.evaluation_sets, reread, "pruned", run)
     return record.measured(**asdict(saved)).evaluated(dense, pruned)
 
@@ -449,7 +470,7 @@ def _check_weights(config: RunConfig, model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise GraspError(
-                f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
+                f"{config.model} is damaged: {name} holds NaN or infinite values: download it again"
             )
     family = model.config.model_type.removeprefix("grasp_")
     if family not in CONFIG_MAPPING:

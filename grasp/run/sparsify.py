@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from grasp.budget.projection import Mask
 from grasp.checkpoint.record import Record
 from grasp.checkpoint.save import try_saving
 from grasp.config import SparsifyConfig
+from grasp.distributed import from_first
 from grasp.gates.fidelity import check_layers
 from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device
@@ -80,7 +82,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
         "weights": sum(linear.weight.numel() for linear in linears.values()),
         "zeros_before": _zeros(model),
     }
-    try_saving(model, tokenizer, run.checkpoint, UnitSpace.of(model))
+    from_first(lambda: try_saving(model, tokenizer, run.checkpoint, UnitSpace.of(model)))
     start = read_texts(config, model, tokenizer, run)
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)
@@ -101,11 +103,15 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     record = run_record(config, start, everything, model, sparsity=sparsity)
     record = finish(model, record, start, dense, run, run.checkpoint)
     record = record.measured(seconds=run.seconds())
-    with disk_errors(run.checkpoint):
-        record.write(run.checkpoint)
+    from_first(partial(_write, run.checkpoint, record))
     run.log(event="finished", folder=str(run.out), **record.results)
     run.publish()
     return SparsifyResult(run.out, Record.read(run.out))
+
+
+def _write(folder: Path, record: Record) -> None:
+    with disk_errors(folder):
+        record.write(folder)
 
 
 def _zeros(model: PreTrainedModel) -> int:

@@ -51,13 +51,16 @@ def learn(
     ffn_multiple: int = 32,
     kv_multiple: int = 1,
     layout: Any = "auto",
+    units: Any = "auto",
     **options: Any,
 ) -> Mask:
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).
 
-    `options` are fields of `PruneConfig`: `epochs`, `lr`, `method` for another criterion and so on.
-    Scales learned with the gates are multiplied into the weights of `model`. Raises GraspError.
+    `options` are the other fields of `Budget` and `PruneConfig`: `epochs`, `lr`, `method` for
+    another criterion and so on. Scales learned with the gates are multiplied into the weights of
+    `model`. Raises GraspError.
     """
+    more = {name: options.pop(name) for name in Budget.options() if name in options}
     budget = Budget.of(
         keep=keep,
         params=params,
@@ -65,6 +68,8 @@ def learn(
         ffn_multiple=ffn_multiple,
         kv_multiple=kv_multiple,
         layout=layout,
+        units=units,
+        **more,
     )
     config = PruneConfig(model.name_or_path or "", budget, device=str(model.device), **options)
     projection = Projection(UnitSpace.of(model), budget, seed=config.seed, device=config.device)

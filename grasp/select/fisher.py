@@ -1,7 +1,7 @@
 """Fisher information of the gates: squared gradient of the loss with respect to each gate.
 
 F_i = sum over samples of (dL/dz_i)^2 at z = 1, with one backward pass per sample. The value of a KV
-group is divided by its cost in channels, so that groups and channels compete per parameter.
+group or an expert is divided by its cost in channels, so that units compete per parameter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.distributed import in_order
 from grasp.gates.gating import gated
 from grasp.gates.objective import next_token_loss
 from grasp.gates.training import finite_mean
@@ -27,14 +28,19 @@ def fisher_scores(
     z = torch.ones(units.size, device=model.device, requires_grad=True)
     fisher = torch.zeros_like(z, requires_grad=False)
     with gated(model, units) as gates:
-        for step, block in enumerate(blocks):
+
+        def of_block(block: Tensor) -> Tensor:  # [units + 1]: the gradient, then the loss
             gates.set(z)
             loss = next_token_loss(model, block[None].to(z.device))
-            value = finite_mean([loss.detach()], step + 1)
-            (grad,) = torch.autograd.grad(loss, z)
-            fisher += grad**2
-            journal.progress(step + 1, len(blocks), value, block.numel())
+            return torch.cat([torch.autograd.grad(loss, z)[0], loss.detach()[None]])
+
+        for step, found in enumerate(in_order(of_block, blocks), 1):
+            value = finite_mean([found[-1]], step)
+            fisher += found[:-1] ** 2
+            journal.progress(step, len(blocks), value, blocks.shape[1])
     for index, _, kv in units.segments():
         fisher[kv] *= FFN_COST / units.layers[index].kv_cost
+    for index, experts in units.expert_segments():
+        fisher[experts] *= FFN_COST / units.layers[index].expert_cost
     journal.save(lambda: {"fisher": fisher}, final=True)
     return fisher

@@ -1,0 +1,187 @@
+"""Several ranks: the same mask as one process, whatever their number; killed, resumed, refused.
+
+Most ranks here are forks of a server that has imported everything, with the environment, the store
+and the SIGTERM of torchrun; one test starts torchrun itself.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from families import save_tiny
+
+import grasp
+from grasp import distributed
+from grasp.cli import main as cli
+from grasp.run import folder as run
+
+SMALL = dict(samples=8, seq_len=32, epochs=2, eval_windows=3, device="cpu", accumulate=4)
+FOUR = ("llama", "qwen3", "phi3", "gemma2")
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["grasp.cli.main", "grasp.run.prune", "torch.distributed"])
+
+
+def command(verb, model, out, **options):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [verb, str(model), f"--out={out}", *flags]
+
+
+def _rank(number, count, port, arguments, output, killed_after):
+    told = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(told, sys.stdout.fileno())
+    os.dup2(told, sys.stderr.fileno())
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+    torch.set_num_threads(1)
+    run.SAVE_EVERY = 0.0
+    if killed_after is not None:
+        check, calls = distributed.in_order, 0
+
+        def in_order(*args):
+            for found in check(*args):
+                nonlocal calls
+                calls += 1
+                if calls == killed_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield found
+
+        for name in ("grasp.gates.training", "grasp.select.fisher", "grasp.evaluate.perplexity"):
+            module = sys.modules[name]
+            module.distributed.in_order = in_order
+            if hasattr(module, "in_order"):
+                module.in_order = in_order
+    sys.argv = ["grasp", *arguments]
+    cli.main()
+
+
+def ranks(count, arguments, output=os.devnull, killed=None):
+    """Exit codes of `grasp ARGUMENTS` on `count` ranks; `killed` is (rank, after so many items)."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    started = []
+    for number in range(count):
+        after = killed[1] if killed and killed[0] == number else None
+        args = (number, count, store.port, arguments, str(output), after)
+        started.append(processes.Process(target=_rank, args=args))
+        started[-1].start()
+    while any(process.is_alive() for process in started):  # as torchrun does
+        if any(process.exitcode for process in started):
+            for process in started:
+                process.terminate()
+        time.sleep(0.05)
+    return [process.exitcode for process in started]
+
+
+def made(out):
+    return json.loads((out / "grasp.json").read_text())
+
+
+@pytest.mark.parametrize("family", FOUR)
+def test_two_ranks_choose_the_mask_of_one_process(family, text, tmp_path):
+    model = save_tiny(tmp_path / "model", family)
+    options = dict(SMALL, calibration=text)
+    one = grasp.prune(model, tmp_path / "one", **options).summary
+    assert ranks(2, command("prune", model, tmp_path / "two", **options)) == [0, 0]
+    two = made(tmp_path / "two")
+    assert two["kept"] == one["kept"] and two["mask_sha256"] == one["mask_sha256"]
+    assert two["results"]["dense"] == one["results"]["dense"]
+    # refit adds up Gram matrices rank by rank, so the weights agree to rounding
+    assert two["results"]["pruned"]["nll"] == pytest.approx(one["results"]["pruned"]["nll"], 1e-4)
+    assert sorted(os.listdir(tmp_path)) == ["model", "one", "two"]
+
+
+@pytest.mark.parametrize("method", ["flap", "output-approximation"])
+def test_three_ranks_share_the_statistics_of_one_shot_methods(tiny, text, tmp_path, method):
+    options = dict(SMALL, calibration=text, method=method, scale_epochs=0, compensate="none")
+    one = grasp.prune(tiny, tmp_path / "one", **options)
+    assert ranks(3, command("prune", tiny, tmp_path / "three", **options)) == [0, 0, 0]
+    three = made(tmp_path / "three")
+    assert three["sha256"] == one.summary["sha256"]  # bit for bit
+    assert three["results"]["pruned"] == one.summary["results"]["pruned"]
+
+
+def test_ranks_killed_at_random_moments(tiny, text, tmp_path):
+    """And resumed by another number of them."""
+    options = dict(SMALL, calibration=text)
+    one = grasp.prune(tiny, tmp_path / "one", **options)
+    arguments, out = command("prune", tiny, tmp_path / "out", **options), tmp_path / "out"
+    draw, lost = random.Random(0), 0
+    for attempt in range(10):
+        count, output = draw.choice([2, 3]), tmp_path / f"said {attempt}"
+        killed = draw.randrange(count), draw.randint(2, 40)
+        codes = ranks(count, arguments, output, killed=killed)
+        if out.exists():
+            break
+        lost += 1
+        assert codes[killed[0]] == -signal.SIGKILL and 0 not in codes
+        said = output.read_text().splitlines()
+        told = f"error: rank {killed[0]} was killed or lost: run the same command again to resume"
+        assert said[-1] == told and sum("error" in line for line in said) == 1, said
+    assert lost >= 3
+    if not out.exists():
+        grasp.prune(tiny, out, **options)
+    assert made(out)["mask_sha256"] == one.summary["mask_sha256"]
+    events = [json.loads(line).get("event") for line in (out / "log.jsonl").open()]
+    assert "resumed" in events
+    assert not run.run_folder(out).exists()
+
+
+def test_torchrun_itself(tiny, text, tmp_path):
+    options = dict(SMALL, calibration=text, epochs=1, scale_epochs=0)
+    one = grasp.prune(tiny, tmp_path / "one", **options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "grasp"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    done = subprocess.run(
+        [*torchrun, *command("prune", tiny, tmp_path / "two", **options), "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["mask_sha256"] == one.summary["mask_sha256"]  # printed once
+
+
+def test_what_fails_on_a_rank_is_one_line(tiny, text, tmp_path):
+    def said(arguments, codes=(1, 1)):
+        output = tmp_path / "said"
+        output.unlink(missing_ok=True)
+        found = ranks(2, arguments, output)
+        assert any(code in codes for code in found) and 0 not in found
+        (line,) = output.read_text().splitlines()
+        return line.replace("rank 1", "rank 0")
+
+    options = dict(SMALL, calibration=text)
+    out = tmp_path / "out"
+    assert said(command("prune", tiny, out, **options | {"accumulate": 1})) == (
+        "error on rank 0: a step of 1 blocks (--batch-size times --accumulate) leaves some of the "
+        "2 ranks without work: use --accumulate 2"
+    )
+    missing = command("prune", tiny, out, **options | {"calibration": "none.txt"})
+    assert said(missing).startswith("error on rank 0: none.txt")
+    assert said(["bench", str(tiny)]) == (
+        "error on rank 0: torchrun is for prune, compare, eval, sparsify: start this without it"
+    )
+    assert said(["prune", "--of"], codes=(2,)).startswith("error on rank 0: No such option")
+    assert sorted(os.listdir(tmp_path)) == ["said"]
+
+
+def test_one_process_asks_nobody():
+    assert (distributed.rank(), distributed.ranks(), distributed.is_first()) == (0, 1, True)
+    items = torch.arange(3.0)
+    assert list(distributed.in_order(lambda x: 2 * x, items)) == [0, 2, 4]
+    assert distributed.share(items)[0].equal(items) and distributed.share(items)[1] == 3
+    assert distributed.summed(items) is items
+    assert distributed.from_first(lambda: 7) == 7
+    distributed.check_same("what", {"a": 1})

@@ -26,8 +26,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask
 from grasp.gates.gating import gated
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import scale
-from grasp.gates.training import TrainSettings, next_token_loss, train_gates
+from grasp.gates.training import TrainSettings, train_gates
 from grasp.journal import Journal
 from grasp.model.units import LayerModules, UnitSpace, decoder_layers
 

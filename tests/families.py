@@ -141,7 +141,10 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {}),
     "falcon-h1": ("FalconH1", MAMBA),
     "falcon-h1, multipliers": ("FalconH1", {"mlp_multipliers": [0.5, 2.0], **MAMBA}),
-    "qwen3-next": ("Qwen3Next", {**EXPERTS, **LINEAR, **HEADS}),
+    "qwen3-next": (
+        "Qwen3Next",
+        {"layer_types": ["linear_attention", "full_attention"], **EXPERTS, **LINEAR, **HEADS},
+    ),
     "qwen3.5": (
         "Qwen3_5Text",
         {**LINEAR, **HEADS, "layer_types": ["linear_attention", "full_attention"]},
@@ -203,6 +206,15 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Mixtures whose experts are units: six experts in each of two layers, of which a token visits two.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 6, **HEADS}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 6, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 6, **HEADS}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 6}),
+    "olmoe": ("Olmoe", {"num_experts": 6}),  # norms over all heads: its KV groups stay
+    "gpt_oss": ("GptOss", {"num_local_experts": 6, **HEADS}),  # a value per head: they stay, too
+}
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
 
@@ -256,6 +268,23 @@ def tiny_model(
             else:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
     return cast(model, dtype).eval().requires_grad_(False)
+
+
+def tiny_mixture(family: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A stock mixture of experts with random weights, biases and router values, in eval mode."""
+    prefix, own = MIXTURES[family]
+    sizes = {**SIZES, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    tokens = {"vocab_size": 256, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    settings = getattr(transformers, f"{prefix}Config")(**sizes | tokens | own | config)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval().requires_grad_(False)
 
 
 def stock_model(prefix: str, **config: Any) -> PreTrainedModel:

@@ -11,8 +11,8 @@ from families import tiny_model
 
 from grasp.gates.compiled import ROPE, compiled
 from grasp.gates.gating import gated
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import scaled
-from grasp.gates.training import next_token_loss
 from grasp.model.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(3))

@@ -15,8 +15,8 @@ from grasp.budget.budget import Budget
 from grasp.config import PruneConfig
 from grasp.gates.memory import memory_mode
 from grasp.gates.norms import norms_before
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import _OnInput, ends, fold_scales, scale_count, scaled
-from grasp.gates.training import next_token_loss
 from grasp.model.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(5))

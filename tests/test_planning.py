@@ -22,8 +22,8 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.config import ScaleKind
 from grasp.errors import GraspError
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import scale_count, scaled
-from grasp.gates.training import next_token_loss
 from grasp.model.header import FAMILIES as HEADER_FAMILIES
 from grasp.model.header import from_config, read_header
 from grasp.model.modeling_grasp import classes_of

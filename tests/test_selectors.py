@@ -18,7 +18,7 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.fold import fold_mask
 from grasp.gates.moments import Moments, channel_moments
-from grasp.gates.training import next_token_loss
+from grasp.gates.objective import next_token_loss
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.units import UnitSpace, decoder_layers
@@ -27,7 +27,8 @@ from grasp.select.head_similarity import distance_to_nearest_later, divergences,
 from grasp.select.ratio import uniform_ratio
 
 BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
-CRITERIA = [c.name for c in criteria.OURS if not (c.learns or c.per_budget or c.name == "random")]
+OURS = [c for c in criteria.OURS if c.dense]
+CRITERIA = [c.name for c in OURS if not (c.learns or c.per_budget or c.name == "random")]
 families = pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: biased q, k and v
 ON_ACTIVATIONS = ("wanda-sp", "flap", "output-approximation")
 
@@ -376,7 +377,7 @@ def biased(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("biased") / "model", "qwen2")
 
 
-@pytest.mark.parametrize("method", [criterion.name for criterion in criteria.OURS])
+@pytest.mark.parametrize("method", [criterion.name for criterion in OURS])
 def test_every_method_prunes(method, tiny, biased, text, tmp_path):
     model = biased if method in ON_ACTIVATIONS else tiny
     options = dict(samples=4, seq_len=32, epochs=1, scale_epochs=0, eval_windows=2, device="cpu")

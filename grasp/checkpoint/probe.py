@@ -79,18 +79,28 @@ class Probe:
             "finite": all(values.isfinite().all() for values in (logits, self.logits)),
             "bit_equal": torch.equal(logits, self.logits),
             "difference": error.item(),
-            "ffn": [channels for channels, _ in widths],
-            "kv": [groups for _, groups in widths],
+            "ffn": [channels for channels, _, _ in widths],
+            "kv": [groups for _, groups, _ in widths],
+            "experts": [experts for _, _, experts in widths],
             "parameters": sum(p.numel() for p in model.parameters()),
             "same_tokens": not self.text or tokenizer(self.text).input_ids == self.text_ids,
             "environment": self.environment,
         }
 
 
-def _widths(layer: Any) -> tuple[int, int]:
-    """(FFN channels, KV groups) of a decoder layer, by the shapes of its matrices; 0: none."""
-    channels = groups = 0
+def _widths(layer: Any) -> tuple[int, int, int]:
+    """(FFN channels, KV groups, routed experts) of a decoder layer, by shapes; 0: none.
+
+    In a mixture the FFN is the shared expert.
+    """
+    channels = groups = experts = 0
+    children = list(layer.children())
     for child in layer.children():
+        routed = getattr(child._modules.get("experts"), "down_proj", None)
+        if isinstance(routed, Tensor):
+            experts = routed.shape[0]
+            children += child.children()
+    for child in children:
         shapes = {name: m.weight.shape for name, m in child._modules.items() if _has_matrix(m)}
         for name in shapes.keys() & {"down_proj", "w2", "output_linear"}:
             channels = shapes[name][1]
@@ -99,7 +109,7 @@ def _widths(layer: Any) -> tuple[int, int]:
             both = shapes["qkv_proj"][0] - out[1] if "qkv_proj" in shapes else None
             keys = shapes["k_proj"][0] if both is None else both // 2
             groups = keys // child.head_dim
-    return channels, groups
+    return channels, groups, experts
 
 
 def _has_matrix(module: Any) -> bool:

@@ -112,13 +112,21 @@ def record_of(mask: Mask, model: PreTrainedModel, *, name: str, seed: int, **mor
             "after": [_widths(layer) for layer in after.layers],
         },
         mask_sha256=mask.digest(),
-        kept=[{"ffn": ffn.tolist(), "kv": kv.tolist()} for ffn, kv in mask.layers()],
+        kept=_kept(mask),
         **{"recipe": {}, **more},
     )
 
 
+def _kept(mask: Mask) -> list[dict[str, list[int]]]:
+    kept = [{"ffn": ffn.tolist(), "kv": kv.tolist()} for ffn, kv in mask.layers()]
+    if not mask.space.experts:
+        return kept
+    experts = zip(kept, mask.experts(), strict=True)
+    return [{**layer, "experts": own.tolist()} for layer, own in experts]
+
+
 def _widths(layer: LayerUnits) -> list[int]:
-    return [layer.ffn, layer.kv_groups]
+    return [layer.ffn, layer.kv_groups, *([layer.experts] if layer.experts else [])]
 
 
 def save_checkpoint(

@@ -210,8 +210,9 @@ def _check_loaded(folder: Path, title: str, way: str, record: Record) -> list[Ch
 
 def _check_found(title: str, found: dict[str, Any], record: Record) -> list[Check]:
     """Check the result of `Probe.compare` against grasp.json and the probe."""
-    widths = list(zip(found["ffn"], found["kv"], strict=True))
-    kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in record.kept]
+    kinds = ("ffn", "kv", "experts")
+    widths = list(zip(*(found[kind] for kind in kinds), strict=True))
+    kept = [tuple(len(layer.get(kind, ())) for kind in kinds) for layer in record.kept]
     # 0 is recorded of what has no units
     wrong = [
         index

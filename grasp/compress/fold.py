@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from grasp.budget.projection import Mask
 from grasp.gates.fidelity import check_cut, gated_outputs
 from grasp.model.classes import as_saved
+from grasp.model.experts import RoutedExperts, say_experts
 from grasp.model.modeling_grasp import say_channels, say_heads
 from grasp.model.units import FFN, Attention, LayerUnits, Rows, UnitSpace, decoder_layers
 
@@ -53,12 +54,16 @@ def check_fold(model: PreTrainedModel, mask: Mask, ids: Tensor) -> float:
 @torch.no_grad()
 def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
     """Slice the model in place to the kept units: dense, with its own widths in each layer."""
-    layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
-    for modules, units, (ffn, kv) in layers:
+    layers = zip(
+        decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
+    )
+    for modules, units, (ffn, kv), experts in layers:
         if modules.ffn is not None and len(ffn) < units.ffn:
             _keep_channels(modules.ffn, ffn)
         if modules.attention is not None and len(kv) < units.kv_groups:
             _keep_groups(modules.attention, kv, units)
+        if modules.routed is not None and len(experts) < units.experts:
+            _keep_experts(modules.routed, experts)
 
 
 def _keep_channels(ffn: FFN, kept: Tensor) -> None:
@@ -75,6 +80,17 @@ def _keep_groups(attention: Attention, kept: Tensor, units: LayerUnits) -> None:
     _keep_rows({attention.q: q_rows, attention.k: kv_rows, attention.v: kv_rows})
     _keep_columns(attention.out, q_rows)
     say_heads(attention.module, len(heads), len(kept))
+
+
+def _keep_experts(routed: RoutedExperts, kept: Tensor) -> None:
+    """Keep the first dimension's entries `kept` of all values that experts and router have."""
+    kept = kept.to(routed.router.weight.device)
+    for module in (routed.experts, routed.router):
+        for name, parameter in module.named_parameters():
+            setattr(module, name, _frozen(parameter[kept]))
+        for name, buffer in module.named_buffers():
+            setattr(module, name, buffer[kept])
+    say_experts(routed, len(kept))
 
 
 def expand(index: Tensor, width: int) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
+from grasp.gates.experts import gated_router
 from grasp.model.units import FFN, UnitSpace, decoder_layers
 from grasp_kernels import gated_attention, gated_swiglu_ffn
 from grasp_kernels.attention import has_backend
@@ -61,9 +62,13 @@ class Gates:
                 gate = Gate(next(pieces), next(counts), self._site)
                 if part is not None:
                     part.module.grasp_gate = gate
+        for modules in self._layers:
+            gate = Gate(next(pieces), next(counts), self._site)
+            if modules.routed is not None:
+                modules.routed.router.grasp_gate = gate
 
     def count(self, values: Tensor) -> list[int]:
-        """The number of nonzero gates per FFN and attention, by layer; waits for a GPU once."""
+        """The number of nonzero gates of each of `UnitSpace.sizes`; waits for a GPU once."""
         upto = F.pad((values != 0).cumsum(0), (1, 0))[self._ends]
         return upto.diff(prepend=upto.new_zeros(1)).tolist()
 
@@ -80,6 +85,7 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     layers = decoder_layers(model)
     ffns = [m.ffn for m in layers if m.ffn is not None]
     attentions = [m.attention.module for m in layers if m.attention is not None]
+    routers = [m.routed.router for m in layers if m.routed is not None]
     down = [w for f in ffns if _fused(f) and (w := f.down.weight).device.type != "cpu"]
     gates = Gates(model, space, site)
     # a library's hook may already have put a forward on the instance
@@ -87,6 +93,8 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     hooks = ExitStack()
     try:
         decoder.set_attn_implementation(EAGER if before == "eager" else SDPA)
+        for router in routers:
+            hooks.enter_context(gated_router(router, partial(_values, router)))
         for ffn in ffns:
             if _fused(ffn):
                 ffn.module.forward = _fused_forward(ffn)
@@ -103,7 +111,7 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
         for ffn, forward in zip(ffns, forwards, strict=True):
             ffn.module.__dict__.pop("forward", None)
             ffn.module.__dict__.update(forward)
-        for module in (*(ffn.module for ffn in ffns), *attentions):
+        for module in (*(ffn.module for ffn in ffns), *attentions, *routers):
             del module.grasp_gate
 
 
@@ -133,6 +141,11 @@ def _on_channels(ffn: FFN) -> Any:
         return (args[0] * ffn.module.grasp_gate.z).to(args[0].dtype)
 
     return hook
+
+
+def _values(module: Any) -> Tensor:
+    values: Tensor = module.grasp_gate.z
+    return values
 
 
 def _attention_forward(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.distributed import in_order
-from grasp.gates.training import finite_mean, next_token_loss
+from grasp.gates.objective import next_token_loss
+from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from grasp.errors import GraspError, reason
+from grasp.model.experts import COUNTED, SHARED_WIDTH
 from grasp.model.header import FAMILIES, from_config
 from grasp.model.load import auto_class, move
 from grasp.model.modeling_grasp import PREFIX, WIDTHS, classes_of
@@ -61,10 +62,11 @@ def _stock_config(
     family, values = _family(config), _own(config)
     widths = _common_widths(space)
     text = values.get("text_config", values)
-    text |= widths
+    text |= widths | _expert_counts(text, space)
     if {layer.kv_groups for layer in space.layers} != {0}:
         text |= _head_dim(space)
-    overrides = _overrides(config, without=widths)
+    pruned = str(config["model_type"]).startswith(PREFIX)  # its widths by layer are ours
+    overrides = _overrides(config, without=WIDTHS if pruned else widths)
     if any(overrides.values()):
         values["per_layer_config"] = overrides
     if family == "llama" and values["hidden_size"] % values["num_attention_heads"]:
@@ -94,6 +96,8 @@ def per_layer_config(config: Mapping[str, Any], space: UnitSpace) -> PreTrainedC
     Raises GraspError if transformers has no language model of this family to derive it from.
     """
     family, values = _family(config), _own(config)
+    if space.experts:
+        raise GraspError(f"{family} has one number of experts for all layers")
     try:
         classes = classes_of(family)
     except (KeyError, ValueError):
@@ -181,10 +185,19 @@ def as_saved(
     return move(target, str(model.device)).train(model.training), note
 
 
+def _expert_counts(config: Mapping[str, Any], space: UnitSpace) -> dict[str, int]:
+    """The number of experts that layers with experts share, by its names in `config`."""
+    counts = {layer.experts for layer in space.layers if layer.experts}
+    if len(counts) != 1:
+        return {}
+    return dict.fromkeys((n for n in COUNTED if isinstance(config.get(n), int)), counts.pop())
+
+
 def _widths(layer: LayerUnits) -> dict[str, int]:
     """The widths of a layer's units, by their names in a config; of what it has."""
     heads = (layer.kv_groups * layer.group_size, layer.kv_groups)
-    widths = dict(zip(WIDTHS, (layer.ffn, *heads), strict=True))
+    names = (SHARED_WIDTH if layer.experts else WIDTHS[0], *WIDTHS[1:])
+    widths = dict(zip(names, (layer.ffn, *heads), strict=True))
     return {name: width for name, width in widths.items() if width}
 
 

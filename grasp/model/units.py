@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grasp.errors import GraspError
+from grasp.model.experts import SHARED_WIDTH, RoutedExperts, routed_experts
 
 FFN_COST = 3
 SHARED = "takes the keys and values of another layer"
@@ -87,7 +88,7 @@ class UnitSpace:
         """Read the units of a live model (any device, `meta` included). Raises GraspError."""
         modules = decoder_layers(model)
         layers = tuple(_layer_units(m) for m in modules)
-        hidden = next(linear for m in modules for linear in m.outputs).weight.shape[0]
+        hidden = next(m.hidden_size for m in modules if m.hidden_size)
         total = sum(p.numel() for p in model.parameters())
         space = cls(hidden, layers, 0, sum(m.whole_keys for m in modules))
         return replace(space, fixed_params=total - space.total_params)
@@ -122,10 +123,17 @@ class UnitSpace:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all FFNs have equal widths, and so have all attentions."""
+        """Whether all FFNs have equal widths, and so have all attentions and all mixtures."""
         ffns = {layer.ffn for layer in self.layers if layer.ffn}
         attentions = {(x.kv_groups, x.group_size) for x in self.layers if x.kv_groups}
-        return len(ffns) <= 1 and len(attentions) <= 1
+        experts = {layer.experts for layer in self.layers if layer.experts}
+        return max(len(ffns), len(attentions), len(experts)) <= 1
+
+    @property
+    def widest(self) -> int:
+        """Channels of the widest FFN, or of the widest attention if no FFN has units."""
+        queries = [n.kv_groups * n.group_size * n.head_dim for n in self.layers]
+        return max(layer.ffn for layer in self.layers) or max(queries)
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         keys = self.fixed_keys + sum(layer.kv_groups * layer.head_dim for layer in self.layers)
@@ -238,6 +246,7 @@ class LayerModules:
 
     ffn: FFN | None
     attention: Attention | None
+    routed: RoutedExperts | None = None  # then `ffn` is the shared expert
     whole: tuple[str, ...] = ()  # why a module that looks like one of these stays whole
     whole_keys: int = 0  # values of K per token in attention that stays whole
 
@@ -257,6 +266,13 @@ class LayerModules:
         """All linear layers of the prunable modules, each once."""
         return [linear for part in self.parts for linear in part.inputs] + [*self.outputs]
 
+    @property
+    def hidden_size(self) -> int | None:
+        """None if nothing in the layer is prunable."""
+        found = [linear.weight.shape[0] for linear in self.outputs]
+        found += [self.routed.router.weight.shape[1]] if self.routed else []
+        return int(found[0]) if found else None
+
 
 def _distinct(*rows: Rows) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(r.linear for r in rows))
@@ -275,13 +291,15 @@ def decoder_layers(model: Any) -> list[LayerModules]:
     found = [_layer_modules(model, layer) for layer in layers]
     if any(SHARED in why for modules in found for why in modules.whole):
         found = [_with_whole_attention(modules) for modules in found]
+    if any(modules.routed for modules in found):
+        found = [_as_in_a_mixture(modules) for modules in found]
     if not found:
         raise GraspError(f"{kind} is not supported: its list of decoder layers is empty")
-    if not any(modules.parts for modules in found):
+    if not any(modules.parts or modules.routed for modules in found):
         reasons = "; ".join(dict.fromkeys(why for modules in found for why in modules.whole))
         needed = (
-            "a layer needs a gated FFN (gate_proj, up_proj, down_proj) or grouped attention "
-            "(q_proj, k_proj, v_proj, o_proj)"
+            "a layer needs a gated FFN (gate_proj, up_proj, down_proj), routed experts or grouped "
+            "attention (q_proj, k_proj, v_proj, o_proj)"
         )
         raise GraspError(f"{kind} is not supported: {reasons or needed}")
     return found
@@ -310,18 +328,23 @@ def _layer_modules(model: Any, layer: Any) -> LayerModules:
     from grasp.model.modeling_grasp import ATTENTION_FORMS, FFN_FORMS, parts_of
 
     whole: list[str] = []
-    ffns, attentions = parts_of(layer, FFN_FORMS), parts_of(layer, ATTENTION_FORMS)
+    routed = routed_experts(layer)
+    ffns = parts_of(routed.block if routed else layer, FFN_FORMS)
+    attentions = parts_of(layer, ATTENTION_FORMS)
     for module, names in (*ffns, *attentions):
         _check_linears(model, module, names)
     ffn = _only([_ffn(*found) for found in ffns], whole)
+    if routed and ffn and not hasattr(model.config.get_text_config(), SHARED_WIDTH):
+        whole.append(f"{type(ffn.module).__name__}: the config has no width for shared experts")
+        ffn = None
     attention = _only([_attention(*found) for found in attentions], whole)
-    known = {module for module, _ in (*ffns, *attentions)}
+    known = {module for module, _ in (*ffns, *attentions)} | {routed and routed.block}
     others = [m for m in layer.children() if m not in known and m._modules and _has_matrix(m)]
     whole += map(_of_another_kind, others)
     keys = 0
     if attention is None:
         keys = sum(_keys(module, names) for module, names in attentions)
-    return LayerModules(ffn, attention, tuple(dict.fromkeys(whole)), keys)
+    return LayerModules(ffn, attention, routed, tuple(dict.fromkeys(whole)), keys)
 
 
 def _with_whole_attention(modules: LayerModules) -> LayerModules:
@@ -330,7 +353,20 @@ def _with_whole_attention(modules: LayerModules) -> LayerModules:
         return modules
     why = f"{type(modules.attention.module).__name__} may share its keys and values"
     keys = modules.attention.k.size
-    return LayerModules(modules.ffn, None, (*modules.whole, why), modules.whole_keys + keys)
+    return replace(
+        modules,
+        attention=None,
+        whole=(*modules.whole, why),
+        whole_keys=modules.whole_keys + keys,
+    )
+
+
+def _as_in_a_mixture(modules: LayerModules) -> LayerModules:
+    """Without the FFN of a layer that has no experts: its width is not that of a shared expert."""
+    if modules.routed or modules.ffn is None:
+        return modules
+    why = f"{type(modules.ffn.module).__name__} is in a layer without experts"
+    return replace(modules, ffn=None, whole=(*modules.whole, why))
 
 
 def _only(found: list[Any], whole: list[str]) -> Any:
@@ -348,7 +384,7 @@ def _has_matrix(module: Any) -> bool:
 def _of_another_kind(module: Any) -> str:
     kind = type(module).__name__
     if any(name == "experts" or name.endswith(".experts") for name, _ in module.named_modules()):
-        return f"{kind} is a mixture of experts"
+        return f"{kind} is a mixture of experts of another form"
     children = module._modules
     if "q_proj" in children and "k_proj" not in children:
         return f"{kind} {SHARED}"
@@ -443,5 +479,12 @@ def _layer_units(modules: LayerModules) -> LayerUnits:
             "group_size": q.size // k.size,
             "head_dim": head_dim,
             "group_bias": head_dim * sum(n for n, bias in per_head if bias is not None),
+        }
+    if (routed := modules.routed) is not None:
+        found |= {
+            "experts": routed.count,
+            "expert_width": routed.width,
+            "experts_per_token": routed.per_token,
+            "expert_bias": routed.bias,
         }
     return LayerUnits(**found)

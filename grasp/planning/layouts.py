@@ -106,7 +106,7 @@ def _class_lacks(
 
 def least(space: UnitSpace, budget: Budget, *, first_only: bool = False) -> UnitSpace:
     """The smallest widths that `budget` allows, in all layers or only in the first of each kind."""
-    prunes, widths = budget.prunes(space), []
+    prunes, widths, experts = budget.prunes(space), [], []
     seen: set[LayerUnits] = set()
     protected = budget.protected(len(space.layers))
     for index, layer in enumerate(space.layers):
@@ -114,5 +114,8 @@ def least(space: UnitSpace, budget: Budget, *, first_only: bool = False) -> Unit
         groups = min(layer.kv_groups, budget.kv_multiple) if "kv" in prunes else layer.kv_groups
         whole = index in protected or (first_only and layer in seen)
         widths.append((layer.ffn, layer.kv_groups) if whole else (channels, groups))
-        seen |= {layer} if index not in protected else set()
-    return space.resized(widths)
+        can_go = "experts" in prunes and not whole
+        experts.append(layer.experts_per_token if can_go and layer.experts else layer.experts)
+        if not whole:
+            seen.add(layer)
+    return space.resized(widths, experts)

@@ -99,6 +99,7 @@ class Plan:
     layers: int
     channels: int
     kv_groups: int
+    experts: int  # 0 for a model that is not a mixture
     prunes: tuple[UnitKind, ...]  # what may go
     whole: tuple[str, ...]  # what stays whole besides, and why
     params: Size
@@ -107,6 +108,7 @@ class Plan:
     kv_bytes_per_token: Size
     memory: Memory
     refit_memory: int | None  # estimated peak bytes of refit, if it runs
+    teacher_bytes: int | None  # of the dense model's hidden states, in the host's memory
     evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
     learning_tokens: int  # forward and backward, for gates and for the scales after the mask
     learning_seconds: float | None
@@ -126,6 +128,9 @@ class Plan:
         if self.refit_memory is not None:
             stages.insert(1, ("refitting", self.refit_memory))
         peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
+        teacher = ""
+        if self.teacher_bytes is not None:
+            teacher = f"; {self.teacher_bytes / 1e9:,.1f} GB of the host's for the teacher"
         time = "give `tokens_per_second` for the time"
         if self.learning_seconds is not None:
             time = f"{self.learning_seconds / 60:,.1f} minutes"
@@ -136,7 +141,8 @@ class Plan:
             (
                 "units",
                 f"{self.channels:,} FFN channels, {self.kv_groups:,} KV groups, "
-                f"{self.layers} layers",
+                + (f"{self.experts:,} experts, " if self.experts else "")
+                + f"{self.layers} layers",
             ),
             ("may go", " and ".join(NAMES[part] for part in self.prunes)),
             *(("stays whole", why) for why in self.whole),
@@ -145,7 +151,7 @@ class Plan:
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
             ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes per token"),
-            ("memory", f"about {peaks} (estimates)"),
+            ("memory", f"about {peaks} (estimates){teacher}"),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
         lines = [f"{name:<12}{text}" for name, text in facts]
@@ -200,6 +206,7 @@ def plan(
         layers=len(space.layers),
         channels=sum(layer.ffn for layer in space.layers),
         kv_groups=sum(layer.kv_groups for layer in space.layers),
+        experts=space.experts,
         prunes=budget.prunes(space),
         whole=_whole(header, budget),
         params=Size(space.total_params, after),
@@ -213,6 +220,9 @@ def plan(
             refit_memory(header, config.samples, config.seq_len, width)
             if config.compensation == "refit"
             else None
+        ),
+        teacher_bytes=(
+            width * config.samples * config.seq_len * space.hidden_size if config.distils else None
         ),
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
         learning_tokens=tokens,
@@ -298,6 +308,10 @@ def learning_memory(
             ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
         learned += ends
         own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
+        # input, gate, up, product and output of each expert that a token visits: those of its
+        # router, and those that it would visit if all were open
+        visited = 2 * layer.experts_per_token
+        own += width * visited * (4 * layer.expert_width + 3 * space.hidden_size)
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
             own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
         else:  # values are a view of a fused output, all of which is kept
@@ -327,7 +341,7 @@ def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
     Gram matrix and its rows of kept channels. In fp64: the Gram matrix of the kept channels, its
     factor twice, the right-hand side and the solutions.
     """
-    space, widest = header.space, max(layer.ffn for layer in header.space.layers)
+    space, widest = header.space, header.space.widest
     tokens = seq_len * min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
     hidden = width * tokens * space.hidden_size
     return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)

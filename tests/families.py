@@ -356,6 +356,8 @@ def brought_model(name: str, **more: Any) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter += 0.1 * torch.randn_like(parameter)
+        elif parameter.dim() == 2:  # logits far from equal
+            parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
     return model
 
 

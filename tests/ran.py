@@ -1,7 +1,7 @@
 """The table of what was run, model by model: docs/families.json, and its forms in Markdown.
 
-Tests of every family compare their outcome with its cell; `WRITE_TABLE=1 pytest
-tests/test_brought.py` writes the cells and the tables instead. No cell says yes without a run.
+Tests of every family compare their outcome with its cell; no cell says yes without a run. To write
+the cells and the tables instead: `WRITE_TABLE=1 pytest tests/test_brought.py`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def check(name: str, layout: str, **found: Any) -> None:
 def whole(table: Table) -> str:
     """The table of docs/runtimes.md: a row for each model, then why the cells say no."""
     heads = [f"{layout}: {head}" for layout, own in COLUMNS.items() for head in own.values()]
-    lines = [f"| model | what goes | {' | '.join(heads)} | vLLM |"]
-    lines += [f"|{' --- |' * (len(heads) + 3)}"]
+    lines = [f"| model | what goes | {' | '.join(heads)} |", f"|{' --- |' * (len(heads) + 2)}"]
     reasons: dict[str, list[str]] = {}
     for name, row in sorted(table.items(), key=lambda item: item[0].lower()):
         goes = next((own["goes"] for own in row.values() if own.get("goes")), NOT_RUN)
@@ -58,12 +57,12 @@ def whole(table: Table) -> str:
             for layout, own in COLUMNS.items()
             for runtime in own
         ]
-        lines.append(f"| {name} | {goes} | {' | '.join(cells)} | {row.get('vLLM', NOT_RUN)} |")
+        lines.append(f"| {name} | {goes} | {' | '.join(cells)} |")
         for layout in COLUMNS:
             if why := row.get(layout, {}).get("why"):
                 reasons.setdefault(why, []).append(f"{name} ({layout})")
     lines += ["", "Why not:", ""]
-    lines += [f"- {', '.join(of)}: {why}." for why, of in sorted(reasons.items())]
+    lines += [f"- {'; '.join(of)}: {why}." for why, of in sorted(reasons.items())]
     return "\n".join(lines)
 
 
@@ -80,8 +79,7 @@ def short(table: Table) -> str:
         found = sorted({name.partition(",")[0] for name in ran(layout, "llama.cpp")})
         return ", ".join(found)
 
-    vllm = [name for name, row in table.items() if row.get("vLLM") == "yes"]
-    lines = [
+    rows = [
         "| run by the tests | widths per layer | `--layout uniform` |",
         "| --- | --- | --- |",
         f"| transformers | {count('per-layer', 'transformers')}, with `import grasp` | "
@@ -90,9 +88,7 @@ def short(table: Table) -> str:
         "`trust_remote_code=True` | the same |",
         f"| llama.cpp | {families('per-layer')} | {families('uniform')} |",
     ]
-    if vllm:
-        lines.append(f"| vLLM | {len(vllm)} of {len(table)} models | {NOT_RUN} |")
-    return "\n".join(lines)
+    return "\n".join(rows)
 
 
 def check_page(page: Path, rendered: str) -> None:

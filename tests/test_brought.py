@@ -109,6 +109,7 @@ def reason(refusal):
     why = refusal.partition(": use ")[0]
     for named in (r"^--layout [\w-]+ is not possible for \w+: ", r"^\w+ is not supported: "):
         why = re.sub(named, "", why)
+    why = re.sub(r"^\w+ has one number of", "its class has one number of", why)
     return why.removesuffix(": grasp cannot prune this model")
 
 

@@ -58,8 +58,9 @@ class Runner(Protocol):
     name: str
     limit: int  # tokens of a sequence
     vocabulary: int
-    packages: tuple[str, ...]  # whose versions matter
 
+    @property
+    def packages(self) -> tuple[str, ...]: ...  # whose versions matter
     def warm_up(self, ids: Tensor, tokens: int) -> None: ...
     def run(self, ids: Tensor, tokens: int) -> Run: ...
     def cache_bytes_per_token(self) -> float: ...

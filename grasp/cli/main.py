@@ -70,6 +70,8 @@ def _run_as_rank() -> tuple[str, int]:
             said, code = _run()
     except GraspError as error:
         said, code = f"error: {error}", 1
+    except Terminated:
+        return "", TERMINATED  # before it has met the others
     except Exception as error:
         if not distributed.is_cut_off(error):
             distributed.first_to_fail()

@@ -1,0 +1,135 @@
+"""Weights that no rank holds whole: PyTorch's FSDP2, a decoder layer per group, frozen.
+
+Only matrices of decoder layers are sharded, by their rows. Norms, biases, embeddings and the head are
+on every rank, and so are gates and scales. A layer's matrices are gathered when the layer is called,
+so whatever runs through `layer(...)` sees plain tensors there: gates, scales, checkpointing.
+
+What changes weights gets one layer at a time, as a plain model of one layer (`one_layer`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from grasp import distributed
+from grasp.errors import GraspError
+from grasp.model.stored import Stored, stored_tensors
+
+ShardMode = Literal["none", "node", "full"]
+_TEMPLATES: WeakKeyDictionary[PreTrainedModel, _Template] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A model without weights, before it was sharded, and its decoder layers."""
+
+    model: PreTrainedModel
+    layers: list[nn.Module]
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether `load_sharded` has made this model."""
+    return model in _TEMPLATES
+
+
+def load_sharded(
+    folder: Path, mode: ShardMode, dtype: torch.dtype | None, device: str, **options: Any
+) -> PreTrainedModel:
+    """Load a model of which each rank reads its rows only; `dtype` None means as stored.
+
+    "full" splits the rows over all ranks, "node" over those of each machine. Raises GraspError.
+    """
+    config = AutoConfig.from_pretrained(folder, **options)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **options)
+    model.requires_grad_(False)
+    decoder = model.get_decoder()
+    template = copy.deepcopy(model)
+    _TEMPLATES[model] = _Template(template, list(template.get_decoder().layers))
+    mesh = _mesh(mode, torch.device(device).type)
+    matrices = {p for p in decoder.layers.parameters() if p.dim() == 2}
+    whole = {*model.parameters()} - matrices
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    fully_shard(decoder, mesh=mesh, ignored_params=whole)  # the root: layers share its streams
+    _read(model, folder, torch.device(device))
+    return model
+
+
+def _mesh(mode: ShardMode, device: str) -> Any:
+    if mode == "full":
+        return init_device_mesh(device, (distributed.ranks(),))
+    own = distributed.local_ranks()
+    return init_device_mesh(device, (distributed.ranks() // own, own))
+
+
+def _read(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
+    """Give each parameter its values, or this rank's rows of them."""
+    stored = stored_tensors(folder)
+    parameters = dict(model.named_parameters())
+    if lacking := sorted(parameters.keys() - stored.keys()):
+        raise GraspError(
+            f"{folder} is not the model that its config.json describes: its weights lack "
+            f"{lacking[0]} ({len(lacking)} such tensors): get both from one place"
+        )
+    values = {name: _values(p, name, stored[name], device) for name, p in parameters.items()}
+    model.load_state_dict(values, assign=True, strict=False)
+    model.tie_weights()
+    model.requires_grad_(False)
+
+
+def _values(parameter: Tensor, name: str, stored: Stored, device: torch.device) -> Tensor:
+    with safe_open(stored.file, framework="pt") as file:
+        rows = file.get_slice(name)
+        if not isinstance(parameter, DTensor):
+            return rows[:].to(device, parameter.dtype)
+        mesh, of = parameter.device_mesh, len(parameter)
+        dim = next(i for i, p in enumerate(parameter.placements) if isinstance(p, Shard))
+        each = -(-of // mesh.size(dim))  # the last ranks may have fewer, or none
+        first = min(mesh.get_local_rank(dim) * each, of)
+        own = rows[first : min(first + each, of)].to(device, parameter.dtype)
+    return DTensor.from_local(
+        own,
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """The values of a parameter that this rank holds."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def one_layer(model: PreTrainedModel, index: int) -> PreTrainedModel:
+    """A decoder layer as a plain model of one layer, with weights of its own; on all ranks at once.
+
+    Its embeddings and head have no weights. It is valid until the next call.
+    """
+    template = _TEMPLATES[model]
+    layer: Any = copy.deepcopy(template.layers[index])
+    own: Any = model.get_decoder().layers[index]
+    values = {
+        name: p.full_tensor() if isinstance(p, DTensor) else p.clone()
+        for name, p in own.named_parameters()
+    }
+    layer.load_state_dict(values, assign=True, strict=False)
+    layer.to(next(own.parameters()).device)  # its buffers
+    template.model.get_decoder().layers = nn.ModuleList([layer])
+    return template.model.eval().requires_grad_(False)

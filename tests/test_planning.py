@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -279,6 +280,8 @@ def spaces_and_budgets(draw):
         asked = round(asked * space.total_params)
     layout = "uniform" if uniform else "per-layer"
     budget = Budget(kind, asked, ffn_multiple, kv_multiple, layout)
+    if not uniform:
+        budget = replace(budget, protect_last=draw(st.integers(0, len(layers))))
     return space, budget, draw(st.integers(0, 3))
 
 

@@ -44,6 +44,10 @@ def problems(draw, uniform=False):
     multiples = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2]))
     layout = "uniform" if uniform else "per-layer"
     shape = Budget(kind, 1.0, *multiples, layout)
+    if not uniform:
+        ends, listed = st.integers(0, min(1, count - 1)), st.lists(st.integers(0, count - 1))
+        shape = replace(shape, protect_first=draw(ends), protect_last=draw(ends))
+        shape = replace(shape, protect=tuple(draw(listed)))
     floor, total = shape.floor(space), shape.cost(space)
     assume(total)  # a KV-cache budget needs KV groups
     limit = draw(st.integers(floor, total))
@@ -51,7 +55,7 @@ def problems(draw, uniform=False):
         asked = float(limit * space.hidden_size + space.total_params - space.prunable_params)
     else:
         asked = min(1.0, (limit + 0.5) / total)
-    budget = Budget(kind, asked, *multiples, layout)
+    budget = replace(shape, asked=asked)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     if draw(st.booleans()):
         scores = torch.randperm(space.size, generator=generator).float()
@@ -78,12 +82,26 @@ def greedy(
             kinds[kind].append((multiple, cost, units, least))
         start += width
 
-    for layer in space.layers:
+    count = len(space.layers)
+    whole = [
+        index < budget.protect_first
+        or index >= count - budget.protect_last
+        or index in budget.protect
+        for index in range(count)
+    ]
+    for layer, stays in zip(space.layers, whole, strict=True):
         ffn, kv, _ = budget.unit_costs(layer)
-        add(0, layer.ffn, budget.ffn_multiple, ffn, budget.ffn_multiple)
-        add(1, layer.kv_groups, budget.kv_multiple, kv, budget.kv_multiple)
-    for layer in space.layers:
-        add(2, layer.experts, 1, budget.unit_costs(layer)[2], layer.experts_per_token)
+        add(0, layer.ffn, budget.ffn_multiple, ffn, layer.ffn if stays else budget.ffn_multiple)
+        add(
+            1,
+            layer.kv_groups,
+            budget.kv_multiple,
+            kv,
+            layer.kv_groups if stays else budget.kv_multiple,
+        )
+    for layer, stays in zip(space.layers, whole, strict=True):
+        routed = layer.experts if stays else layer.experts_per_token
+        add(2, layer.experts, 1, budget.unit_costs(layer)[2], routed)
     each = [[pool] for kind in kinds for pool in kind]
     groups = list(filter(None, kinds)) if budget.layout == "uniform" else each
     blocks = []
@@ -130,6 +148,8 @@ def test_budget_floors_and_widths(problem, seed):
         assert layer.kv_groups >= min(budget.kv_multiple, whole.kv_groups)
         assert layer.experts >= layer.experts_per_token or not whole.experts
         assert layer.ffn % budget.ffn_multiple == layer.kv_groups % budget.kv_multiple == 0
+    for index in budget.protected(len(space.layers)):
+        assert pruned.layers[index] == space.layers[index]
     if budget.layout == "uniform":
         for widths in zip(*((n.ffn, n.kv_groups, n.experts) for n in pruned.layers), strict=True):
             assert len({*widths} - {0}) <= 1
@@ -188,6 +208,19 @@ def test_limit_can_be_a_tensor():
         (Budget("params", 1e12), "`params` must be between"),
         (Budget("keep", 0.5, ffn_multiple=48), "`ffn_multiple` must divide"),
         (Budget("keep", 0.5, kv_multiple=3), "`kv_multiple` must divide"),
+        (
+            Budget("keep", 0.5, protect_first=4, protect_last=2, protect=(4, 5)),
+            r"`keep` must be at least 0.7728, which 8 protected layers and one block of every kind "
+            "in the others take, got 0.5: keep more, or protect fewer layers",
+        ),
+        (Budget("kv_cache", 0.5, protect_last=7), "which 7 protected layers and one block"),
+        (Budget("params", 40_000.0, protect=(0,)), "for this model with 1 protected layers, got"),
+        (Budget("keep", 0.5, protect_last=13), "`protect_last` must be at most 12, the layers"),
+        (Budget("keep", 0.5, protect=(3, 12)), "`protect` must list layers between 0 and 11 .* 12"),
+        (
+            Budget("keep", 0.5, layout="uniform", protect_first=1),
+            "`layout='uniform'` gives all layers the same widths, so none can be protected: use",
+        ),
     ],
 )
 def test_impossible_budgets_name_the_fix(budget, words):

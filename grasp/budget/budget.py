@@ -7,6 +7,7 @@ This module imports no torch, so that `grasp plan` can answer from a `config.jso
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -38,7 +39,7 @@ class Segment(NamedTuple):
     units: slice  # into the flat unit vector
     multiple: int
     unit_cost: int  # in the budget's measure
-    least: int  # units that stay: one block, and of experts as many as a token is routed to
+    least: int  # units that stay: a block, of experts as many as a token is routed to, or all
 
     @property
     def size(self) -> int:
@@ -53,7 +54,9 @@ class Budget:
     the whole model, `kv_cache` the fraction of the KV cache to keep (with every FFN channel).
     Widths are multiples of `ffn_multiple` channels and `kv_multiple` KV groups. Layout "uniform"
     gives all layers the same widths; "auto" is "uniform" for mixtures of experts, which runtimes
-    load with one number of experts only, and "per-layer" for all other models.
+    load with one number of experts only, and "per-layer" for all other models. The first
+    `protect_first` layers, the last `protect_last` and those listed in `protect`, counted from 0,
+    keep all their units; these are inside the budget.
     """
 
     kind: Kind
@@ -61,10 +64,22 @@ class Budget:
     ffn_multiple: int = option(32, "FFN widths are multiples of this.")
     kv_multiple: int = option(1, "KV head counts are multiples of this.")
     layout: Layout = option(
-        "auto", "Widths of each layer, the same in all, or auto (the same for mixtures of experts)."
+        "auto",
+        "per-layer (each layer has its widths), uniform (all have the same), or auto (uniform for "
+        "mixtures of experts).",
+        metavar="LAYOUT",
+    )
+
+    protect_first: int = option(0, "So many of the first layers keep all their units.")
+    protect_last: int = option(0, "So many of the last layers keep all their units.")
+    protect: tuple[int, ...] = option(
+        (), "Layers that keep all their units, as 3,7; the first is 0.", metavar="LAYERS"
     )
 
     def __post_init__(self) -> None:
+        for name in ("protect_first", "protect_last"):
+            if getattr(self, name) < 0:
+                raise GraspError(f"`{name}` must be at least 0, got {getattr(self, name)}")
         if self.layout not in get_args(Layout):
             choices = ", ".join(get_args(Layout))
             raise GraspError(f"`layout` must be one of {choices}, got {self.layout!r}")
@@ -95,6 +110,8 @@ class Budget:
         if len(given) > 1:
             names = " and ".join(f"`{kind}`" for kind, _ in given)
             raise GraspError(f"{names} are two budgets: give one of them")
+        if "protect" in widths:
+            widths["protect"] = _listed(widths["protect"])
         return cls(*(given[0] if given else ("keep", 0.5)), **widths)
 
     def unit_costs(self, layer: LayerUnits) -> tuple[int, int, int]:
@@ -106,15 +123,25 @@ class Budget:
     def segments(self, space: UnitSpace) -> Iterator[Segment]:
         """The kinds of units that each layer has, in the order of a unit vector."""
         costs = [self.unit_costs(layer) for layer in space.layers]
+        whole = self.protected(len(space.layers))
         for index, ffn, kv in space.segments():
-            ffn_cost, kv_cost, _ = costs[index]
-            if space.layers[index].ffn:
-                yield Segment("ffn", ffn, self.ffn_multiple, ffn_cost, self.ffn_multiple)
-            if space.layers[index].kv_groups:
-                yield Segment("kv", kv, self.kv_multiple, kv_cost, self.kv_multiple)
+            layer, (ffn_cost, kv_cost, _) = space.layers[index], costs[index]
+            if layer.ffn:
+                least = layer.ffn if index in whole else self.ffn_multiple
+                yield Segment("ffn", ffn, self.ffn_multiple, ffn_cost, least)
+            if layer.kv_groups:
+                least = layer.kv_groups if index in whole else self.kv_multiple
+                yield Segment("kv", kv, self.kv_multiple, kv_cost, least)
         for index, experts in space.expert_segments():
             if (layer := space.layers[index]).experts:
-                yield Segment("experts", experts, 1, costs[index][2], layer.experts_per_token)
+                least = layer.experts if index in whole else layer.experts_per_token
+                yield Segment("experts", experts, 1, costs[index][2], least)
+
+    def protected(self, layers: int) -> set[int]:
+        """Which of so many layers keep all their units."""
+        return {*range(self.protect_first), *range(layers - self.protect_last, layers)} | {
+            *self.protect
+        }
 
     def for_space(self, space: UnitSpace) -> Budget:
         """This budget with layout "auto" resolved."""
@@ -135,7 +162,7 @@ class Budget:
         return sum(s.unit_cost * s.size for s in self.segments(space))
 
     def floor(self, space: UnitSpace) -> int:
-        """The lowest possible cost: one block of each kind in every layer."""
+        """The lowest possible cost: a block of each kind in every layer, all of protected ones."""
         return sum(s.unit_cost * s.least for s in self.segments(space))
 
     def step(self, space: UnitSpace) -> int:
@@ -162,6 +189,7 @@ class Budget:
     def limit(self, space: UnitSpace) -> int:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
         self.check_multiples(space)
+        self._check_protected(space)
         if any(len({s.size for s in group}) > 1 for group in self.together(space)):
             raise GraspError(
                 "`layout='uniform'` needs layers of equal widths, and this model's differ: "
@@ -172,23 +200,50 @@ class Budget:
             raise GraspError(f"`{self.kind}` limits nothing here: this model has no such units")
         # str first: 0.7 means seven tenths, not the nearest binary fraction
         asked = Fraction(str(self.asked))
+        whole = len(self.protected(len(space.layers)))
         if self.kind == "params":
             untouchable = space.total_params - space.prunable_params
             least = untouchable + floor * space.hidden_size
             if not least <= asked <= space.total_params:
                 raise GraspError(
                     f"`params` must be between {least:,} and {space.total_params:,} for this "
-                    f"model, got {self.asked:,.0f}"
+                    f"model{f' with {whole} protected layers' if whole else ''}, got "
+                    f"{self.asked:,.0f}"
                 )
             return int((asked - untouchable) // space.hidden_size)
         limit = int(asked * total)
         if limit < floor:
             share = math.ceil(1e4 * floor / total) / 1e4
+            takes, fix = "one block of every kind in every layer takes", "use smaller multiples"
+            if whole:
+                takes = f"{whole} protected layers and one block of every kind in the others take"
+                fix = "protect fewer layers"
             raise GraspError(
-                f"`{self.kind}` must be at least {share}, which one block of every kind in every "
-                f"layer takes, got {self.asked}: keep more, or use smaller multiples"
+                f"`{self.kind}` must be at least {share}, which {takes}, got {self.asked}: keep "
+                f"more, or {fix}"
             )
         return limit
+
+    def _check_protected(self, space: UnitSpace) -> None:
+        count = len(space.layers)
+        for name in ("protect_first", "protect_last"):
+            if getattr(self, name) > count:
+                raise GraspError(
+                    f"`{name}` must be at most {count}, the layers of this model, got "
+                    f"{getattr(self, name)}"
+                )
+        wrong = [index for index in self.protect if not 0 <= index < count]
+        if wrong:
+            raise GraspError(
+                f"`protect` must list layers between 0 and {count - 1} for this model, got "
+                f"{wrong[0]}"
+            )
+        if self.protected(count) and self.for_space(space).layout == "uniform":
+            raise GraspError(
+                "`layout='uniform'` gives all layers the same widths, so none can be protected: "
+                "use `layout='per-layer'`, or leave out `protect`, `protect_first` and "
+                "`protect_last`"
+            )
 
     def check_multiples(self, space: UnitSpace) -> None:
         """Raise GraspError if a multiple does not divide a width."""
@@ -202,3 +257,11 @@ class Budget:
                     f"`{name}` must divide the widths of this model, {uneven[0]} among them, got "
                     f"{multiple}: 1 always does"
                 )
+
+
+def _listed(layers: Any) -> tuple[int, ...]:
+    """Layers as a tuple of whole numbers. Raises GraspError."""
+    try:
+        return tuple(map(operator.index, layers))
+    except TypeError:
+        raise GraspError(f"`protect` must be a list of layers, as [3, 7], got {layers!r}") from None

@@ -84,7 +84,7 @@ def _parameter(name: str, option: Option) -> Parameter:
     if option.choices is not None:
         help += f": {', '.join(option.choices())}."
     info = typer.Option(
-        option.default,
+        None if option.default == () else option.default,
         *([f"--{name.replace('_', '-')}"] if flag else []),  # without its negation
         help=help,
         metavar=option.metavar,
@@ -129,7 +129,11 @@ def parse_counts(text: str) -> list[int]:
         ) from None
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {"keep": parse_ratios, "params": parse_count}
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "keep": parse_ratios,
+    "params": parse_count,
+    "protect": parse_counts,
+}
 
 
 def check_tasks(tasks: str | None, data: str | None, limit: int | None) -> None:

@@ -136,6 +136,7 @@ class Plan:
                 f"{self.channels:,} FFN channels, {self.kv_groups:,} KV groups, "
                 f"{self.layers} layers",
             ),
+            *([("protected", self._protected())] if budget.protected(self.layers) else []),
             ("parameters", _change(self.params)),
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
@@ -148,6 +149,10 @@ class Plan:
             answer = "yes" if runtime.loads else "no "
             lines.append(f"{'loads in':<12}{answer} {runtime.name}: {runtime.why}")
         return "\n".join(lines)
+
+    def _protected(self) -> str:
+        whole = sorted(self.budget.protected(self.layers))
+        return f"{len(whole)} layers keep all units: {', '.join(map(str, whole))}"
 
 
 def _change(size: Size) -> str:

@@ -54,9 +54,11 @@ def learn(
 ) -> Mask:
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).
 
-    `options` are fields of `PruneConfig`: `epochs`, `lr`, `method` for another criterion and so on.
-    Scales learned with the gates are multiplied into the weights of `model`. Raises GraspError.
+    `options` are the other fields of `Budget` and `PruneConfig`: `epochs`, `lr`, `method` for
+    another criterion and so on. Scales learned with the gates are multiplied into the weights of
+    `model`. Raises GraspError.
     """
+    more = {name: options.pop(name) for name in Budget.options() if name in options}
     budget = Budget.of(
         keep=keep,
         params=params,
@@ -64,6 +66,7 @@ def learn(
         ffn_multiple=ffn_multiple,
         kv_multiple=kv_multiple,
         layout=layout,
+        **more,
     )
     config = PruneConfig(model.name_or_path or "", budget, device=str(model.device), **options)
     projection = Projection(UnitSpace.of(model), budget, seed=config.seed, device=config.device)

@@ -44,6 +44,7 @@ class Criterion:
     per_budget: bool = False  # its scores hold for one budget only
     updates_weights: bool = False  # refits weights while it selects: `compensate` must be none
     layerwise: bool = False  # runs decoder layers one by one
+    shardable: bool = False  # reads no weights: ranks may hold parts of them
 
     def __call__(self, **offered: Any) -> Any:
         """Call the function with those of `offered` that its parameters name."""
@@ -63,18 +64,21 @@ OURS = (
         "GRASPrune, arXiv 2604.19398",
         learns=True,
         per_budget=True,
+        shardable=True,
     ),
     Criterion(
         "free",
         "grasp.select.learned:free",
         "gates learned with every unit open, then projected once",
         learns=True,
+        shardable=True,
     ),
     Criterion(
         "fisher",
         "grasp.select.fisher:fisher_scores",
         "squared gradient of the loss with respect to each gate, one backward pass per sample",
         samples=32,
+        shardable=True,
     ),
     Criterion(
         "taylor",
@@ -129,7 +133,7 @@ OURS = (
     Criterion(
         "magnitude", "grasp.select.magnitude:magnitude_scores", "mean square of a unit's weights"
     ),
-    Criterion("random", "grasp.select.random:random_scores", "drawn at random"),
+    Criterion("random", "grasp.select.random:random_scores", "drawn at random", shardable=True),
 )
 _known = {criterion.name: criterion for criterion in OURS}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from grasp.config import TOKENS_PER_CHANNEL
 from grasp.distributed import share, summed, tensor_from_first
 from grasp.errors import GraspError
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
-from grasp.model.units import decoder_layers
+from grasp.model.units import LayerModules, LayerUnits, decoder_layers
 
 RIDGE = 1e-2
 
@@ -43,33 +44,61 @@ def refit(
     fp32 on the CPU, before the model's dtype rounds them. `planning.plan.refit_memory` estimates
     the peak memory. Raises GraspError if activations are not finite.
     """
-    tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
-    blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
+    blocks = text_of_refit(mask, blocks)
     fitted: list[Tensor] = []
-    layers = model.get_decoder().layers
-    options = layer_options(model, blocks[:1])
-    blocks, counted = share(blocks)
-    hidden = first_hidden(model, blocks)
-    parts = zip(
-        layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
-    )
-    for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
-        run = runner(layer, kwargs)
-        down_proj, o_proj = modules.outputs
-        heads = expand(kv, units.group_size * units.head_dim)
-        own = {}
-        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # in the order that they run
-            gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
-            for n, x in enumerate(inputs_of(linear, run, hidden.split(1))):
-                if n < counted:
-                    x = x.flatten(0, -2).float()
-                    gram.addmm_(x.T, x)
-            own[linear] = solve(linear, kept.to(gram.device), summed(gram)).cpu()
-        fitted += [own[linear] for linear in modules.outputs]
-        for x in hidden.split(1):
-            x.copy_(run(x))
-        progress(index + 1, len(layers))
+    options, hidden = layer_options(model, blocks[:1]), Hidden.of(model, blocks)
+    layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
+    for index, (modules, units, kept) in enumerate(layers):
+        run = runner(model.get_decoder().layers[index], options[index])
+        fitted += refit_layer(run, modules, units, kept, hidden)
+        progress(index + 1, len(options))
     return fitted
+
+
+def text_of_refit(mask: Mask, blocks: Tensor) -> Tensor:
+    """The first blocks, up to `TOKENS_PER_CHANNEL` tokens per channel of the widest FFN."""
+    tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
+    return blocks[: math.ceil(tokens / blocks.shape[1])]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """This rank's share of the inputs of a decoder layer: [samples, seq_len, hidden]."""
+
+    states: Tensor
+    counted: int  # of the samples, in a sum over ranks
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, blocks: Tensor) -> Hidden:
+        """The inputs of the first layer; blocks: int64 [samples, seq_len], of all ranks."""
+        own, counted = share(blocks)
+        return cls(first_hidden(model, own), counted)
+
+
+def refit_layer(
+    run: Callable[[Tensor], Tensor],
+    modules: LayerModules,
+    units: LayerUnits,
+    kept: tuple[Tensor, Tensor],
+    hidden: Hidden,
+) -> list[Tensor]:
+    """Refit the layer that `run` runs, in place, and replace `hidden` by its outputs.
+
+    `kept` are indices of channels and of KV groups. Returns the kept columns as `refit` does.
+    """
+    down_proj, o_proj = modules.outputs
+    heads = expand(kept[1], units.group_size * units.head_dim)
+    own = {}
+    for linear, columns in ((o_proj, heads), (down_proj, kept[0])):  # in the order that they run
+        gram = hidden.states.new_zeros(2 * linear.weight.shape[1:], dtype=torch.float32)
+        for n, x in enumerate(inputs_of(linear, run, hidden.states.split(1))):
+            if n < hidden.counted:
+                x = x.flatten(0, -2).float()
+                gram.addmm_(x.T, x)
+        own[linear] = solve(linear, columns.to(gram.device), summed(gram)).cpu()
+    for x in hidden.states.split(1):
+        x.copy_(run(x))
+    return [own[linear] for linear in modules.outputs]
 
 
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:

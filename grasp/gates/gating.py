@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
+from grasp.model.sharding import own_part
 from grasp.model.units import LayerModules, UnitSpace, decoder_layers
 from grasp_kernels import gated_attention, gated_swiglu_ffn
 from grasp_kernels.attention import has_backend
@@ -67,7 +68,11 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     """
     before = model.config._attn_implementation
     modules = decoder_layers(model)
-    down = [w for m in modules if _fused(m) and (w := m.mlp.down_proj.weight).device.type != "cpu"]
+    down = [
+        w
+        for m in modules
+        if _fused(m) and (w := m.mlp.down_proj.weight).device.type != "cpu" and own_part(w) is w
+    ]
     gates = Gates(model, space, site)
     # a library's hook may already have put a forward on the instance
     forwards = [{k: v for k, v in vars(m.mlp).items() if k == "forward"} for m in modules]

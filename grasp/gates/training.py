@@ -22,6 +22,7 @@ from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
 from grasp.gates.gating import unpadded
 from grasp.journal import Journal
+from grasp.model.sharding import is_sharded
 from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
@@ -105,7 +106,8 @@ def train_gates(
         decay[-scales:] = settings.decay * settings.epochs / steps / settings.lr
     one_step = Step(model, gates, theta, gate_values, optimizer, settings.batch_size, decay)
     run_step: Callable[[Tensor, Tensor], Tensor] = one_step
-    if on_gpu and small and distributed.ranks() == 1:  # a graph holds no collectives
+    alone = distributed.ranks() == 1 and not is_sharded(model)  # a graph holds no collectives
+    if on_gpu and small and alone:
         run_step = CapturedStep(one_step, journal.note)
     elif on_gpu:
         run_step = partial(one_step, count=True)

@@ -12,23 +12,20 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from grasp import distributed
 from grasp.errors import GraspError
+from grasp.model.load import ShardMode
 from grasp.model.stored import Stored, stored_tensors
 
-ShardMode = Literal["none", "node", "full"]
 _TEMPLATES: WeakKeyDictionary[PreTrainedModel, _Template] = WeakKeyDictionary()
 
 
@@ -52,9 +49,17 @@ def load_sharded(
 
     "full" splits the rows over all ranks, "node" over those of each machine. Raises GraspError.
     """
+    from torch.distributed.fsdp import fully_shard
+
     config = AutoConfig.from_pretrained(folder, **options)
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **options)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype, **options
+        )
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
     model.requires_grad_(False)
     decoder = model.get_decoder()
     template = copy.deepcopy(model)
@@ -70,6 +75,8 @@ def load_sharded(
 
 
 def _mesh(mode: ShardMode, device: str) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
     if mode == "full":
         return init_device_mesh(device, (distributed.ranks(),))
     own = distributed.local_ranks()
@@ -92,12 +99,14 @@ def _read(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
 
 
 def _values(parameter: Tensor, name: str, stored: Stored, device: torch.device) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
     with safe_open(stored.file, framework="pt") as file:
         rows = file.get_slice(name)
         if not isinstance(parameter, DTensor):
             return rows[:].to(device, parameter.dtype)
         mesh, of = parameter.device_mesh, len(parameter)
-        dim = next(i for i, p in enumerate(parameter.placements) if isinstance(p, Shard))
+        dim = next(i for i, p in enumerate(parameter.placements) if p.is_shard())
         each = -(-of // mesh.size(dim))  # the last ranks may have fewer, or none
         first = min(mesh.get_local_rank(dim) * each, of)
         own = rows[first : min(first + each, of)].to(device, parameter.dtype)
@@ -111,9 +120,16 @@ def _values(parameter: Tensor, name: str, stored: Stored, device: torch.device) 
     )
 
 
+def free(model: PreTrainedModel) -> None:
+    """Give up the shards of a model, even if references to it remain."""
+    for parameter in model.get_decoder().layers.parameters():
+        own_part(parameter).untyped_storage().resize_(0)
+
+
 def own_part(parameter: Tensor) -> Tensor:
     """The values of a parameter that this rank holds."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return part
 
 
 @torch.no_grad()
@@ -126,7 +142,7 @@ def one_layer(model: PreTrainedModel, index: int) -> PreTrainedModel:
     layer: Any = copy.deepcopy(template.layers[index])
     own: Any = model.get_decoder().layers[index]
     values = {
-        name: p.full_tensor() if isinstance(p, DTensor) else p.clone()
+        name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone()
         for name, p in own.named_parameters()
     }
     layer.load_state_dict(values, assign=True, strict=False)

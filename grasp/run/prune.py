@@ -31,7 +31,7 @@ from grasp.config import PruneConfig, SparsifyConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
-from grasp.distributed import check_same, from_first, ranks
+from grasp.distributed import check_same, from_first, launched, ranks
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.fidelity import (
@@ -55,9 +55,11 @@ from grasp.model.load import (
     pick_device,
     widened,
 )
+from grasp.model.sharding import free, is_sharded, own_part
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
 from grasp.report.results import add_reports
+from grasp.run.by_layer import add_record, write_pruned
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import ready
 from grasp.select import select
@@ -134,6 +136,8 @@ def on_device(config: PruneConfig) -> PruneConfig:
     device = pick_device(config.device)
     if criteria.get(config.method).learns or config.scale_epochs:
         _check_step(config)
+    if config.shard != "none":
+        _check_shard(config)
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
 
@@ -146,6 +150,22 @@ def _check_step(config: PruneConfig) -> None:
             f"a step of {blocks} blocks (`batch_size` times `accumulate`) leaves some of the {of} "
             f"ranks without work: use `accumulate={math.ceil(of / config.batch_size)}`"
         )
+
+
+def _check_shard(config: PruneConfig) -> None:
+    """Refuse what needs whole weights, and shards without ranks."""
+    shard = f"`shard={config.shard!r}`"
+    if not launched():
+        raise GraspError(f"{shard} splits the weights over ranks: start it with torchrun")
+    able = [name for name in criteria.names() if criteria.get(name).shardable]
+    if config.method not in able:
+        raise GraspError(
+            f"{shard} is for methods that read no weights ({', '.join(able)}), got {config.method}"
+        )
+    if config.compensation == "bias":
+        raise GraspError(f"{shard} adds no biases: use `compensate='refit'`")
+    if config.model.endswith(".gguf") or config.model.startswith("demo:"):
+        raise GraspError(f"{shard} reads safetensors, got {config.model}: name the original folder")
 
 
 @contextmanager
@@ -179,7 +199,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         if config.memory == "auto" and mode != "fast":
             run.log(event="note", text=f"`memory={mode!r}`, for what is free on {config.device}")
         selection = select(model, start.projection(config), blocks, config, run.stage)
-    if "" not in budgets:
+    if "" not in budgets and not is_sharded(model):
         move(model, "cpu")  # the device holds the copy that is pruned
     results = []
     for name, budget in budgets.items():
@@ -189,12 +209,18 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         folder = run.finished(name) if name else run.checkpoint
         if not from_first(folder.exists):
             part = run.part(name) if name else run
-            pruned = move(copy.deepcopy(model), config.device) if name else model
-            pruned = apply_mask(
-                pruned, mask, selection.scales, blocks, own, start.stored_dtype, part
-            )
-            record = pruned_record(own, start, mask, pruned, config.budget.asked)
-            record = finish(pruned, record, start, dense, part, run.checkpoint)
+            if is_sharded(model):
+                make = partial(write_pruned, model, start.tokenizer, mask, selection.scales, blocks)
+                target = make(own, part, run.checkpoint)
+                record = pruned_record(own, start, mask, target, config.budget.asked)
+                record = _finish_sharded(own, record, start, dense, part, run.checkpoint)
+            else:
+                pruned = move(copy.deepcopy(model), config.device) if name else model
+                pruned = apply_mask(
+                    pruned, mask, selection.scales, blocks, own, start.stored_dtype, part
+                )
+                record = pruned_record(own, start, mask, pruned, config.budget.asked)
+                record = finish(pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
             from_first(partial(_write, run.checkpoint, record, part))
             part.log(event="finished", folder=str(run.out / name), **record.results)
@@ -234,8 +260,7 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     model, tokenizer = load_dense(config)
     check_budget(config, model)
     space = UnitSpace.of(model)
-    result = _a_result(space, config.budget)
-    from_first(lambda: try_saving(model, tokenizer, run.checkpoint, result))
+    try_saving(model, tokenizer, run.checkpoint, _a_result(space, config.budget))
     return model, read_texts(config, model, tokenizer, run)
 
 
@@ -265,6 +290,7 @@ def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, A
         dtype=None,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        shard=getattr(config, "shard", "none"),
     )
     UnitSpace.of(model)
     _check_weights(config, model)
@@ -410,6 +436,30 @@ def finish(
     return record.measured(**asdict(saved)).evaluated(dense, pruned)
 
 
+def _finish_sharded(
+    config: PruneConfig,
+    record: Record,
+    start: Start,
+    dense: list[dict[str, Any]],
+    run: Run,
+    folder: Path,
+) -> Record:
+    """`finish` for a checkpoint that `write_pruned` has written."""
+    reread, tokenizer = load_model(folder, dtype=None, device=config.device, shard=config.shard)
+    record = add_record(folder, reread, tokenizer, record)
+    check_saved(folder, reread, tokenizer)  # on all ranks, whose layers it runs
+    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
+    files = record.sha256
+    weight_bytes = from_first(lambda: sum((folder / name).stat().st_size for name in files))
+    saved = {
+        "architecture": type(reread).__name__.removeprefix("FSDP"),
+        "weight_bytes": weight_bytes,
+        "note": None,
+    }
+    free(reread)
+    return record.measured(**saved).evaluated(dense, pruned)
+
+
 def _release(model: PreTrainedModel) -> None:
     """Free a model's memory for the next model, even if references to it remain."""
     move(model, "meta")
@@ -453,7 +503,7 @@ def run_record(
 def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
     """Check the weights and the family of the loaded model, which its config cannot show."""
     for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+        if not own_part(weight).isfinite().all():
             raise GraspError(
                 f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
             )
@@ -514,11 +564,11 @@ def _inputs(model: PreTrainedModel, start: Start) -> dict[str, Any]:
         del software["threads"]  # they do not matter on a GPU
     weights = sha256()
     for parameter in model.parameters():
-        weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
+        weights.update(own_part(parameter).flatten()[:64].float().cpu().numpy().tobytes())
     return {
         "calibration text": start.calibration.sha256,
         "evaluation texts": [own.text.sha256 for own in start.evaluation_sets],
-        "weights": weights.hexdigest(),
+        "weights": from_first(weights.hexdigest),  # whose rows are the first, if any
         "grasp": __version__,
         **software,
     }

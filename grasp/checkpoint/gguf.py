@@ -123,7 +123,7 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
         why = f"rope_type {rope['rope_type']}" if uniform else "widths that differ by layer"
         fix = "" if uniform else ": prune with `layout='uniform'`"
         raise GraspError(
-            f"{name} with {why} cannot be exported: that takes llama.cpp's architecture deci, "
+            f"{name} with {why} cannot be exported: that requires llama.cpp's architecture deci, "
             f"which has no {family.deci_lacks}{fix}"
         )
     return "deci"
@@ -243,7 +243,9 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter, tied ones once; fused projections are split into separate ones."""
     parts: dict[int, list[tuple[str, Tensor]]] = {}
     for m in decoder_layers(model):
-        for name, rows in (("q", m.q), ("k", m.k), ("v", m.v), ("gate", m.gate), ("up", m.up)):
+        named = {"q": m.attention.q, "k": m.attention.k, "v": m.attention.v} if m.attention else {}
+        named |= {"gate": m.ffn.gate, "up": m.ffn.up} if m.ffn else {}
+        for name, rows in named.items():
             weight, bias = rows.linear.weight, rows.linear.bias
             parts.setdefault(id(weight), []).append((f"{name}_proj.weight", rows.weight))
             if bias is not None:

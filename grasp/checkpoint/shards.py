@@ -25,7 +25,7 @@ class ShardWriter:
         self.bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors, by their names in the checkpoint; write those that waited if they are many."""
+        """Take tensors, by their names in the checkpoint; write those that waited if many."""
         self._waiting |= {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         if sum(t.nbytes for t in self._waiting.values()) >= self._limit:
             self._write()

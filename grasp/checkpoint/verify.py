@@ -210,10 +210,16 @@ def _check_loaded(folder: Path, title: str, way: str, record: Record) -> list[Ch
 
 def _check_found(title: str, found: dict[str, Any], record: Record) -> list[Check]:
     """Check the result of `Probe.compare` against grasp.json and the probe."""
-    widths = list(zip(found["ffn"], found["kv"], strict=False))
-    kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in record.kept]
-    wrong = [i for i, pair in enumerate(zip(widths, kept, strict=False)) if pair[0] != pair[1]]
-    same_widths = widths == kept
+    kinds = ("ffn", "kv", "experts")
+    widths = list(zip(*(found[kind] for kind in kinds), strict=True))
+    kept = [tuple(len(layer.get(kind, ())) for kind in kinds) for layer in record.kept]
+    # 0 is recorded of what has no units
+    wrong = [
+        index
+        for index, pair in enumerate(zip(widths, kept, strict=False))
+        if any(own not in (0, width) for width, own in zip(*pair, strict=True))
+    ]
+    same_widths = len(widths) == len(kept) and not wrong
     return [
         Check(
             f"widths{title}",
@@ -255,7 +261,7 @@ def not_finite(dtype: str) -> str:
     """Why logits are not finite though the weights are, and the fix."""
     if dtype == "torch.float16":
         return f"not finite in {dtype}: store the model in bf16 or fp32 first"
-    return f"not finite in {dtype}: the weights are damaged: get them anew"
+    return f"not finite in {dtype}: the weights are damaged: make the result again"
 
 
 def _check_tokens(name: str, found: dict[str, Any]) -> Check:

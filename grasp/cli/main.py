@@ -15,6 +15,7 @@ from grasp.cli import checkpoint, measure, plan, prune  # noqa: F401  they add t
 from grasp.cli.app import app, as_options
 from grasp.errors import GraspError
 
+RESUMABLE = ("prune", "compare", "sparsify", "recover")
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 RESUME = ": run the same command again to resume"
 SPLIT = ("prune", "compare", "eval", "sparsify")  # the verbs that torchrun may start
@@ -52,7 +53,7 @@ def _run() -> tuple[str, int]:
         return (f"error: {message}" if message else ""), 2
     if code in (INTERRUPTED, TERMINATED):  # newer releases of typer return the first
         stopped = "stopped" if code == INTERRUPTED else "stopped by SIGTERM"
-        resumable = sys.argv[1:2] in (["prune"], ["compare"], ["sparsify"])
+        resumable = sys.argv[1:2] in [[verb] for verb in RESUMABLE]
         return stopped + RESUME * resumable, code
     return "", code
 

@@ -24,6 +24,7 @@ from grasp.compress.fold import expand
 from grasp.config import TOKENS_PER_CHANNEL
 from grasp.distributed import share, summed, tensor_from_first
 from grasp.errors import GraspError
+from grasp.gates.experts import closed_experts
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.units import LayerModules, LayerUnits, decoder_layers
 
@@ -44,20 +45,23 @@ def refit(
     fp32 on the CPU, before the model's dtype rounds them. `planning.plan.refit_memory` estimates
     the peak memory. Raises GraspError if activations are not finite.
     """
+    if not any(modules.outputs for modules in decoder_layers(model)):
+        return []
     blocks = text_of_refit(mask, blocks)
     fitted: list[Tensor] = []
     options, hidden = layer_options(model, blocks[:1]), Hidden.of(model, blocks)
     layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
-    for index, (modules, units, kept) in enumerate(layers):
-        run = runner(model.get_decoder().layers[index], options[index])
-        fitted += refit_layer(run, modules, units, kept, hidden)
-        progress(index + 1, len(options))
+    with closed_experts(model, mask):
+        for index, (modules, units, kept) in enumerate(layers):
+            run = runner(model.get_decoder().layers[index], options[index])
+            fitted += refit_layer(run, modules, units, kept, hidden)
+            progress(index + 1, len(options))
     return fitted
 
 
 def text_of_refit(mask: Mask, blocks: Tensor) -> Tensor:
     """The first blocks, up to `TOKENS_PER_CHANNEL` tokens per channel of the widest FFN."""
-    tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
+    tokens = TOKENS_PER_CHANNEL * mask.space.widest
     return blocks[: math.ceil(tokens / blocks.shape[1])]
 
 
@@ -86,11 +90,14 @@ def refit_layer(
 
     `kept` are indices of channels and of KV groups. Returns the kept columns as `refit` does.
     """
-    down_proj, o_proj = modules.outputs
-    heads = expand(kept[1], units.group_size * units.head_dim)
-    own = {}
-    for linear, columns in ((o_proj, heads), (down_proj, kept[0])):  # in the order that they run
-        gram = hidden.states.new_zeros(2 * linear.weight.shape[1:], dtype=torch.float32)
+    own, kept_columns = {}, {}
+    if modules.attention is not None:  # first, in the order that they run
+        heads = expand(kept[1], units.group_size * units.head_dim)
+        kept_columns[modules.attention.out] = heads
+    if modules.ffn is not None:
+        kept_columns[modules.ffn.down] = kept[0]
+    for linear, columns in kept_columns.items():
+        gram = linear.weight.new_zeros(2 * linear.weight.shape[1:], dtype=torch.float32)
         for n, x in enumerate(inputs_of(linear, run, hidden.states.split(1))):
             if n < hidden.counted:
                 x = x.flatten(0, -2).float()

@@ -45,9 +45,11 @@ def tolerance(model: PreTrainedModel, depth: int) -> float:
     `SAFETY` times that. Logits of SmolLM2-135M, 60 modules deep, differ on a CPU by up to 0.06
     in bf16, 0.008 in fp16 and 1e-5 in fp32; the tolerances are 0.24, 0.03 and 1.5e-4.
     """
-    terms = max(linear.weight.shape[1] for m in decoder_layers(model) for linear in m.linears)
+    layers = decoder_layers(model)
+    terms = [linear.weight.shape[1] for m in layers for linear in m.linears]
+    terms += [n for m in layers if m.routed for n in (m.hidden_size or 0, m.routed.width)]
     own, sums = (torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
-    return SAFETY * math.sqrt(depth) * (own + sums * math.sqrt(terms))
+    return SAFETY * math.sqrt(depth) * (own + sums * math.sqrt(max(terms)))
 
 
 @torch.no_grad()
@@ -125,7 +127,12 @@ def _short(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _gated_modules(model: PreTrainedModel) -> dict[nn.Module, str]:
-    return _named(model, (part for m in decoder_layers(model) for part in (m.attention, m.mlp)))
+    """Attentions, FFNs and mixtures, in the order that they run."""
+    found: list[nn.Module] = []
+    for m in decoder_layers(model):
+        found += [part.module for part in reversed(m.parts)]
+        found += [m.routed.block] if m.routed else []
+    return _named(model, found)
 
 
 def _named(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
@@ -167,7 +174,7 @@ def _compare(model: PreTrainedModel, want: Outputs, got: Outputs, what: str) -> 
     for depth, name in enumerate(want, 1):
         if not want[name].isfinite().all():
             dtype = str(model.dtype).removeprefix("torch.")
-            fix = "the weights are damaged: get them anew"
+            fix = "the weights are damaged: download them again"
             fix = fix if model.dtype == torch.float32 else "use `dtype='fp32'`"
             raise GraspError(f"the model's own {name} values are not finite in {dtype}: {fix}")
         error, limit = _error(want[name], got[name]), tolerance(model, depth)

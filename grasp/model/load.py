@@ -124,9 +124,25 @@ def _untie_if_it_has_a_head(model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
+def auto_class(config: Any) -> Any:
+    """The Auto class that loads the whole of a model: text alone, or what sees images too."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    sees = config.get_text_config() is not config and (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    )
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def longest(model: PreTrainedModel) -> int:
     """The longest sequence that a model accepts, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    text: Any = model.config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -242,13 +258,13 @@ def environment(device: torch.device) -> dict[str, str]:
 def _load_safetensors(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     location = source.location
-    auto: Any = AutoModelForCausalLM
     options = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
         options["local_files_only"] = not hub_answers()
+    auto = auto_class(AutoConfig.from_pretrained(location, **options))
     model, loading = auto.from_pretrained(
         location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
     )
@@ -259,7 +275,7 @@ def _load_safetensors(
                 f"{location} is not the model that its config.json describes: its weights "
                 f"{problem} {names[0]} ({len(names)} such tensors): get both from one place"
             )
-    if getattr(model.config, "attn_logit_softcapping", None):
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # older releases use SDPA, without the softcap
     return model, _tokenizer(location, **options)
 
@@ -277,7 +293,7 @@ def _load_shards(
 
     folder = source.location
     if source.kind == "hub":
-        files = ("*.json", "*.safetensors", *TOKENIZERS)
+        files = ["*.json", "*.safetensors", *TOKENIZERS]
         offline = not hub_answers()
         folder = snapshot_download(folder, allow_patterns=files, local_files_only=offline)
     own = {"trust_remote_code": trust_remote_code}

@@ -1,8 +1,8 @@
 """Weights that no rank holds whole: PyTorch's FSDP2, a decoder layer per group, frozen.
 
-Only matrices of decoder layers are sharded, by their rows. Norms, biases, embeddings and the head are
-on every rank, and so are gates and scales. A layer's matrices are gathered when the layer is called,
-so whatever runs through `layer(...)` sees plain tensors there: gates, scales, checkpointing.
+Only matrices of decoder layers are sharded, by their rows. Norms, biases, embeddings and the head
+are on every rank, and so are gates and scales. A layer's matrices are gathered when the layer is
+called, so what runs through `layer(...)` sees plain tensors there: gates, scales, checkpointing.
 
 What changes weights gets one layer at a time, as a plain model of one layer (`one_layer`).
 """
@@ -65,6 +65,10 @@ def load_sharded(
     template = copy.deepcopy(model)
     _TEMPLATES[model] = _Template(template, list(template.get_decoder().layers))
     mesh = _mesh(mode, torch.device(device).type)
+    if config.get_text_config() is not config or any(p.dim() > 2 for p in decoder.parameters()):
+        raise GraspError(
+            f"{folder} is no plain decoder, and `shard` splits nothing else: use `shard='none'`"
+        )
     matrices = {p for p in decoder.layers.parameters() if p.dim() == 2}
     whole = {*model.parameters()} - matrices
     for layer in decoder.layers:

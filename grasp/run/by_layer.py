@@ -45,6 +45,7 @@ def write_pruned(
     mask: Mask,
     scales: Tensor | None,
     blocks: Tensor,
+    teacher: Tensor | None,
     config: PruneConfig,
     run: Run,
     folder: Path,
@@ -64,7 +65,8 @@ def write_pruned(
         pruned = load_model(cut, dtype=None, device=config.device, shard=config.shard)[0]
         settings = TrainSettings.of(config, config.scale_epochs)
         with memory_mode(pruned, config):
-            learned = learn_scales(pruned, config.scales, blocks, settings, run.stage("calibrate"))
+            journal = run.stage("calibrate")
+            learned = learn_scales(pruned, config.scales, blocks, settings, journal, teacher)
         _write(folder, pruned, target, tokenizer, _scaled_layers(pruned, config.scales, learned))
         free(pruned)
         from_first(lambda: shutil.rmtree(cut))
@@ -72,7 +74,7 @@ def write_pruned(
 
 
 def add_record(folder: Path, model: PreTrainedModel, tokenizer: Any, record: Record) -> Record:
-    """Write the probe of the model read back from `folder`, and grasp.json with the files' hashes."""
+    """Write the probe of the model read back from `folder`, and grasp.json with the hashes."""
     probe = Probe.of(model, tokenizer, environment(model.device), record.seed)
 
     def write() -> Record:
@@ -119,7 +121,8 @@ def _scaled_layers(
     model: PreTrainedModel, kind: ScaleKind, scales: Tensor
 ) -> Iterator[PreTrainedModel]:
     for one, own in _with_scales(model, kind, scales):
-        Scale(kind, own).apply(one)  # type: ignore[arg-type]  (it is given)
+        assert own is not None
+        Scale(kind, own).apply(one)
         yield one
 
 
@@ -127,20 +130,17 @@ def _with_scales(
     model: PreTrainedModel, kind: ScaleKind, scales: Tensor | None
 ) -> Iterator[tuple[PreTrainedModel, Tensor | None]]:
     """Each layer as a model of one layer, with its part of the scales in the order of `Scales`."""
-    units, done = UnitSpace.of(model).size, 0
-    of_units, of_ends = (
-        (None, None) if scales is None else scales.split([units, len(scales) - units])
-    )
-    first = 0
+    units = UnitSpace.of(model).size
+    done_units, done = 0, units
     for index in range(len(model.get_decoder().layers)):
         one = one_layer(model, index)
-        if of_units is None or of_ends is None:
+        if scales is None:
             yield one, None
             continue
         own = UnitSpace.of(one).size
         more = scale_count(one, kind) - own
-        yield one, torch.cat([of_units[done : done + own], of_ends[first : first + more]])
-        done, first = done + own, first + more
+        yield one, torch.cat([scales[done_units : done_units + own], scales[done : done + more]])
+        done_units, done = done_units + own, done + more
 
 
 def _write(

@@ -100,10 +100,12 @@ def check_cut(model: PreTrainedModel, want: Outputs, ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str) -> float:
+def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str, fix: str = "") -> float:
     """Check that decoder layers, run one by one, give the same outputs as the model's own pass.
 
-    Returns the relative error of the last layer's output; ids and errors as in `check_gates`.
+    All but the hidden states comes from another text, which it must not depend on. Returns the
+    relative error of the last layer's output; ids and errors as in `check_gates`. `fix` ends the
+    error's line.
     """
     ids, layers = _short(model, ids), list(model.get_decoder().layers)
     modules = _named(model, layers)
@@ -112,14 +114,17 @@ def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str) -> float:
 
     def one_by_one() -> Outputs:
         hidden, given = first_hidden(model, ids), {}
-        for layer, options in zip(layers, layer_options(model, ids), strict=True):
+        for layer, options in zip(layers, layer_options(model, ids.flip(1)), strict=True):
             hidden = runner(layer, options)(hidden)
             given[modules[layer]] = hidden.float().cpu()
         return given
 
     how = f"layer by layer, as {needed_by} runs it"
-    got = _tried(model, one_by_one, how)
-    return _compare(model, want, got, f"needs more than what enters it: {how}, it differs")
+    try:
+        got = _tried(model, one_by_one, how)
+        return _compare(model, want, got, f"needs more than what enters it: {how}, it differs")
+    except GraspError as error:
+        raise GraspError(f"{error}{fix}") from error
 
 
 def _short(model: PreTrainedModel, ids: Tensor) -> Tensor:

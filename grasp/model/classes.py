@@ -66,7 +66,7 @@ def _stock_config(
     if {layer.kv_groups for layer in space.layers} != {0}:
         text |= _head_dim(space)
     pruned = str(config["model_type"]).startswith(PREFIX)  # its widths by layer are ours
-    overrides = _overrides(config, without=WIDTHS if pruned else widths)
+    overrides = _overrides(config, space, WIDTHS if pruned else widths)
     if any(overrides.values()):
         values["per_layer_config"] = overrides
     if family == "llama" and values["hidden_size"] % values["num_attention_heads"]:
@@ -75,7 +75,7 @@ def _stock_config(
         made, note = _accepted(CONFIG_MAPPING[family], values, widths), None
     # every width of the families in the table is known to be read from the config
     known = family in FAMILIES and space.is_uniform
-    if not known and from_config(made.to_dict()).space.layers != space.layers:
+    if not known and not _same(from_config(made.to_dict()).space, space):
         why = "its class does not take the widths that its config names"
         raise GraspError(why if space.is_uniform else f"{family} has one width for all layers")
     return made, note
@@ -115,7 +115,7 @@ def per_layer_config(config: Mapping[str, Any], space: UnitSpace) -> PreTrainedC
     }
     if any(whole.values()):
         values["whole_layers"] = whole
-    overrides = _overrides(config, without=())
+    overrides = _overrides(config, space, ())
     if not any("head_dim" in layer for layer in overrides.values()):
         values |= _head_dim(space)
     return classes.config(
@@ -133,11 +133,19 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: copy.deepcopy(v) for k, v in config.items() if k not in _WRITTEN_ANEW}
 
 
-def _overrides(config: Mapping[str, Any], without: Container[str]) -> dict[int, dict[str, Any]]:
-    """What the layers of a model have by themselves, by index."""
+def _same(found: UnitSpace, wanted: UnitSpace) -> bool:
+    """Whether layers have these widths, and what has no units is as large as it was."""
+    return (found.layers, found.fixed_params) == (wanted.layers, wanted.fixed_params)
+
+
+def _overrides(
+    config: Mapping[str, Any], space: UnitSpace, without: Container[str]
+) -> dict[int, dict[str, Any]]:
+    """What the layers of a model have by themselves, by index; of their units' widths not these."""
     found = config.get("per_layer_config") or {}
+    units = {index: _widths(layer) for index, layer in enumerate(space.layers)}
     return {
-        int(index): {k: v for k, v in own.items() if k not in without}
+        int(index): {k: v for k, v in own.items() if k not in without or k not in units[int(index)]}
         for index, own in found.items()
     }
 

@@ -342,15 +342,17 @@ def check_fidelity(
         a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
         found["fold"] = check_fold(model, a_cut, ids)
         if needed_by := next(filter(None, map(_runs_layers, configs)), None):
-            found["layers"] = check_layers(model, ids, needed_by)
+            found["layers"] = check_layers(model, ids, *needed_by)
         run.log(event="fidelity", **found)
 
 
-def _runs_layers(config: PruneConfig) -> str | None:
-    """The option, if any, that runs decoder layers one by one."""
+def _runs_layers(config: PruneConfig) -> tuple[str, str] | None:
+    """The option, if any, that runs layers one by one, and what to use where they cannot."""
     if criteria.get(config.method).layerwise:
-        return f"`method='{config.method}'`"
-    return "`compensate='refit'`" if config.compensation == "refit" else None
+        return f"`method='{config.method}'`", ": use another `method`"
+    if config.compensation == "refit":
+        return "`compensate='refit'`", ": use `compensate='none'`"
+    return None
 
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> list[dict[str, Any]]:

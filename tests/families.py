@@ -15,6 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from grasp.model.load import auto_class, cast
 
+WORDS = ("the", "of", "a", "river", "stone", "light", "moves", "under", "every", "house", "she")
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 # family -> (class prefix, what its config says beyond the sizes)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

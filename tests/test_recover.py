@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import WORDS
-from families import FAMILIES, save_tiny, tiny_model
+from families import FAMILIES, WORDS, save_tiny, tiny_model
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 

@@ -108,12 +108,12 @@ def _values(parameter: Tensor, name: str, stored: Stored, device: torch.device) 
     with safe_open(stored.file, framework="pt") as file:
         rows = file.get_slice(name)
         if not isinstance(parameter, DTensor):
-            return rows[:].to(device, parameter.dtype)
+            return rows[:].to(device, parameter.dtype, copy=True)
         mesh, of = parameter.device_mesh, len(parameter)
         dim = next(i for i, p in enumerate(parameter.placements) if p.is_shard())
         each = -(-of // mesh.size(dim))  # the last ranks may have fewer, or none
         first = min(mesh.get_local_rank(dim) * each, of)
-        own = rows[first : min(first + each, of)].to(device, parameter.dtype)
+        own = rows[first : min(first + each, of)].to(device, parameter.dtype, copy=True)
     return DTensor.from_local(
         own,
         mesh,

@@ -274,6 +274,11 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """Load the model as stored, and the texts; refuse here what must fail after the long work."""
     model, tokenizer = load_dense(config)
     check_budget(config, model)
+    if is_sharded(model) and working_dtype(config) != model.dtype:
+        raise GraspError(
+            f"`shard` keeps weights as they are stored, in {model.dtype}, and `dtype` is "
+            f"{config.dtype}: give the stored one, or `shard='none'`"
+        )
     space = UnitSpace.of(model)
     uniform = config.budget.for_space(space).layout == "uniform"
     result = least(space, config.budget, first_only=not uniform)
@@ -339,8 +344,9 @@ def check_fidelity(
     stored, working = model.dtype, working_dtype(config)
     with widened(model, working if torch.promote_types(stored, working) == working else stored):
         found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
-        a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
-        found["fold"] = check_fold(model, a_cut, ids)
+        if not is_sharded(model):  # a layer in shards cannot be copied
+            a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
+            found["fold"] = check_fold(model, a_cut, ids)
         if needed_by := next(filter(None, map(_runs_layers, configs)), None):
             found["layers"] = check_layers(model, ids, *needed_by)
         run.log(event="fidelity", **found)

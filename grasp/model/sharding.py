@@ -10,6 +10,7 @@ What changes weights gets one layer at a time, as a plain model of one layer (`o
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from grasp import distributed
 from grasp.errors import GraspError
 from grasp.model.load import ShardMode
-from grasp.model.stored import Stored, stored_tensors
+from grasp.model.stored import Stored, has_own_head, stored_tensors
 
 _TEMPLATES: WeakKeyDictionary[PreTrainedModel, _Template] = WeakKeyDictionary()
 
@@ -52,6 +53,8 @@ def load_sharded(
     from torch.distributed.fsdp import fully_shard
 
     config = AutoConfig.from_pretrained(folder, **options)
+    if has_own_head(folder):
+        config.tie_word_embeddings = False
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype, **options
@@ -84,43 +87,51 @@ def _mesh(mode: ShardMode, device: str) -> Any:
     if mode == "full":
         return init_device_mesh(device, (distributed.ranks(),))
     own = distributed.local_ranks()
-    return init_device_mesh(device, (distributed.ranks() // own, own))
+    sizes = distributed.ranks() // own, own
+    return init_device_mesh(device, sizes, mesh_dim_names=("machines", "ranks"))
 
 
 def _read(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
-    """Give each parameter its values, or this rank's rows of them."""
-    stored = stored_tensors(folder)
-    parameters = dict(model.named_parameters())
-    if lacking := sorted(parameters.keys() - stored.keys()):
-        raise GraspError(
-            f"{folder} is not the model that its config.json describes: its weights lack "
-            f"{lacking[0]} ({len(lacking)} such tensors): get both from one place"
-        )
-    values = {name: _values(p, name, stored[name], device) for name, p in parameters.items()}
+    """Give each parameter and buffer its stored values, or this rank's rows of them."""
+    stored, tensors = stored_tensors(folder), model.state_dict()
+    own = tensors.keys() & {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+    unused = model._keys_to_ignore_on_load_unexpected or []
+    known = tensors.keys() | {n for n in stored if any(re.search(key, n) for key in unused)}
+    for problem, names in (
+        ("lack", own - stored.keys()),
+        ("hold, unused by it,", stored.keys() - known),
+    ):
+        if names:
+            raise GraspError(
+                f"{folder} is not the model that its config.json describes: its weights {problem} "
+                f"{min(names)} ({len(names)} such tensors): get both from one place, or use "
+                "`shard='none'`"
+            )
+    values = {name: _values(tensors[name], name, stored[name], device) for name in own}
     model.load_state_dict(values, assign=True, strict=False)
     model.tie_weights()
     model.requires_grad_(False)
 
 
-def _values(parameter: Tensor, name: str, stored: Stored, device: torch.device) -> Tensor:
+def _values(tensor: Tensor, name: str, stored: Stored, device: torch.device) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     with safe_open(stored.file, framework="pt") as file:
         rows = file.get_slice(name)
-        if not isinstance(parameter, DTensor):
-            return rows[:].to(device, parameter.dtype, copy=True)
-        mesh, of = parameter.device_mesh, len(parameter)
-        dim = next(i for i, p in enumerate(parameter.placements) if p.is_shard())
+        if not isinstance(tensor, DTensor):
+            return rows[:].to(device, tensor.dtype, copy=True)
+        mesh, of = tensor.device_mesh, len(tensor)
+        dim = next(i for i, p in enumerate(tensor.placements) if p.is_shard())
         each = -(-of // mesh.size(dim))  # the last ranks may have fewer, or none
         first = min(mesh.get_local_rank(dim) * each, of)
-        own = rows[first : min(first + each, of)].to(device, parameter.dtype, copy=True)
+        own = rows[first : min(first + each, of)].to(device, tensor.dtype, copy=True)
     return DTensor.from_local(
         own,
         mesh,
-        parameter.placements,
+        tensor.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=tensor.shape,
+        stride=tensor.stride(),
     )
 
 

@@ -41,19 +41,22 @@ from grasp.run.folder import Run
 
 def write_pruned(
     model: PreTrainedModel,
-    tokenizer: Any,
     mask: Mask,
     scales: Tensor | None,
     blocks: Tensor,
     teacher: Tensor | None,
     config: PruneConfig,
+    tokenizer: Any,
     run: Run,
     folder: Path,
+    *,
+    last: bool,
 ) -> PreTrainedModel:
     """Write the pruned checkpoint into the new `folder`, without grasp.json.
 
-    Arguments as in `apply_mask`; `model` is sharded and stays as it is. Returns the model of the
-    checkpoint without weights, as the class that loads it. Raises GraspError.
+    Arguments as in `apply_mask`; `model` is sharded, and cannot be used afterwards if this is the
+    `last` of its checkpoints. Returns the model of the checkpoint without weights, as the class
+    that loads it. Raises GraspError.
     """
     target, note = without_weights(model, mask.pruned_space())
     if note:
@@ -61,6 +64,8 @@ def write_pruned(
     layers = _cut_layers(model, mask, scales, blocks, config, run)
     cut = folder / "cut" if config.scale_epochs else folder
     _write(cut, model, target, tokenizer, layers)
+    if last:
+        free(model)
     if config.scale_epochs:
         pruned = load_model(cut, dtype=None, device=config.device, shard=config.shard)[0]
         settings = TrainSettings.of(config, config.scale_epochs)

@@ -215,27 +215,17 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         folder = run.finished(name) if name else run.checkpoint
         if not from_first(folder.exists):
             part = run.part(name) if name else run
+            made = selection.scales, blocks, teacher, own
             if is_sharded(model):
-                target = write_pruned(
-                    model,
-                    start.tokenizer,
-                    mask,
-                    selection.scales,
-                    blocks,
-                    teacher,
-                    own,
-                    part,
-                    run.checkpoint,
-                )
-                record = pruned_record(own, start, mask, target, config.budget.asked)
-                record = _finish_sharded(own, record, start, dense, part, run.checkpoint)
+                last = budget is [*budgets.values()][-1]
+                to = start.tokenizer, part, run.checkpoint
+                pruned = write_pruned(model, mask, *made, *to, last=last)
             else:
                 pruned = move(copy.deepcopy(model), config.device) if name else model
-                pruned = apply_mask(
-                    pruned, mask, selection.scales, blocks, teacher, own, start.stored_dtype, part
-                )
-                record = pruned_record(own, start, mask, pruned, config.budget.asked)
-                record = finish(pruned, record, start, dense, part, run.checkpoint)
+                pruned = apply_mask(pruned, mask, *made, start.stored_dtype, part)
+            record = pruned_record(own, start, mask, pruned, config.budget.asked)
+            ending = partial(_finish_sharded, own) if is_sharded(model) else finish
+            record = ending(pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
             from_first(partial(_write, run.checkpoint, record, part))
             part.log(event="finished", folder=str(run.out / name), **record.results)
@@ -471,23 +461,22 @@ def finish(
 
 def _finish_sharded(
     config: PruneConfig,
+    model: PreTrainedModel,
     record: Record,
     start: Start,
     dense: list[dict[str, Any]],
     run: Run,
     folder: Path,
 ) -> Record:
-    """`finish` for a checkpoint that `write_pruned` has written."""
+    """`finish` for the checkpoint of `model` that `write_pruned` has written."""
     reread, tokenizer = load_model(folder, dtype=None, device=config.device, shard=config.shard)
     record = add_record(folder, reread, tokenizer, record)
     check_saved(folder, reread, tokenizer)  # on all ranks, whose layers it runs
     pruned = _measure(start.evaluation_sets, reread, "pruned", run)
-    files = record.sha256
-    weight_bytes = from_first(lambda: sum((folder / name).stat().st_size for name in files))
-    name = type(reread).__name__
-    saved = {"architecture": name, "weight_bytes": weight_bytes, "note": None}
+    weight_bytes = sum((folder / name).stat().st_size for name in record.sha256)
+    saved = Saved(type(model).__name__, weight_bytes, None)
     free(reread)
-    return record.measured(**saved).evaluated(dense, pruned)
+    return record.measured(**asdict(saved)).evaluated(dense, pruned)
 
 
 def _release(model: PreTrainedModel) -> None:
@@ -595,7 +584,8 @@ def inputs_of(start: Start, *models: PreTrainedModel) -> dict[str, Any]:
         del software["threads"]  # they do not matter on a GPU
     weights = sha256()
     for parameter in chain.from_iterable(model.parameters() for model in models):
-        weights.update(own_part(parameter).flatten()[:64].float().cpu().numpy().tobytes())
+        first = own_part(parameter).flatten()[:64].to("cpu", torch.float32, copy=True)
+        weights.update(first.numpy().tobytes())  # of a copy: numpy pins the storage that it sees
     return {
         "calibration text": start.calibration.sha256,
         "evaluation texts": [own.text.sha256 for own in start.evaluation_sets],

@@ -140,8 +140,10 @@ def on_device(config: PruneConfig) -> PruneConfig:
     device = pick_device(config.device)
     if criteria.get(config.method).learns or config.scale_epochs:
         _check_step(config)
-    if config.shard != "none":
-        _check_shard(config)
+    if config.shard != "none" and not launched():
+        raise GraspError(
+            f"`shard={config.shard!r}` splits the weights over ranks: start it with torchrun"
+        )
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
 
@@ -154,22 +156,6 @@ def _check_step(config: PruneConfig) -> None:
             f"a step of {blocks} blocks (`batch_size` times `accumulate`) leaves some of the {of} "
             f"ranks without work: use `accumulate={math.ceil(of / config.batch_size)}`"
         )
-
-
-def _check_shard(config: PruneConfig) -> None:
-    """Refuse what needs whole weights, and shards without ranks."""
-    shard = f"`shard={config.shard!r}`"
-    if not launched():
-        raise GraspError(f"{shard} splits the weights over ranks: start it with torchrun")
-    able = [name for name in criteria.names() if criteria.get(name).shardable]
-    if config.method not in able:
-        raise GraspError(
-            f"{shard} is for methods that read no weights ({', '.join(able)}), got {config.method}"
-        )
-    if config.compensation == "bias":
-        raise GraspError(f"{shard} adds no biases: use `compensate='refit'`")
-    if config.model.endswith(".gguf") or config.model.startswith("demo:"):
-        raise GraspError(f"{shard} reads safetensors, got {config.model}: name the original folder")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors
 from grasp.model.classes import without_weights
 from grasp.model.layerwise import layer_options, runner
-from grasp.model.load import environment, load_model
+from grasp.model.load import cast, environment, load_model
 from grasp.model.sharding import free, one_layer
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.run.folder import Run
@@ -59,6 +59,7 @@ def write_pruned(
     that loads it. Raises GraspError.
     """
     target, note = without_weights(model, mask.pruned_space())
+    cast(target, model.dtype)  # which config.json names
     if note:
         run.log(event="note", text=note)
     layers = _cut_layers(model, mask, scales, blocks, config, run)

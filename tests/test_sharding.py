@@ -101,4 +101,4 @@ def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):
         "use --shard none"
     )
     with pytest.raises(GraspError, match="start it with torchrun"):
-        grasp.prune(tiny, tmp_path / "out", calibration=text, shard="full")
+        grasp.prune(tiny, tmp_path / "out", **SMALL, calibration=text, shard="full")

@@ -8,6 +8,7 @@ what came out: name -> a list of rounds, or the error.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -20,7 +21,6 @@ if not asked["grasp"]:
     sys.modules["grasp"] = None  # type: ignore[assignment]  # importing it fails
 
 from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 GREEDY = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True)
 
@@ -37,26 +37,35 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         seed=0,
         **job["options"],
     )
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    rounds = [llm.generate(prompts, GREEDY, use_tqdm=False) for _ in range(asked["rounds"])]
+    return [
+        {
+            "tokens": [list(done.outputs[0].token_ids) for done in found],
+            "cached": [done.num_cached_tokens for done in found],
+        }
+        for found in rounds
+    ]
+
+
+def send(job: dict[str, Any], pipe: Any) -> None:
     try:
-        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-        rounds = [llm.generate(prompts, GREEDY, use_tqdm=False) for _ in range(asked["rounds"])]
-        return [
-            {
-                "tokens": [list(done.outputs[0].token_ids) for done in found],
-                "cached": [done.num_cached_tokens for done in found],
-            }
-            for found in rounds
-        ]
-    finally:
-        del llm
-        cleanup_dist_env_and_memory()
+        pipe.send(run(job))
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(f"{type(error).__name__}: {error}")
 
 
 came = {}
+fork = multiprocessing.get_context("fork")  # vLLM is imported once, and fails in a child alone
 for name, job in asked["jobs"].items():
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=send, args=(job, theirs))
+    child.start()
+    theirs.close()
     try:
-        came[name] = run(job)
-    except Exception as error:
-        traceback.print_exc()
-        came[name] = f"{type(error).__name__}: {error}"
+        came[name] = ours.recv()
+    except EOFError:
+        came[name] = "it crashed"
+    child.join()
     Path(sys.argv[2]).write_text(json.dumps(came))

@@ -27,6 +27,12 @@ from grasp.planning.layouts import least
 
 DEMO = "demo:smollm2-135m"
 WIDE = {"hidden_size": 128, "head_dim": 32}  # vLLM has no kernel for heads of 8 on a CPU
+GEMMA4 = {**WIDE, "global_head_dim": 64}
+OTHERWISE = {  # sizes that are tied to others
+    "llama, seven queries to a key": {"hidden_size": 448, "head_dim": 32},
+    "granite, hybrid": {"hidden_size": 128, "mamba_d_head": 32},
+    **dict.fromkeys((name for name in BROUGHT if name.startswith("gemma4,")), GEMMA4),
+}
 # Three of five requests at a time; prompts in steps of 48 tokens; two share their first block of 32
 CROWDED = dict(
     max_num_seqs=3,
@@ -131,9 +137,11 @@ def test_models_that_people_bring(in_vllm, tmp_path):
     models = {}
     for name, (_, settings) in BROUGHT.items():
         seen = settings.get("text_config")
-        wide = WIDE if seen is None else {"text_config": {**seen, **WIDE}}
+        sizes = OTHERWISE.get(name, WIDE)
         with suppress(GraspError):
-            models[name] = pruned(brought_model(name, **OTHERWISE.get(name, wide)))
+            models[name] = pruned(
+                brought_model(name, **sizes if seen is None else {"text_config": seen | sizes})
+            )
     jobs = {name: job(model, tmp_path / name.replace(" ", "-")) for name, model in models.items()}
     came = in_vllm(jobs)
     for name in BROUGHT:
@@ -142,12 +150,6 @@ def test_models_that_people_bring(in_vllm, tmp_path):
             same = "yes"
         print(name, same, found)
         ran.check(name, "per-layer", vLLM=same)
-
-
-OTHERWISE = {  # sizes that are tied to others
-    "llama, seven queries to a key": {"hidden_size": 448, "head_dim": 32},
-    "granite, hybrid": {"hidden_size": 128, "mamba_d_head": 32},
-}
 
 
 # --- SmolLM2 and the server ---

@@ -186,7 +186,7 @@ class PruneConfig:
 class SparsifyConfig:
     """The options of `grasp sparsify`, with their defaults. Raises GraspError on impossible values.
 
-    `rounds` and `lr` are those of Wanda++'s regional optimisation.
+    `rounds` and `lr` are those of Wanda++'s regional optimisation (see `by_wanda_plus_plus`).
     """
 
     model: str
@@ -197,7 +197,9 @@ class SparsifyConfig:
     samples: int = option(128, "Blocks of calibration text.")
     seq_len: int = option(512, "Tokens per block.")
     rounds: int = option(5, "Rounds of Wanda++'s regional optimisation.", LEARNING)
-    lr: float = option(3e-7, "Learning rate of Wanda++'s regional optimisation.", LEARNING)
+    lr: float = option(
+        1e-2, "Size of a step of it, relative to the output of each matrix.", LEARNING
+    )
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)

@@ -97,6 +97,10 @@ def by_wanda_plus_plus(
     Each of `rounds` rounds prunes, then takes one RMSprop step per sample on the squared error to
     the dense outputs, for `drawn` random samples. Steps also move pruned weights, so these may come
     back. A final pruning ends the method.
+
+    A step moves each weight of a matrix by about lr * RMS(W) / sqrt(inputs), so that the matrix's
+    output moves by at most about `lr` of its size, whatever the scale and the width of the model.
+    The published rate, 3e-7 for each weight of a 7B, is an `lr` of 1e-3.
     """
     factors = regional_factors(block, alpha)
     samples = len(block.hidden)
@@ -106,7 +110,9 @@ def by_wanda_plus_plus(
         for weight, factor in zip(weights, factors, strict=True):
             _prune(weight, pattern, factor * weight.abs())
 
-    optimizer = torch.optim.RMSprop(weights, lr=lr)
+    steps = [lr * w.detach().square().mean().sqrt() / w.shape[1] ** 0.5 for w in weights]
+    groups = [{"params": w, "lr": float(step)} for w, step in zip(weights, steps, strict=True)]
+    optimizer = torch.optim.RMSprop(groups)
     for _ in range(rounds):
         prune()
         for sample in torch.randperm(samples, generator=generator)[:drawn].split(1):

@@ -42,10 +42,10 @@ from benchmarks import published
 from benchmarks.evidence import add, passed
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
-from grasp.config import MemoryMode, PruneConfig, ScaleKind
+from grasp.config import GateSite, MemoryMode, PruneConfig, ScaleKind
 from grasp.errors import GraspError, reason
 from grasp.gates import training
-from grasp.gates.gating import GateSite, gated
+from grasp.gates.gating import gated
 from grasp.gates.memory import memory_mode
 from grasp.gates.training import READ_EVERY, TrainSettings, next_token_loss
 from grasp.journal import Journal

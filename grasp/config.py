@@ -30,11 +30,11 @@ ScaleKind = Literal["channel", "unit"]
 Compensation = Literal["auto", "refit", "bias", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
-PlannedDtype = Literal["fp32", "bf16"]  # "auto" asks the machine, a plan is of any
+PlannedDtype = Literal["fp32", "bf16"]  # "auto" depends on the machine; a plan needs a choice
 PlannedMemory = Literal["fast", "balanced", "low"]
 SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
-RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every so many layers, from the first on
+RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every n-th layer, the first included
 TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
 PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults are others
     "method": "learned",

@@ -129,7 +129,7 @@ OURS = (
     Criterion(
         "magnitude", "grasp.select.magnitude:magnitude_scores", "mean square of a unit's weights"
     ),
-    Criterion("random", "grasp.select.random:random_scores", "drawn at random"),
+    Criterion("random", "grasp.select.random:random_scores", "random scores, a baseline"),
 )
 _known = {criterion.name: criterion for criterion in OURS}
 

@@ -128,7 +128,7 @@ def _choose(
     if backend == "auto":
         expect(
             can_triton or can_sdpa,
-            f"no backend takes {q.dtype} with head size {size} on {q.device}"
+            f"no backend supports {q.dtype} with head size {size} on {q.device}"
             f"{' and a key_mask' if key_mask is not None else ''}: "
             "head sizes to 128 run in fp16, bf16 and fp32 where a sequence spans less than 2^31 "
             "values; to 256 in fp16, bf16 and no mask",
@@ -137,18 +137,18 @@ def _choose(
         return "triton" if can_triton and not (long and can_sdpa) else "sdpa"
     expect(
         backend != "triton" or can_triton,
-        f'backend "triton" takes CUDA tensors of fp16, bf16 or fp32 with head size up to 128, '
+        f'backend "triton" requires CUDA tensors of fp16, bf16 or fp32 with head size up to 128, '
         f"fewer than 65,536 heads in a batch and 2^31 values in a sequence, got {q.dtype}, "
         f'{list(q.shape)} on {q.device}: use "auto"',
     )
     expect(
         backend != "sdpa" or can_sdpa,
-        f'backend "sdpa" takes fp16 or bf16 on CUDA, head size a multiple of 8 up to 256 and '
+        f'backend "sdpa" requires fp16 or bf16 on CUDA, head size a multiple of 8 up to 256 and '
         f'no key_mask, got {q.dtype}, {size}: use "auto"',
     )
     expect(
         backend != "cudnn" or (q.is_cuda and can_sdpa and size <= 128),
-        f'backend "cudnn" takes fp16 or bf16 on CUDA, head size a multiple of 8 up to 128 and '
+        f'backend "cudnn" requires fp16 or bf16 on CUDA, head size a multiple of 8 up to 128 and '
         f'no key_mask, got {q.dtype}, {size} on {q.device}: use "auto"',
     )
     return backend

@@ -69,7 +69,7 @@ def damaged(tiny, folder, value):
         (["--keep=1.5"], "--keep must be above 0 and at most 1, got 1.5"),
         (
             ["--keep=0.01"],
-            "--keep must be at least 0.2858, which one block of every kind in every layer takes",
+            "--keep must be at least 0.2858, which one block of every kind in every layer requires",
         ),
         (["--params=1k"], "--params must be between 70,080 and 162,240 for this model, got 1,000"),
         (["--params=7B"], "for this model, got 7,000,000,000"),
@@ -255,7 +255,7 @@ def test_weights_that_are_no_numbers(refused, tiny, text, tmp_path, value):
     for calibration in (text, "self"):
         message = refused("prune", "model", "--out=out", f"--calibration={calibration}", *SMALL)
         assert message == (
-            "model is damaged: lm_head.weight holds NaN or infinite values: get it anew"
+            "model is damaged: lm_head.weight holds NaN or infinite values: download it again"
         )
     message = refused("eval", "model", f"--text={text}", "--device=cpu")
     assert message.startswith("the loss is nan after window 1 of ")

@@ -195,7 +195,9 @@ def test_by_name_it_reads_the_model_and_the_text(tmp_path):
 def test_a_loss_that_is_not_finite():
     model = tiny_model("llama")
     model.lm_head.weight[:] = math.nan
-    with pytest.raises(GraspError, match=r"the loss is nan after window 1 of 2: .* get it anew"):
+    with pytest.raises(
+        GraspError, match=r"the loss is nan after window 1 of 2: .* download it again"
+    ):
         perplexity(model, corpus_of(64), seq_len=32)
 
 

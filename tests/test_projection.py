@@ -211,7 +211,7 @@ def test_limit_can_be_a_tensor():
         (
             Budget("keep", 0.5, protect_first=4, protect_last=2, protect=(4, 5)),
             r"`keep` must be at least 0.7728, which 8 protected layers and one block of every kind "
-            "in the others take, got 0.5: keep more, or protect fewer layers",
+            "in the others require, got 0.5: keep more, or protect fewer layers",
         ),
         (Budget("kv_cache", 0.5, protect_last=7), "which 7 protected layers and one block"),
         (Budget("params", 40_000.0, protect=(0,)), "for this model with 1 protected layers, got"),

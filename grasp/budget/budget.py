@@ -214,9 +214,11 @@ class Budget:
         limit = int(asked * total)
         if limit < floor:
             share = math.ceil(1e4 * floor / total) / 1e4
-            takes, fix = "one block of every kind in every layer takes", "use smaller multiples"
+            takes, fix = "one block of every kind in every layer requires", "use smaller multiples"
             if whole:
-                takes = f"{whole} protected layers and one block of every kind in the others take"
+                takes = (
+                    f"{whole} protected layers and one block of every kind in the others require"
+                )
                 fix = "protect fewer layers"
             raise GraspError(
                 f"`{self.kind}` must be at least {share}, which {takes}, got {self.asked}: keep "

@@ -56,7 +56,8 @@ class Pattern:
         end = start + groups.shape[-1]
         dropped = int(self.zeros * end) - int(self.zeros * start)
         lowest = groups.argsort(dim=-1, stable=True)[..., :dropped]
-        return groups.new_ones(groups.shape).bool().scatter(-1, lowest, False).flatten(1)
+        kept: Tensor = groups.new_ones(groups.shape).bool().scatter(-1, lowest, False)
+        return kept.flatten(1)
 
     def holds(self, weight: Tensor) -> bool:
         """Whether every group of weight [out, in] has at least the required number of zeros."""

@@ -123,7 +123,7 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
         why = f"rope_type {rope['rope_type']}" if uniform else "widths that differ by layer"
         fix = "" if uniform else ": prune with `layout='uniform'`"
         raise GraspError(
-            f"{name} with {why} cannot be exported: that takes llama.cpp's architecture deci, "
+            f"{name} with {why} cannot be exported: that requires llama.cpp's architecture deci, "
             f"which has no {family.deci_lacks}{fix}"
         )
     return "deci"

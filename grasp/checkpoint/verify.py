@@ -255,7 +255,7 @@ def not_finite(dtype: str) -> str:
     """Why logits are not finite though the weights are, and the fix."""
     if dtype == "torch.float16":
         return f"not finite in {dtype}: store the model in bf16 or fp32 first"
-    return f"not finite in {dtype}: the weights are damaged: get them anew"
+    return f"not finite in {dtype}: the weights are damaged: make the result again"
 
 
 def _check_tokens(name: str, found: dict[str, Any]) -> Check:

@@ -97,7 +97,7 @@ def perplexity(
                 if not torch.isfinite(total):
                     raise GraspError(
                         f"the loss is {total.item()} after window {windows_done} of {count}: "
-                        "the weights are damaged, or overflow in fp32: get it anew"
+                        "the weights are damaged, or overflow in fp32: download it again"
                     )
                 if progress:
                     progress(windows_done, count)

@@ -266,7 +266,7 @@ def _evaluate(
         refusal = (
             reason(error)
             if str(error)
-            else f"an answer is empty or longer than the {lm.max_length} tokens that it takes"
+            else f"an answer is empty or longer than the {lm.max_length} tokens that it accepts"
         )
         raise GraspError(
             f"lm-eval cannot score {', '.join(tasks['tasks'])} with {name}: {refusal}"

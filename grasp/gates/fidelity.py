@@ -167,7 +167,7 @@ def _compare(model: PreTrainedModel, want: Outputs, got: Outputs, what: str) -> 
     for depth, name in enumerate(want, 1):
         if not want[name].isfinite().all():
             dtype = str(model.dtype).removeprefix("torch.")
-            fix = "the weights are damaged: get them anew"
+            fix = "the weights are damaged: download them again"
             fix = fix if model.dtype == torch.float32 else "use `dtype='fp32'`"
             raise GraspError(f"the model's own {name} values are not finite in {dtype}: {fix}")
         error, limit = _error(want[name], got[name]), tolerance(model, depth)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,14 @@ from grasp_kernels.attention import has_backend
 
 # Gemma 2's softcap is in its family's own eager attention only; every other model runs SDPA
 SDPA, EAGER = "grasp_gated", "grasp_gated_eager"
+
+
+class Gate(NamedTuple):
+    """What a patched module reads: `z` [units of the module], and how many of them may be open."""
+
+    z: Tensor
+    open_count: int
+    site: GateSite = "output"
 
 
 class Gates:
@@ -49,8 +57,8 @@ class Gates:
         pieces = iter(values.split(self._sizes))
         counts = iter(self._sizes if open_counts is None else open_counts)
         for modules in self._modules:
-            modules.mlp.grasp_gate = (next(pieces), next(counts))
-            modules.attention.grasp_gate = (next(pieces), next(counts), self._site)
+            modules.mlp.grasp_gate = Gate(next(pieces), next(counts))
+            modules.attention.grasp_gate = Gate(next(pieces), next(counts), self._site)
 
     def count(self, values: Tensor) -> list[int]:
         """The number of nonzero gates per FFN and attention, by layer; waits for a GPU once."""
@@ -99,14 +107,14 @@ def _ffn_forward(modules: LayerModules) -> Any:
     mlp, activation, fused = modules.mlp, modules.activation, _fused(modules)
 
     def forward(x: Tensor) -> Tensor:
-        z, open_count = mlp.grasp_gate
+        gate: Gate = mlp.grasp_gate
         if fused:
             weights = modules.gate.weight, modules.up.weight, mlp.down_proj.weight
-            most = None if x.device.type == "cpu" else open_count
-            return gated_swiglu_ffn(x, *weights, z, max_kept=most)
-        gate, up = (F.linear(x, rows.weight, rows.bias) for rows in (modules.gate, modules.up))
-        hidden = activation(gate) * up
-        return mlp.down_proj((hidden * z).to(hidden.dtype))
+            most = None if x.device.type == "cpu" else gate.open_count
+            return gated_swiglu_ffn(x, *weights, gate.z, max_kept=most)
+        gate_pre, up = (F.linear(x, rows.weight, rows.bias) for rows in (modules.gate, modules.up))
+        hidden = activation(gate_pre) * up
+        return mlp.down_proj((hidden * gate.z).to(hidden.dtype))
 
     return forward
 
@@ -119,17 +127,17 @@ def _attention_forward(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    gate, open_count, site = module.grasp_gate
+    z, open_count, site = module.grasp_gate
     if site == "output" and _takes_kernel(module, query, attention_mask):
         scale = kwargs.get("scaling")
-        out = gated_attention(query, key, value, gate, scale=scale, max_kept=open_count)
+        out = gated_attention(query, key, value, z, scale=scale, max_kept=open_count)
         return out.transpose(1, 2), None
     if site == "kv":
-        per_group = gate[:, None, None]
+        per_group = z[:, None, None]
         key, value = ((t * per_group).to(t.dtype) for t in (key, value))
     out, _ = _inner(module)(module, query, key, value, attention_mask, **kwargs)
     if site == "output":  # out: [B, S, H, D]
-        out = (out * gate.repeat_interleave(out.shape[2] // len(gate))[:, None]).to(out.dtype)
+        out = (out * z.repeat_interleave(out.shape[2] // len(z))[:, None]).to(out.dtype)
     return out, None
 
 
@@ -146,7 +154,7 @@ def _kernel_is_faster(query: Tensor) -> bool:
 def _inner(module: Any) -> Any:
     if module.config._attn_implementation == SDPA:
         return sdpa_attention_forward
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def unpadded(ids: Tensor) -> Tensor:

@@ -157,8 +157,7 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
 
 def hub_answers() -> bool:
     """Whether the hub answers one request; its own client would retry for a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False

@@ -50,7 +50,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     try:
         names = sorted({*json.loads((folder / INDEX).read_text())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GraspError(f"{folder / INDEX} is damaged ({reason(error)}): get it anew") from None
+        raise GraspError(
+            f"{folder / INDEX} is damaged ({reason(error)}): download it again"
+        ) from None
     return {name: t for file in names for name, t in _tensors(folder / file).items()}
 
 
@@ -67,11 +69,11 @@ def _tensors(file: Path) -> dict[str, Stored]:
             for start, end in [t["data_offsets"]]
         }
     except FileNotFoundError:
-        raise GraspError(f"{file} is missing, which {INDEX} names: get it anew") from None
+        raise GraspError(f"{file} is missing, which {INDEX} names: download it again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise GraspError(f"{file} is damaged ({reason(error)}): get it anew") from None
+        raise GraspError(f"{file} is damaged ({reason(error)}): download it again") from None
     if begin >= size or any(t.start + t.size > size for t in tensors.values()):
-        raise GraspError(f"{file} is cut off after {size:,} bytes: get it anew")
+        raise GraspError(f"{file} is cut off after {size:,} bytes: download it again")
     return tensors
 
 

@@ -234,7 +234,7 @@ def decoder_layers(model: Any) -> list[LayerModules]:
     if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
         raise GraspError(f"{kind} is not supported: it has no list of decoder layers")
     if model.config.get_text_config() is not model.config:
-        raise GraspError(f"{kind} is not supported: it takes more than text")
+        raise GraspError(f"{kind} is not supported: it accepts more than text")
     found = []
     for index, layer in enumerate(model.get_decoder().layers):
         attention = _only_child(layer, ATTENTION_NAMES, kind, index)

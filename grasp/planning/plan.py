@@ -140,7 +140,7 @@ class Plan:
             ("parameters", _change(self.params)),
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
-            ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes a token"),
+            ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes per token"),
             ("memory", f"about {peaks} (estimates)"),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]

@@ -455,7 +455,7 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise GraspError(
-                f"{config.model} is damaged: {name} holds NaN or infinite values: get it anew"
+                f"{config.model} is damaged: {name} holds NaN or infinite values: download it again"
             )
     family = model.config.model_type.removeprefix("grasp_")
     if family not in CONFIG_MAPPING:

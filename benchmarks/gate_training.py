@@ -47,7 +47,8 @@ from grasp.errors import GraspError, reason
 from grasp.gates import training
 from grasp.gates.gating import gated
 from grasp.gates.memory import memory_mode
-from grasp.gates.training import READ_EVERY, TrainSettings, next_token_loss
+from grasp.gates.objective import next_token_loss
+from grasp.gates.training import READ_EVERY, TrainSettings
 from grasp.journal import Journal
 from grasp.model.header import from_config
 from grasp.model.load import cast, load_model, pick_device, processor

@@ -26,10 +26,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask
 from grasp.gates.gating import gated
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import scale
-from grasp.gates.training import TrainSettings, next_token_loss, train_gates
+from grasp.gates.training import TrainSettings, train_gates
 from grasp.journal import Journal
-from grasp.model.units import UnitSpace, decoder_layers
+from grasp.model.units import LayerModules, UnitSpace, decoder_layers
 
 TAU = 1.5
 
@@ -93,9 +94,10 @@ def learn_scales(model: PreTrainedModel, blocks: Tensor, settings: TrainSettings
     with torch.no_grad():
         for m, (index, ffn, kv) in zip(decoder_layers(model), space.segments(), strict=True):
             rows = gamma[kv].repeat_interleave(space.layers[index].head_dim)[:, None]
-            m.attention.k_proj.weight.mul_(rows)
-            m.attention.v_proj.weight.mul_(rows)
-            m.mlp.down_proj.weight.mul_(gamma[ffn])
+            ffn_module, attention = _dense(m)
+            attention.k_proj.weight.mul_(rows)
+            attention.v_proj.weight.mul_(rows)
+            ffn_module.down_proj.weight.mul_(gamma[ffn])
 
 
 def cut_then_floors(
@@ -126,8 +128,9 @@ def training(model: PreTrainedModel, keep: float) -> Iterator[Trainer]:
     """Patch this instance for a training, and take everything off again on leaving."""
     layers = decoder_layers(model)
     for m in layers:
-        m.mlp.forward = partial(_ffn_forward, m.mlp)
-        m.attention.forward = partial(_attention_forward, m.attention)
+        ffn, attention = _dense(m)
+        ffn.forward = partial(_ffn_forward, ffn)
+        attention.forward = partial(_attention_forward, attention)
     model.requires_grad_(True)
     try:
         yield Trainer(model, keep)
@@ -135,15 +138,22 @@ def training(model: PreTrainedModel, keep: float) -> Iterator[Trainer]:
         model.requires_grad_(False)
         model.zero_grad()
         for m in layers:
-            for module in (m.mlp, m.attention):
+            for module in _dense(m):
                 module.__dict__.pop("forward")
                 module.__dict__.pop("published_gate", None)
+
+
+def _dense(modules: LayerModules) -> tuple[Any, Any]:
+    """The FFN and the attention of a layer that has both."""
+    assert modules.ffn is not None and modules.attention is not None
+    return modules.ffn.module, modules.attention.module
 
 
 def set_gates(model: PreTrainedModel, space: UnitSpace, z: Tensor) -> None:
     z = z.to(model.dtype)
     for m, (_, ffn, kv) in zip(decoder_layers(model), space.segments(), strict=True):
-        m.mlp.published_gate, m.attention.published_gate = z[ffn], z[kv]
+        for module, gate in zip(_dense(m), (z[ffn], z[kv]), strict=True):
+            module.published_gate = gate
 
 
 def _ffn_forward(mlp: Any, x: Tensor) -> Tensor:

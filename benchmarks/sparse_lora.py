@@ -24,7 +24,8 @@ from benchmarks.rows import RESULTS, write
 from grasp.data.blocks import token_blocks
 from grasp.data.corpus import read_corpus
 from grasp.evaluate.perplexity import perplexity
-from grasp.gates.training import finite_mean, next_token_loss
+from grasp.gates.objective import next_token_loss
+from grasp.gates.training import finite_mean
 from grasp.model.load import load_model, pick_device
 from grasp.sparsity.blocks import linears_of
 

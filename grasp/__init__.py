@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same names for type checkers; test_house holds them tog
     from grasp.planning.plan import plan as plan
     from grasp.run.compare import compare as compare
     from grasp.run.prune import prune as prune
+    from grasp.run.recover import recover as recover
     from grasp.run.sparsify import sparsify as sparsify
     from grasp.run.stages import blocks as blocks
     from grasp.run.stages import calibrate as calibrate
@@ -69,6 +70,7 @@ _HOMES = {
     "load": "grasp.model.load",
     "plan": "grasp.planning.plan",
     "prune": "grasp.run.prune",
+    "recover": "grasp.run.recover",
     "sparsify": "grasp.run.sparsify",
     "verify": "grasp.checkpoint.verify",
 }

@@ -40,6 +40,7 @@ PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults 
     "method": "learned",
     "init_scores": "equal",
     "schedule": "constant",
+    "lm_weight": 1.0,
     "anneal": 0.0,
     "gate_site": "kv",
     "compensate": "none",
@@ -47,6 +48,7 @@ PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults 
     "scale_decay": 0.0,
 }
 PUBLISHED_WIDTHS = {"ffn_multiple": 1}
+RATE, LORA_RATE = 1e-4, 1e-3  # of recovery
 KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
 SEEDS = (0, 1, 2)
 COMPARED_WIDTHS = {"ffn_multiple": 1}
@@ -60,6 +62,10 @@ EVAL_TEXT = "Text to evaluate on, once for each text (default: calibration text 
 EVAL_WINDOWS = "Evaluate on the first windows only (default: all)."
 DEVICE = "cpu, cuda, cuda:1, or auto."
 SEED = "Seed of everything that is drawn at random."
+MEMORY = (
+    "Which layers are recomputed to save memory: fast (none), balanced (every second), low (all), "
+    "or auto (by the free memory)."
+)
 REMOTE_CODE = "Run code that comes with the model."
 
 
@@ -80,6 +86,12 @@ class PruneConfig:
     batch_size: int = option(1, "Blocks per forward pass.", LEARNING)
     accumulate: int = option(1, "Forward passes per step.", ABLATION)
     lr: float = option(1e-2, "Learning rate of gates and scales.", LEARNING)
+    lm_weight: float = option(
+        1.0,
+        "Weight of the next-token loss while gates and scales learn; the rest is the KL divergence "
+        "from the dense model's predictions.",
+        LEARNING,
+    )
     schedule: Schedule = option(
         "cosine", "Learning rate schedule of the scales that learn after the mask.", ABLATION
     )
@@ -101,13 +113,7 @@ class PruneConfig:
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
     dtype: Dtype = option("auto", "Data type of the frozen model.", MACHINE)
-    memory: MemoryMode = option(
-        "auto",
-        "Which layers are recomputed to save memory: fast (none), balanced (every second), low "
-        "(all), or auto (by the free memory).",
-        MACHINE,
-        metavar="MODE",
-    )
+    memory: MemoryMode = option("auto", MEMORY, MACHINE, metavar="MODE")
     device: str = option("auto", DEVICE, MACHINE)
     seed: int = option(0, SEED)
     trust_remote_code: bool = option(False, REMOTE_CODE, MACHINE)
@@ -127,8 +133,7 @@ class PruneConfig:
         )
         _check_draw(self.seed, self.lr)
         check_device(self.device)
-        if not 0 <= self.anneal <= 1:
-            raise GraspError(f"`anneal` must be between 0 and 1, got {self.anneal}")
+        _check_part(self, "anneal", "lm_weight")
         if not 0 <= self.scale_decay < math.inf:
             raise GraspError(
                 f"`scale_decay` must be a finite number from 0 up, got {self.scale_decay}"
@@ -163,6 +168,11 @@ class PruneConfig:
         return config.as_published() if as_published else config
 
     @property
+    def distils(self) -> bool:
+        """Whether gates or scales learn from the dense model's predictions."""
+        return self.lm_weight < 1 and (criteria.get(self.method).learns or self.scale_epochs > 0)
+
+    @property
     def compensation(self) -> Literal["refit", "bias", "none"]:
         """`compensate` with "auto" resolved."""
         if self.compensate == "auto":
@@ -178,6 +188,7 @@ class PruneConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the result: a run may go on under another `memory`."""
         recipe = asdict(self) | {"compensate": self.compensation, "eval_text": [*self.eval_text]}
+        recipe["budget"]["protect"] = [*self.budget.protect]  # as JSON reads it back
         del recipe["memory"]
         return recipe
 
@@ -228,6 +239,101 @@ class SparsifyConfig:
         return asdict(self) | {"eval_text": [*self.eval_text]}
 
 
+@dataclass(frozen=True)
+class RecoverConfig:
+    """The options of `grasp recover`, with their defaults. Raises GraspError on impossible values.
+
+    `model` is the pruned checkpoint, `teacher` the dense model, `calibration` the text to train on.
+    """
+
+    model: str
+    teacher: str
+    calibration: str
+    text_field: str = option("text", TEXT_FIELD)
+    samples: int = option(2048, "Blocks of text, the held-out ones included.")
+    held_out: int = option(16, "Blocks of these that are watched and not trained on.")
+    seq_len: int = option(512, "Tokens per block.")
+    epochs: int = option(1, "Passes over the blocks.", LEARNING)
+    batch_size: int = option(1, "Blocks per forward pass.", LEARNING)
+    accumulate: int = option(8, "Forward passes per step.", LEARNING)
+    lr: float | None = option(
+        None, f"Highest learning rate (default: {RATE:g}, or {LORA_RATE:g} with LoRA).", LEARNING
+    )
+    warmup: float = option(0.05, "Part of the steps over which the rate rises.", LEARNING)
+    lora_rank: int | None = option(
+        None, "Train LoRA adapters of this rank, then merge them (default: all weights).", LEARNING
+    )
+    lm_weight: float = option(
+        0.0,
+        "Weight of the next-token loss; the rest is the KL divergence from the teacher's "
+        "predictions.",
+        LEARNING,
+    )
+    watch_every: int = option(25, "Steps between looks at the held-out blocks.", LEARNING)
+    patience: int = option(4, "Looks without a lower loss before training stops.", LEARNING)
+    eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
+    eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
+    eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
+    memory: MemoryMode = option("auto", MEMORY, MACHINE, metavar="MODE")
+    device: str = option("auto", DEVICE, MACHINE)
+    seed: int = option(0, SEED)
+    trust_remote_code: bool = option(False, REMOTE_CODE, MACHINE)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """What `of` accepts besides the model, the teacher and the text, by name."""
+        return options_of(cls)
+
+    @classmethod
+    def of(cls, model: str | os.PathLike[str], **options: Any) -> RecoverConfig:
+        """From what a user says, paths as they come."""
+        return cls(os.fspath(model), **_plain(options))
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_least(
+            self,
+            samples=2,
+            held_out=1,
+            seq_len=2,
+            epochs=1,
+            batch_size=1,
+            accumulate=1,
+            lora_rank=1,
+            watch_every=1,
+            patience=1,
+            eval_seq_len=2,
+            eval_windows=1,
+        )
+        _check_draw(self.seed, self.rate)
+        check_device(self.device)
+        _check_part(self, "lm_weight", "warmup")
+        if self.held_out >= self.samples:
+            raise GraspError(
+                f"`held_out` must be below `samples` ({self.samples}), got {self.held_out}"
+            )
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, by default ten times as high for adapters."""
+        return self.lr if self.lr is not None else LORA_RATE if self.lora_rank else RATE
+
+    @property
+    def steps(self) -> int:
+        """The steps of a run that does not stop early."""
+        blocks = self.epochs * (self.samples - self.held_out)
+        return math.ceil(blocks / (self.batch_size * self.accumulate))
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the result: a run may go on under another `memory`."""
+        recipe = asdict(self) | {"lr": self.rate, "eval_text": [*self.eval_text]}
+        del recipe["memory"]
+        return recipe
+
+
+RunConfig = PruneConfig | SparsifyConfig | RecoverConfig
+
+
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """Paths as text, and texts to evaluate on as a tuple, however many there are."""
     plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
@@ -268,6 +374,12 @@ def _check_least(config: Any, **least: int) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise GraspError(f"`{name}` must be at least {smallest}, got {value}")
+
+
+def _check_part(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise GraspError(f"`{name}` must be between 0 and 1, got {value}")
 
 
 def _check_draw(seed: int, lr: float) -> None:

@@ -11,8 +11,9 @@ and reports like ours:
 
 A function receives the arguments that its parameters name: `model`, `units` (UnitSpace), `blocks`
 (int64 [samples, seq_len]), `journal` (progress, and state to resume from), `projection`, `config`
-(PruneConfig) and `stage` (a journal by name). It returns scores, fp32 [units.size]; the highest are
-kept. Only their order matters, not their scale.
+(PruneConfig), `stage` (a journal by name) and `teacher` (the dense model's
+last hidden states, [samples, seq_len, hidden], or None). It returns scores, fp32 [units.size]; the
+highest are kept. Only their order matters, not their scale.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 from grasp.errors import GraspError, reason
 
 GROUP = "grasp.criteria"
-OFFERED = ("model", "units", "blocks", "journal", "projection", "config", "stage")
+OFFERED = ("model", "units", "blocks", "journal", "projection", "config", "stage", "teacher")
 Scores = TypeVar("Scores", bound=Callable[..., Any])
 
 
@@ -44,6 +45,8 @@ class Criterion:
     per_budget: bool = False  # its scores hold for one budget only
     updates_weights: bool = False  # refits weights while it selects: `compensate` must be none
     layerwise: bool = False  # runs decoder layers one by one
+    experts: bool = False  # scores the routed experts of a mixture
+    dense: bool = True  # scores FFN channels and KV groups; if not, they are kept
 
     def __call__(self, **offered: Any) -> Any:
         """Call the function with those of `offered` that its parameters name."""
@@ -63,18 +66,21 @@ OURS = (
         "GRASPrune, arXiv 2604.19398",
         learns=True,
         per_budget=True,
+        experts=True,
     ),
     Criterion(
         "free",
         "grasp.select.learned:free",
         "gates learned with every unit open, then projected once",
         learns=True,
+        experts=True,
     ),
     Criterion(
         "fisher",
         "grasp.select.fisher:fisher_scores",
         "squared gradient of the loss with respect to each gate, one backward pass per sample",
         samples=32,
+        experts=True,
     ),
     Criterion(
         "taylor",
@@ -82,6 +88,7 @@ OURS = (
         "|gradient x weight|, summed over the weights of a unit",
         "LLM-Pruner, arXiv 2305.11627",
         samples=10,  # as published; the mean of more gradients approaches 0
+        experts=True,
     ),
     Criterion(
         "output-approximation",
@@ -127,9 +134,29 @@ OURS = (
         layerwise=True,
     ),
     Criterion(
-        "magnitude", "grasp.select.magnitude:magnitude_scores", "mean square of a unit's weights"
+        "reap",
+        "grasp.select.reap:reap_scores",
+        "mean router weight times output norm of an expert, over the tokens routed to it",
+        "arXiv 2510.13999",
+        experts=True,
+        dense=False,
     ),
-    Criterion("random", "grasp.select.random:random_scores", "random scores, a baseline"),
+    Criterion(
+        "frequency",
+        "grasp.select.reap:frequency_scores",
+        "tokens routed to an expert",
+        experts=True,
+        dense=False,
+    ),
+    Criterion(
+        "magnitude",
+        "grasp.select.magnitude:magnitude_scores",
+        "mean square of a unit's weights",
+        experts=True,
+    ),
+    Criterion(
+        "random", "grasp.select.random:random_scores", "random scores, a baseline", experts=True
+    ),
 )
 _known = {criterion.name: criterion for criterion in OURS}
 
@@ -154,6 +181,12 @@ def criterion(name: str, *, help: str = "", **traits: Any) -> Callable[[Scores],
         return function
 
     return register
+
+
+def suits(name: str, *, mixture: bool) -> bool:
+    """Whether a criterion scores what can go: in a mixture of experts, the experts too."""
+    criterion = get(name)
+    return criterion.experts if mixture else criterion.dense
 
 
 def names() -> tuple[str, ...]:

@@ -74,9 +74,7 @@ def _group() -> Any:
     return dist if dist and dist.is_available() and dist.is_initialized() else None
 
 
-def in_order(
-    compute: Callable[[Tensor], Tensor], items: Sequence[Tensor] | Tensor
-) -> Iterator[Tensor]:
+def in_order(compute: Callable[[Any], Tensor], items: Sequence[Any] | Tensor) -> Iterator[Tensor]:
     """Yield compute(item) for each item in order, on every rank; ranks compute in turns.
 
     Results have one shape and dtype. A rank without an item of its own computes the last one

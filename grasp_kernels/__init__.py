@@ -7,7 +7,7 @@ and on CUDA tensors through Triton kernels.
 
 from grasp_kernels import reference
 from grasp_kernels.attention import gated_attention
-from grasp_kernels.cross_entropy import linear_cross_entropy
+from grasp_kernels.cross_entropy import linear_cross_entropy, linear_distillation
 from grasp_kernels.modules import ChannelScale, GatedAttention, GatedSwiGLUFFN, apply
 from grasp_kernels.projection import Selection, budget_topk
 from grasp_kernels.scale import channel_scale, rms_norm_scale
@@ -26,6 +26,7 @@ __all__ = [
     "gated_swiglu",
     "gated_swiglu_ffn",
     "linear_cross_entropy",
+    "linear_distillation",
     "reference",
     "rms_norm_scale",
 ]

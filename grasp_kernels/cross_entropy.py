@@ -1,4 +1,6 @@
-"""Cross-entropy of a frozen linear layer's outputs, in chunks: never all logits at once."""
+"""Losses of a frozen linear layer's outputs, in chunks: never all logits at once."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,9 +29,57 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not match, or the weight requires grad.
     """
+    x, weight = _checked("linear_cross_entropy", x, weight, targets)
+    return _cross_entropy(x, weight, targets, _rows(weight), _wants_gradient(x))[0]
+
+
+def linear_distillation(
+    x: Tensor, weight: Tensor, teacher: Tensor, targets: Tensor, hard: float = 0.0
+) -> Tensor:
+    """Compute the mean of (1 - hard) KL(p_teacher || p) + hard * cross-entropy of the targets.
+
+    p is softmax(x weight^T) and p_teacher softmax(teacher weight^T): student and teacher share a
+    frozen head, so that the teacher's last hidden states are enough to know its predictions. As in
+    `linear_cross_entropy`, only some rows of logits exist at a time.
+
+    Args:
+        x: [T, d], floating.
+        weight: [V, d], same dtype, no gradient; as in nn.Linear.
+        teacher: [T, d], same dtype, no gradient.
+        targets: [T] int64 in 0..V-1.
+        hard: weight of the cross-entropy, in [0, 1].
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs). The softmax is fp32 whatever the dtype of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not match, the weight or the teacher
+            requires grad, or `hard` is out of range.
+    """
+    expect(
+        not (teacher.requires_grad and torch.is_grad_enabled()),
+        "teacher requires grad, but linear_distillation has no gradient for it: detach it",
+    )
+    expect(0 <= hard <= 1, f"hard is {hard}, expected a weight in [0, 1]")
+    dtype = autocast_dtype(x)
+    teacher = teacher if dtype is None else teacher.to(dtype)
+    x, weight = _checked("linear_distillation", x, weight, targets)
+    expect(
+        teacher.shape == x.shape and teacher.device == x.device,
+        f"teacher is {list(teacher.shape)} on {teacher.device}, expected {list(x.shape)} on "
+        f"{x.device}, as x",
+    )
+    if teacher.dtype != x.dtype:
+        raise TypeError(f"teacher is {teacher.dtype}, expected {x.dtype}, as x")
+    rows = _rows(weight, 2)
+    return _distillation(x, weight, teacher, targets, hard, rows, _wants_gradient(x))[0]
+
+
+def _checked(op: str, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x and weight in the dtype of autocast, if it is on. Raises ValueError, TypeError."""
     expect(
         not (weight.requires_grad and torch.is_grad_enabled()),
-        "weight requires grad, but linear_cross_entropy has no weight gradient: "
+        f"weight requires grad, but {op} has no weight gradient: "
         "freeze it (requires_grad_(False)) or use F.cross_entropy",
     )
     dtype = autocast_dtype(x)
@@ -52,31 +102,80 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}: "
         "move them together",
     )
-    rows = max(1, _CHUNK // len(weight))
-    if rows > 128:  # whole tiles of a matrix product
-        rows -= rows % 128
-    wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    return _loss(x, weight, targets, rows, wants_gradient)[0]
+    return x, weight
+
+
+def _rows(weight: Tensor, kinds: int = 1) -> int:
+    """Rows per chunk, if `kinds` of logits are in memory together."""
+    rows = max(1, _CHUNK // (kinds * len(weight)))
+    return rows - rows % 128 if rows > 128 else rows  # whole tiles of a matrix product
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 @torch.library.custom_op("grasp::linear_cross_entropy", mutates_args=())
-def _loss(
+def _cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss and, if asked for, the gradient [T, d] of the sum; `rows` per chunk."""
-    softmax_loss = (kernels("cross_entropy") if runs_triton(x) else reference).softmax_loss
+    home = kernels("cross_entropy") if runs_triton(x) else reference
+
+    def loss(part: slice) -> tuple[Tensor, Tensor]:
+        return home.softmax_loss(x[part] @ weight.T, targets[part], gradient)
+
+    return _in_chunks(loss, x, weight, rows, gradient)
+
+
+@torch.library.custom_op("grasp::linear_distillation", mutates_args=())
+def _distillation(
+    x: Tensor,
+    weight: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    hard: float,
+    rows: int,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_cross_entropy`."""
+    home = kernels("cross_entropy") if runs_triton(x) else reference
+
+    def loss(part: slice) -> tuple[Tensor, Tensor]:
+        logits, taught = x[part] @ weight.T, teacher[part] @ weight.T
+        return home.distillation_loss(logits, taught, targets[part], hard, gradient)
+
+    return _in_chunks(loss, x, weight, rows, gradient)
+
+
+def _in_chunks(
+    loss: Callable[[slice], tuple[Tensor, Tensor]],
+    x: Tensor,
+    weight: Tensor,
+    rows: int,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
     losses, dx = [], torch.empty_like(x) if gradient else x.new_empty(0)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        loss, d_logits = softmax_loss(x[part] @ weight.T, targets[part], gradient)
-        losses.append(loss)
+        value, d_logits = loss(part)
+        losses.append(value)
         if gradient:
             torch.mm(d_logits, weight, out=dx[part])
     return torch.cat(losses).mean(), dx
 
 
-@_loss.register_fake
+@_cross_entropy.register_fake
 def _(x, weight, targets, rows, gradient):
+    return _fake(x, gradient)
+
+
+@_distillation.register_fake
+def _(x, weight, teacher, targets, hard, rows, gradient):
+    return _fake(x, gradient)
+
+
+def _fake(x, gradient):
     loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
     return loss, x.new_empty(x.shape if gradient else (0,))
 
@@ -84,11 +183,13 @@ def _(x, weight, targets, rows, gradient):
 def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
+    ctx.others = len(inputs) - 1
 
 
 def _vjp(ctx, grad, _):
     (dx,) = ctx.saved_tensors
-    return dx * (grad / len(dx)), None, None, None, None
+    return dx * (grad / len(dx)), *[None] * ctx.others
 
 
-_loss.register_autograd(_vjp, setup_context=_save)
+_cross_entropy.register_autograd(_vjp, setup_context=_save)
+_distillation.register_autograd(_vjp, setup_context=_save)

@@ -232,6 +232,39 @@ def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tenso
     return losses.squeeze(1), p.to(logits.dtype)
 
 
+def linear_distillation(
+    x: Tensor, weight: Tensor, teacher: Tensor, targets: Tensor, hard: float
+) -> Tensor:
+    """Mean of (1 - hard) KL(teacher || student) + hard * cross-entropy, fp32.
+
+    x and teacher [T, d] give logits by weight [V, d]; targets [T].
+    """
+    student = F.linear(x, weight)
+    own, taught = (_wide(y).log_softmax(1) for y in (student, F.linear(teacher, weight)))
+    divergence = F.kl_div(own, taught, log_target=True, reduction="batchmean")
+    return (1 - hard) * divergence + hard * F.nll_loss(own, targets)
+
+
+def distillation_loss(
+    logits: Tensor, taught: Tensor, targets: Tensor, hard: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(1 - hard) KL(taught || logits) + hard * cross-entropy, fp32 [T], of rows of logits [T, V].
+
+    Returns the gradient of their sum too; it has the shape and dtype of the logits and may reuse
+    their memory. If `gradient` is false, the second result is undefined.
+    """
+    target = targets[:, None]
+    own, known = _wide(logits).log_softmax(1), _wide(taught).log_softmax(1)
+    wanted = known.exp()
+    apart = (wanted * (known - own)).masked_fill_(wanted == 0, 0).sum(1)
+    losses = (1 - hard) * apart - hard * own.gather(1, target).squeeze(1)
+    if not gradient:
+        return losses, logits
+    slope = own.exp_().sub_(wanted, alpha=1 - hard)
+    slope.scatter_add_(1, target, torch.full_like(target, -hard, dtype=slope.dtype))
+    return losses, slope.to(logits.dtype)
+
+
 # ---- budget projection ----------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from families import save_tiny
+from families import WORDS, save_tiny
 from hypothesis import HealthCheck, settings
 
 for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TERMINAL_WIDTH", "TTY_COMPATIBLE"):
@@ -22,8 +22,6 @@ SEEDS = int(os.environ.get("SEEDS", "1"))
 no_clock = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("grasp", **no_clock, derandomize=SEEDS == 1)
 settings.load_profile("grasp")
-
-WORDS = ("the", "of", "a", "river", "stone", "light", "moves", "under", "every", "house", "she")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from grasp.model.load import cast
+from grasp.model.load import auto_class, cast
 
+WORDS = ("the", "of", "a", "river", "stone", "light", "moves", "under", "every", "house", "she")
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 # family -> (class prefix, what its config says beyond the sizes)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,6 +60,26 @@ LATENT = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
 }
+DEEP = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA4 = {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16, **DEEP}
+PER_LAYER_INPUT = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 256}
+EYE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+QWEN_EYE = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "patch_size": 8,
+}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, plain": ("Llama", HEADS),
     "llama, heads wider than the hidden size": ("Llama", {"head_dim": 24}),
@@ -73,12 +94,30 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", HEADS),
     "phi3": ("Phi3", {}),
     "gemma3": ("Gemma3Text", HEADS),
-    "gemma4": (
+    "gemma": ("Gemma", HEADS),
+    "gemma2": ("Gemma2", HEADS),
+    "gemma4": ("Gemma4Text", {**PER_LAYER_INPUT, "head_dim": 8}),
+    "gemma4, dense": ("Gemma4Text", GEMMA4),
+    "gemma4, shared keys": (
         "Gemma4Text",
-        {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 256, "head_dim": 8},
+        {**GEMMA4, **PER_LAYER_INPUT, "num_kv_shared_layers": 2},
     ),
+    "gemma4, keys as values": (
+        "Gemma4Text",
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
+    "cohere": ("Cohere", {}),
+    "cohere2": ("Cohere2", HEADS),
+    "exaone4": ("Exaone4", {}),
+    "ministral3": ("Ministral3", HEADS),
+    "hunyuan": ("HunYuanDenseV1", HEADS),
+    "vaultgemma": ("VaultGemma", HEADS),
+    "glm": ("Glm", HEADS),
+    "olmo": ("Olmo", {}),
     "smollm3": ("SmolLM3", {}),
     "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {}),
+    "olmo hybrid": ("OlmoHybrid", {"layer_types": ["linear_attention", "full_attention"]}),
     "granite": ("Granite", {}),
     "granite, hybrid": (
         "GraniteMoeHybrid",
@@ -103,9 +142,79 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {}),
     "falcon-h1": ("FalconH1", MAMBA),
     "falcon-h1, multipliers": ("FalconH1", {"mlp_multipliers": [0.5, 2.0], **MAMBA}),
-    "qwen3-next": ("Qwen3Next", {**EXPERTS, **LINEAR, **HEADS}),
-    "qwen3.5": ("Qwen3_5Text", {**LINEAR, **HEADS}),
+    "qwen3-next": (
+        "Qwen3Next",
+        {"layer_types": ["linear_attention", "full_attention"], **EXPERTS, **LINEAR, **HEADS},
+    ),
+    "qwen3.5": (
+        "Qwen3_5Text",
+        {**LINEAR, **HEADS, "layer_types": ["linear_attention", "full_attention"]},
+    ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "gemma3, sees images": (
+        "Gemma3",
+        {
+            "text_config": HEADS,
+            "vision_config": EYE,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 250,
+            "boi_token_index": 251,
+            "eoi_token_index": 252,
+        },
+    ),
+    "gemma4, sees images": (
+        "Gemma4",
+        {
+            "text_config": GEMMA4,
+            "vision_config": {**EYE, **HEADS, "num_key_value_heads": 4},
+            "image_token_id": 250,
+            "boi_token_id": 251,
+            "eoi_token_id": 252,
+        },
+    ),
+    "mistral3, sees images": (
+        "Mistral3",
+        {
+            "text_config": {"model_type": "ministral3", **HEADS},
+            "vision_config": {"model_type": "pixtral", **EYE},
+            "image_token_index": 250,
+        },
+    ),
+    "qwen2.5-vl, sees images": (
+        "Qwen2_5_VL",
+        {
+            "text_config": MROPE,
+            "vision_config": {**QWEN_EYE, "fullatt_block_indexes": [0]},
+            "image_token_id": 250,
+            "video_token_id": 251,
+            "vision_start_token_id": 252,
+            "vision_end_token_id": 249,
+        },
+    ),
+    "qwen3-vl, sees images": (
+        "Qwen3VL",
+        {
+            "text_config": {**MROPE, **HEADS},
+            "vision_config": {
+                **QWEN_EYE,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            "image_token_id": 250,
+            "video_token_id": 251,
+            "vision_start_token_id": 252,
+            "vision_end_token_id": 249,
+        },
+    ),
+}
+# Mixtures whose experts are units: six experts in each of two layers, of which a token visits two.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 6, **HEADS}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 6, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 6, **HEADS}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 6}),
+    "olmoe": ("Olmoe", {"num_experts": 6}),  # norms over all heads: its KV groups stay
+    "gpt_oss": ("GptOss", {"num_local_experts": 6, **HEADS}),  # a value per head: they stay, too
 }
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
@@ -162,6 +271,23 @@ def tiny_model(
     return cast(model, dtype).eval().requires_grad_(False)
 
 
+def tiny_mixture(family: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A stock mixture of experts with random weights, biases and router values, in eval mode."""
+    prefix, own = MIXTURES[family]
+    sizes = {**SIZES, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    tokens = {"vocab_size": 256, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    settings = getattr(transformers, f"{prefix}Config")(**sizes | tokens | own | config)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval().requires_grad_(False)
+
+
 def stock_model(prefix: str, **config: Any) -> PreTrainedModel:
     """One tiny layer of any class of transformers, as its own initialisation leaves it."""
     config_class = getattr(transformers, f"{prefix}Config")
@@ -216,13 +342,26 @@ def save_tiny(folder: Path, family: str = "llama", **options: Any) -> Path:
     return folder
 
 
+def brought_model(name: str, **more: Any) -> PreTrainedModel:
+    """A model of `BROUGHT` in eval mode; norms and biases are random, too."""
+    prefix, settings = BROUGHT[name]
+    settings = {**settings, **more}
+    tokens = {"vocab_size": 256, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    if "text_config" in settings:
+        settings["text_config"] = {**tokens, **SIZES, **settings["text_config"]}
+    else:
+        settings = {**tokens, **SIZES, **settings}
+    config = getattr(transformers, f"{prefix}Config")(**settings)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
 def save_brought(folder: Path, name: str) -> Path:
     """Write a model of `BROUGHT`, with random weights as its class draws them, and a tokenizer."""
-    prefix, settings = BROUGHT[name]
-    config = getattr(transformers, f"{prefix}Config")(
-        vocab_size=256, pad_token_id=2, bos_token_id=1, eos_token_id=2, **SIZES | settings
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    brought_model(name).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -35,7 +35,7 @@ def test_the_first_module_keeps_its_mean_output(biased):
 
     def mean_output(model):
         seen = []
-        o_proj = decoder_layers(model)[0].attention.o_proj
+        o_proj = decoder_layers(model)[0].attention.out
         with o_proj.register_forward_hook(lambda *x: seen.append(x[2])), torch.no_grad():
             model(input_ids=BLOCKS)
         return seen[0].mean((0, 1))

@@ -11,8 +11,8 @@ from families import tiny_model
 
 from grasp.gates.compiled import ROPE, compiled
 from grasp.gates.gating import gated
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import scaled
-from grasp.gates.training import next_token_loss
 from grasp.model.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -28,7 +28,7 @@ def loss_and_gradient(model):
 
 
 def rope(model):
-    return getattr(sys.modules[type(decoder_layers(model)[0].attention).__module__], ROPE)
+    return getattr(sys.modules[type(model.model).__module__], ROPE)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")

@@ -34,6 +34,7 @@ SMALL = {
     "prune": {"samples": 4, "seq_len": 32, "epochs": 1},
     "compare": {"samples": 4, "seq_len": 32, "epochs": 1, "eval_windows": 1},
     "sparsify": {"samples": 4, "seq_len": 32, "rounds": 1},
+    "recover": {"samples": 20, "held_out": 4, "seq_len": 32, "accumulate": 4},
 }
 BLOCK = re.compile(
     r"(?:^<!-- skip: (?P<skip>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$",

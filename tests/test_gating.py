@@ -153,7 +153,7 @@ def test_the_fused_ffn_is_what_runs(monkeypatch):
 def test_off_the_cpu_down_projections_lie_by_channel_while_gated():
     """Their kept channels are then copied as rows. No second copy, and as before afterwards."""
     model = tiny_model("llama").to("meta")
-    weights = [m.mlp.down_proj.weight for m in decoder_layers(model)]
+    weights = [m.ffn.down.weight for m in decoder_layers(model)]
     with gated(model, UnitSpace.of(model)):
         assert all(w.T.is_contiguous() and w.shape[1] > w.shape[0] for w in weights)
     assert all(w.is_contiguous() for w in weights)

@@ -306,32 +306,28 @@ def family_folder(monkeypatch, folder: Path, name: str, **config) -> Path:
     return save_tiny(folder, "another", **config)
 
 
-def test_a_class_that_ignores_head_sizes_has_no_layout_but_whole_heads(tmp_path, monkeypatch):
+def test_a_class_that_ignores_head_sizes_is_sent_to_ours_or_to_whole_heads(tmp_path, monkeypatch):
     folder = family_folder(monkeypatch, tmp_path / "m", "StableLm", head_dim=8)
     said = refusals(folder, ffn_multiple=8)
-    assert "no class has its layers in widths of their own" in said["per-layer"]
-    assert said["per-layer"].endswith("use `layout='uniform'` with `kv_multiple=4`")
-    assert said["uniform"].endswith("use `kv_multiple=4`")
+    assert said["per-layer"] is None
+    assert said["uniform"].endswith("use `layout='per-layer'` or `kv_multiple=4`")
     assert refusals(folder, ffn_multiple=8, kv_multiple=4)["uniform"] is None
 
 
-def test_layers_that_differ_have_no_layout_without_a_class_of_ours(tmp_path):
+def test_layers_that_differ_by_themselves_are_no_obstacle(tmp_path):
     """Full attention of Gemma 4 has larger heads than sliding attention."""
     sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=256)
     sizes |= dict(num_key_value_heads=2, num_hidden_layers=3, max_position_embeddings=256)
     config = transformers.Gemma4TextConfig(**sizes)
     config.save_pretrained(tmp_path)
     for layout in ("per-layer", "uniform"):
-        with pytest.raises(GraspError) as error:
-            plan(str(tmp_path), layout=layout, seq_len=32)
-        assert str(error.value).endswith("grasp cannot prune this model")
+        assert plan(str(tmp_path), layout=layout, seq_len=32).channels == 3 * 96
 
 
-def test_another_family_is_sent_to_the_uniform_layout_where_that_works(tmp_path, monkeypatch):
+def test_a_family_outside_of_the_table_has_both_layouts(tmp_path, monkeypatch):
     folder = family_folder(monkeypatch, tmp_path / "m", "Granite")
-    said = refusals(folder, ffn_multiple=8)
-    assert said["uniform"] is None
-    assert said["per-layer"].endswith("use `layout='uniform'`")
+    assert plan(str(folder), layout="uniform", ffn_multiple=8, seq_len=32)
+    assert plan(str(folder), layout="per-layer", ffn_multiple=8, seq_len=32)
 
 
 def test_six_heads_of_gemma_3_are_refused_by_plan_as_by_prune(tmp_path):

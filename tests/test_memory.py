@@ -16,8 +16,8 @@ from grasp.compress.refit import refit
 from grasp.config import PruneConfig, ScaleKind
 from grasp.errors import GraspError
 from grasp.gates.memory import choose, memory_mode
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import scale_count, scaled
-from grasp.gates.training import next_token_loss
 from grasp.journal import Journal
 from grasp.model.header import from_config
 from grasp.model.units import UnitSpace

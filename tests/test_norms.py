@@ -15,8 +15,8 @@ from grasp.budget.budget import Budget
 from grasp.config import PruneConfig
 from grasp.gates.memory import memory_mode
 from grasp.gates.norms import norms_before
+from grasp.gates.objective import next_token_loss
 from grasp.gates.scales import _OnInput, ends, fold_scales, scale_count, scaled
-from grasp.gates.training import next_token_loss
 from grasp.model.units import UnitSpace, decoder_layers
 
 IDS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -70,8 +70,8 @@ def by_hooks(model, values):
         decoder_layers(model), space.layers, space.segments(), strict=True
     ):
         heads = units[kv].repeat_interleave(layer.group_size * layer.head_dim)
-        handles.append(m.mlp.down_proj.register_forward_pre_hook(multiply_input(units[ffn])))
-        handles.append(m.attention.o_proj.register_forward_pre_hook(multiply_input(heads)))
+        handles.append(m.ffn.down.register_forward_pre_hook(multiply_input(units[ffn])))
+        handles.append(m.attention.out.register_forward_pre_hook(multiply_input(heads)))
     loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
     for handle in handles:
         handle.remove()

@@ -65,15 +65,15 @@ def test_each_module_is_fitted_to_the_dense_one_on_the_pruned_prefix(family, mon
         decoder_layers(dense), decoder_layers(model), mask.layers(), strict=True
     ):
         for old, new in (
-            (before.mlp.down_proj, after.mlp.down_proj),
-            (before.attention.o_proj, after.attention.o_proj),
+            (before.ffn.down, after.ffn.down),
+            (before.attention.out, after.attention.out),
         ):
             x = module_inputs(model, new).double()
             error = x @ (new.weight - old.weight).double().T
             kept = new.weight.any(0)
             correlation = x[:, kept].T @ error / x[:, kept].norm(dim=0)[:, None] / error.norm()
             assert correlation.abs().max() < 1e-3
-        assert torch.equal(after.mlp.down_proj.weight.any(0).nonzero().flatten(), ffn)
+        assert torch.equal(after.ffn.down.weight.any(0).nonzero().flatten(), ffn)
 
 
 def test_it_keeps_nothing_but_units_kept_and_helps():

@@ -136,7 +136,7 @@ def _main(
                 signal.setitimer(signal.ITIMER_REAL, killed[1])
 
     run.Run.log = log_and_wait
-    run.SAVE_EVERY = 0.0
+    run.SAVE_EVERY, run.SAVING = 0.0, math.inf
     sys.argv = ["grasp", *arguments]
     cli.main()
 

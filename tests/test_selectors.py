@@ -18,7 +18,7 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.fold import fold_mask
 from grasp.gates.moments import Moments, channel_moments
-from grasp.gates.training import next_token_loss
+from grasp.gates.objective import next_token_loss
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options
 from grasp.model.units import UnitSpace, decoder_layers
@@ -27,7 +27,8 @@ from grasp.select.head_similarity import distance_to_nearest_later, divergences,
 from grasp.select.ratio import uniform_ratio
 
 BLOCKS = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(3))
-CRITERIA = [c.name for c in criteria.OURS if not (c.learns or c.per_budget or c.name == "random")]
+OURS = [c for c in criteria.OURS if c.dense]
+CRITERIA = [c.name for c in OURS if not (c.learns or c.per_budget or c.name == "random")]
 families = pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: biased q, k and v
 ON_ACTIVATIONS = ("wanda-sp", "flap", "output-approximation")
 
@@ -110,10 +111,10 @@ def test_wanda_sp(family):
     model = tiny_model(family)
     space = UnitSpace.of(model)
     for index, modules, channels, groups in by_module(model, scores("wanda-sp", model)):
-        x, _ = passing(model, modules.mlp.down_proj)
-        assert_ranks(channels, (modules.mlp.down_proj.weight.abs() * x.norm(dim=0)).mean(0))
-        x, _ = passing(model, modules.attention.o_proj)
-        column = (modules.attention.o_proj.weight.abs() * x.norm(dim=0)).mean(0)
+        x, _ = passing(model, modules.ffn.down)
+        assert_ranks(channels, (modules.ffn.down.weight.abs() * x.norm(dim=0)).mean(0))
+        x, _ = passing(model, modules.attention.out)
+        column = (modules.attention.out.weight.abs() * x.norm(dim=0)).mean(0)
         heads = [sum(column[j] for j in own) for own in columns_of(space, index)]
         assert_ranks(groups, torch.stack(heads))
 
@@ -124,7 +125,7 @@ def test_flap(family):
     space = UnitSpace.of(model)
     for index, modules, channels, groups in by_module(model, scores("flap", model)):
         want = []
-        for linear in (modules.mlp.down_proj, modules.attention.o_proj):
+        for linear in (modules.ffn.down, modules.attention.out):
             x, _ = passing(model, linear)
             raw = (x - x.mean(0)).square().sum(0) / (len(x) - 1) * linear.weight.norm(dim=0) ** 2
             want.append(((raw - raw.mean()) / raw.std()).float())
@@ -138,7 +139,7 @@ def test_output_approximation(family):
     model = tiny_model(family)
     space = UnitSpace.of(model)
     for index, modules, channels, groups in by_module(model, scores("output-approximation", model)):
-        mlp, o_proj = modules.mlp, modules.attention.o_proj
+        mlp, o_proj = modules.ffn.module, modules.attention.out
         x, up = passing(model, mlp.up_proj)
         gate = x @ mlp.gate_proj.weight.double().T  # before the activation
         d = mlp.down_proj.weight.double().square().sum(0)
@@ -160,7 +161,7 @@ def test_taylor(family):
         units = space.layers[index]
         mlp, attention = (
             {name: (p * p.grad).detach().abs() for name, p in module.named_parameters()}
-            for module in (modules.mlp, modules.attention)
+            for module in (modules.ffn.module, modules.attention.module)
         )
         for j in range(units.ffn):
             parts = mlp["gate_proj.weight"][j], mlp["up_proj.weight"][j]
@@ -183,7 +184,7 @@ def test_wanda_plus_plus(family):
         seen = {}
         layer = plain.model.layers[index]
         layer.register_forward_hook(lambda _, args, output, seen=seen: seen.update(out=output))
-        linears = (modules.mlp.down_proj, modules.attention.o_proj)
+        linears = (modules.ffn.down, modules.attention.out)
         power = [0.0, 0.0]
         for block in BLOCKS:
             plain(input_ids=block[None])
@@ -210,9 +211,9 @@ def test_greedy_output_approximation_recovers_and_cuts_as_it_goes(family, simila
     found = prune_greedily(model, projection, blocks, Journal(), similar_heads=similar_heads)
     mask = projection.mask(found)
     for modules, (ffn, kv) in zip(decoder_layers(model), mask.layers(), strict=True):
-        zero = (modules.mlp.down_proj.weight == 0).all(0)
+        zero = (modules.ffn.down.weight == 0).all(0)
         assert torch.equal((~zero).nonzero().flatten(), ffn)  # what was cut is what the mask cuts
-        heads = (modules.attention.o_proj.weight == 0).all(0).view(4, -1).all(1)
+        heads = (modules.attention.out.weight == 0).all(0).view(4, -1).all(1)
         assert torch.equal((~heads).nonzero().flatten(), kv)
         assert len(ffn) == 48 and len(kv) == 2  # half of every module
 
@@ -241,7 +242,7 @@ def test_groups_that_attend_alike_go_first(family, heads):
     model = tiny_model(family, heads=heads)
     space = UnitSpace.of(model)
     for modules in decoder_layers(model):
-        for rows in (modules.q, modules.k):
+        for rows in (modules.attention.q, modules.attention.k):
             for values in (rows.weight, rows.bias):
                 if values is not None:
                     groups = values.view(4, -1)
@@ -259,7 +260,8 @@ def test_head_similarity_is_the_divergence_of_attention_maps(family):
         (maps,) = model(input_ids=BLOCKS, output_attentions=True).attentions
         layer, hidden = model.get_decoder().layers[0], first_hidden(model, BLOCKS)
         (options,) = layer_options(model, BLOCKS[:1])
-        found = distance_to_nearest_later(modules, 4, lambda x: layer(x, **options), hidden)
+        run, attention = lambda x: layer(x, **options), modules.attention.module
+        found = distance_to_nearest_later(attention, 4, run, hidden)
     assert model.config._attn_implementation == before
     maps = maps.double().unflatten(1, (4, 2)).mean(2).transpose(0, 1)  # [groups, samples, q, k]
 
@@ -375,7 +377,7 @@ def biased(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("biased") / "model", "qwen2")
 
 
-@pytest.mark.parametrize("method", [criterion.name for criterion in criteria.OURS])
+@pytest.mark.parametrize("method", [criterion.name for criterion in OURS])
 def test_every_method_prunes(method, tiny, biased, text, tmp_path):
     model = biased if method in ON_ACTIVATIONS else tiny
     options = dict(samples=4, seq_len=32, epochs=1, scale_epochs=0, eval_windows=2, device="cpu")

@@ -17,13 +17,13 @@ from grasp.budget.projection import Projection
 from grasp.compress.calibrate import learn_scales
 from grasp.errors import GraspError
 from grasp.gates.gating import gated
+from grasp.gates.objective import Batch, last_hidden, loss, next_token_loss
 from grasp.gates.training import (
     GRAPH_TOKENS,
     CapturedStep,
     Step,
     TrainSettings,
-    _epoch_order,
-    next_token_loss,
+    epoch_order,
     train_gates,
 )
 from grasp.journal import Journal
@@ -144,7 +144,7 @@ def test_loss_in_chunks_gives_the_same_curve(monkeypatch):
     chunked, whole = Memory(), Memory()
     learn(chunked, start=start)
     monkeypatch.setattr(
-        "grasp.gates.training.next_token_loss",
+        "grasp.gates.objective.next_token_loss",
         lambda model, ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
     )
     learn(whole, start=start)
@@ -172,8 +172,8 @@ def plain_training(model, projection, start, blocks, lr):
     for m, layer, (_, ffn, kv) in zip(
         decoder_layers(model), projection.space.layers, projection.space.segments(), strict=True
     ):
-        m.mlp.down_proj.register_forward_pre_hook(gate(ffn, 1))
-        m.attention.o_proj.register_forward_pre_hook(gate(kv, layer.group_size * layer.head_dim))
+        m.ffn.down.register_forward_pre_hook(gate(ffn, 1))
+        m.attention.out.register_forward_pre_hook(gate(kv, layer.group_size * layer.head_dim))
     for step, ids in enumerate(blocks if blocks.dim() == 3 else blocks[:, None]):
         whole = projection.budget.cost(projection.space)
         progress = at(step / len(blocks)).to(scores.device)
@@ -200,7 +200,7 @@ def test_the_fast_path_learns_what_plain_pytorch_does(family, device):
     blocks = BLOCKS.to(device)
     settings, journal = LearnSettings(TrainSettings(1, lr=0.05)), Memory()
     learn_scores(model, fast, start, BLOCKS, settings, journal)
-    losses = plain_training(model, plain, start, blocks[_epoch_order(len(BLOCKS), 0, 0)], 0.05)
+    losses = plain_training(model, plain, start, blocks[epoch_order(len(BLOCKS), 0, 0)], 0.05)
     seen = len(losses)
     if device == "cpu":
         assert [r["loss"] for r in journal.records] == pytest.approx(losses, abs=1e-4)
@@ -247,7 +247,7 @@ def test_the_driver_runs_our_ops_at_real_sizes(device, dtype, length, batch, mon
     assert ran["grasp::gated_attention_gate_backward"] == ran["grasp::budget_topk"] == steps
     assert ran["grasp::linear_cross_entropy"] == steps  # never all logits
 
-    order = _epoch_order(len(blocks), 0, 0)
+    order = epoch_order(len(blocks), 0, 0)
     plain = plain_training(
         model, projection, start, blocks[order].to(device).view(-1, batch, length), 0.05
     )
@@ -262,11 +262,11 @@ def test_a_captured_step_runs_our_kernels():
     """Of the replay itself, which is all that most steps are."""
     with one_step("cuda") as step:
         replayed = CapturedStep(step, pytest.fail)
-        ids, progress = BLOCKS[:2].cuda(), at(0.5).cuda()
+        batch, progress = Batch(BLOCKS[:2].cuda()), at(0.5).cuda()
         for _ in range(CapturedStep.WARM_UP + 1):
-            replayed(ids, progress)
+            replayed(batch, progress)
         with torch.profiler.profile() as seen:
-            replayed(ids, progress)
+            replayed(batch, progress)
             torch.cuda.synchronize()
     ran = {e.key: e.count for e in seen.key_averages()}
     assert ran["_delta"] == 3 and ran["_backward_kv"] == ran["_backward_q"] == 2
@@ -288,6 +288,48 @@ def test_loss_of_heads_that_do_more_than_multiply(family, change):
         assert calls.count == (not chunked)
         want = m(input_ids=BLOCKS[:2], labels=BLOCKS[:2]).loss
         torch.testing.assert_close(loss, want)
+
+
+HEADS = {
+    "plain": ("Llama", {}),
+    "capped": ("Gemma2", {"final_logit_softcapping": 5.0}),
+    "scaled": ("Granite", {"logits_scaling": 3.0}),
+}
+
+
+@pytest.mark.parametrize("lm_weight", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("head", HEADS)
+def test_distance_from_a_teacher(head, lm_weight):
+    """Against the definition; the dense model is at no distance from itself."""
+    family, change = HEADS[head]
+    dense, model = (stock_model(family, **change) for _ in range(2))
+    for parameter in model.get_decoder().layers.parameters():  # both have the same head
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = BLOCKS[:3]
+    batch = Batch(ids, last_hidden(dense, ids))
+    found = loss(model.requires_grad_(False), batch, lm_weight)
+    own, known = (
+        m(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(1) for m in (model, dense)
+    )
+    distance = (known.exp() * (known - own)).sum(1).mean()
+    hard = -own.gather(1, ids[:, 1:].reshape(-1, 1)).mean()
+    torch.testing.assert_close(found, (1 - lm_weight) * distance + lm_weight * hard)
+    assert distance > 1e-3
+    if lm_weight == 0:
+        torch.testing.assert_close(loss(dense, batch, 0.0), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_gates_that_learn_from_the_dense_model_come_closer_to_it():
+    model = tiny_model("llama")
+    space = UnitSpace.of(model)
+    projection, teacher = Projection(space, Budget("keep", 0.5, 8)), last_hidden(model, BLOCKS)
+    settings = LearnSettings(TrainSettings(8, 4, lr=0.05, lm_weight=0.0), 0.0)
+    journal = Memory()
+    start = torch.zeros(space.size)
+    learn_scores(model, projection, start, BLOCKS, settings, journal, teacher)
+    losses = [record["loss"] for record in journal.records]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert vars(model.get_decoder()).keys() == vars(tiny_model("llama").get_decoder()).keys()
 
 
 def test_a_plain_head_is_known_where_two_passes_differ_by_a_bit():
@@ -443,6 +485,7 @@ def test_a_step_never_makes_a_gpu_wait(monkeypatch):
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["meta"])
     model = tiny_model("llama")
     next_token_loss(model, BLOCKS)  # the head is tried out with values
+    teacher = last_hidden(model, BLOCKS[:3]).to("meta")
     model.to("meta")
     space = UnitSpace.of(model)
     projection = Projection(space, Budget("keep", 0.5, 8), device="meta")
@@ -456,9 +499,9 @@ def test_a_step_never_makes_a_gpu_wait(monkeypatch):
     theta = torch.zeros(space.size, device="meta", requires_grad=True)
     adamw = torch.optim.AdamW([theta], capturable=True)
     adamw.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
-    inputs = BLOCKS[:3].to("meta"), at(0.1).to("meta")
+    inputs = Batch(BLOCKS[:3].to("meta"), teacher), at(0.1).to("meta")
     with gated(model, space) as gates:
-        step = Step(model, gates, theta, straight_through, adamw, batch_size=2)
+        step = Step(model, gates, theta, straight_through, adamw, batch_size=2, lm_weight=0.5)
         with HostReads() as reads:
             assert step(*inputs).device.type == "meta"
         assert reads.count == 0 and theta.grad is not None
@@ -475,7 +518,8 @@ def one_step(device):
     rate = torch.tensor(0.01, device=device) if on_gpu else 0.01
     adamw = torch.optim.AdamW([theta], lr=rate, capturable=on_gpu)
     with gated(model, space) as gates:
-        yield Step(model, gates, theta, lambda theta, progress: 1 + theta * progress, adamw, 2)
+        values = lambda theta, progress: 1 + theta * progress  # noqa: E731
+        yield Step(model, gates, theta, values, adamw, 2, lm_weight=0.5)
 
 
 def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
@@ -488,8 +532,8 @@ def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
     with one_step("cpu") as plain, one_step("cpu") as captured:
         replayed = CapturedStep(captured, notes.append)
         for number, rows in enumerate((2, 2, 2, 2, 2, 1)):
-            ids, progress = BLOCKS[number : number + rows], at(number / 6)
-            assert torch.equal(plain(ids, progress), replayed(ids, progress))
+            batch, progress = Batch(BLOCKS[number : number + rows]), at(number / 6)
+            assert torch.equal(plain(batch, progress), replayed(batch, progress))
     assert torch.equal(plain.theta, captured.theta)
     assert notes == [
         "steps run one kernel at a time, not as a CUDA graph: "
@@ -502,9 +546,11 @@ def test_a_captured_step_is_the_step():
     notes = []
     with one_step("cuda") as plain, one_step("cuda") as captured:
         replayed = CapturedStep(captured, notes.append)
+        teacher = last_hidden(plain.model, BLOCKS).cuda().flip(0)  # of other blocks: not met
         for number in range(8):
-            ids, progress = BLOCKS[number : number + 2].cuda(), at(number / 8).cuda()
-            torch.testing.assert_close(plain(ids, progress), replayed(ids, progress))
+            rows = slice(number, number + 2)
+            batch, progress = Batch(BLOCKS[rows].cuda(), teacher[rows]), at(number / 8).cuda()
+            torch.testing.assert_close(plain(batch, progress), replayed(batch, progress))
     torch.testing.assert_close(plain.theta, captured.theta)
     assert notes == []
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 from families import FAMILIES
 from test_checkpoint import IDS, UNEVEN, pruned, save
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grasp.model.modeling_grasp import FAMILIES as OURS
+from grasp.model.modeling_grasp import classes_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,8 +57,9 @@ def test_the_plugin_names_every_class(monkeypatch):
     register = EntryPoint("grasp", plugin, group).load()
     register()
     register()  # vLLM calls it in every process
-    assert named.keys() == {causal_class.__name__ for _, _, causal_class in OURS.values()}
+    classes = {family: classes_of(family) for family in (*FAMILIES, "granite", "olmo2")}
+    assert named.keys() >= {c.autos[AutoModelForCausalLM].__name__ for c in classes.values()}
     (backend,) = set(named.values())
     assert backend == "vllm.model_executor.models.transformers:TransformersForCausalLM"
-    for config_class, model_class, _ in OURS.values():
-        assert AutoModel._model_mapping[config_class] is model_class
+    for found in classes.values():
+        assert AutoModel._model_mapping[found.config] is found.autos[AutoModel]

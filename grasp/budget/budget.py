@@ -21,6 +21,8 @@ from grasp.options import Option, option, options_of
 Kind = Literal["keep", "params", "kv_cache"]
 Layout = Literal["auto", "per-layer", "uniform"]
 UnitKind = Literal["ffn", "kv", "experts"]
+Units = Literal["auto", "both", "ffn", "kv"]
+NAMES: dict[UnitKind, str] = {"ffn": "FFN channels", "kv": "KV groups", "experts": "experts"}
 KINDS: dict[str, Option] = {
     "keep": Option(
         "Part of the prunable parameters to keep (default: 0.5).",
@@ -75,6 +77,9 @@ class Budget:
     protect: tuple[int, ...] = option(
         (), "Layers that keep all their units, as 3,7; the first is 0.", metavar="LAYERS"
     )
+    units: Units = option(
+        "auto", "What may go: FFN channels, KV groups, both, or auto: what the structure allows."
+    )
 
     def __post_init__(self) -> None:
         for name in ("protect_first", "protect_last"):
@@ -83,6 +88,15 @@ class Budget:
         if self.layout not in get_args(Layout):
             choices = ", ".join(get_args(Layout))
             raise GraspError(f"`layout` must be one of {choices}, got {self.layout!r}")
+        if self.units not in get_args(Units):
+            raise GraspError(
+                f"`units` must be one of {', '.join(get_args(Units))}, got {self.units!r}"
+            )
+        if self.kind == "kv_cache" and self.units in ("ffn", "both"):
+            raise GraspError(
+                f"`kv_cache` is a budget of KV groups alone, got `units={self.units!r}`: leave out "
+                "`units`, or use `keep`"
+            )
         if not isinstance(self.asked, Real):
             raise GraspError(f"`{self.kind}` must be one number, got {self.asked!r}")
         if not math.isfinite(self.asked):
@@ -118,10 +132,14 @@ class Budget:
         """(FFN channel, KV group, expert): cost of each in the measure that this budget limits."""
         if self.kind == "kv_cache":
             return 0, layer.head_dim, 0
-        return FFN_COST, layer.kv_cost, layer.expert_cost
+        ffn, kv = self.units != "kv", self.units != "ffn"
+        return FFN_COST * ffn, layer.kv_cost * kv, layer.expert_cost * ffn
 
     def segments(self, space: UnitSpace) -> Iterator[Segment]:
-        """The kinds of units that each layer has, in the order of a unit vector."""
+        """The kinds of units that each layer has, in the order of a unit vector.
+
+        Units that cost nothing in the measure of this budget stay.
+        """
         costs = [self.unit_costs(layer) for layer in space.layers]
         whole = self.protected(len(space.layers))
         for index, ffn, kv in space.segments():
@@ -143,6 +161,20 @@ class Budget:
             *self.protect
         }
 
+    def prunes(self, space: UnitSpace) -> tuple[UnitKind, ...]:
+        """The kinds of units of a model that may go under this budget. Raises GraspError."""
+        have: dict[UnitKind, bool] = {}
+        for segment in self.segments(space):
+            have[segment.kind] = have.get(segment.kind, False) or segment.unit_cost > 0
+        found = tuple(kind for kind, may_go in have.items() if may_go)
+        lacks_one = "kv" not in found or len(found) < 2
+        if not found or (self.units == "both" and lacks_one):
+            asked = "`kv_cache`" if self.kind == "kv_cache" else f"`units={self.units!r}`"
+            fix = "`keep`" if self.kind == "kv_cache" else "`units='auto'`"
+            may_go = " and ".join(NAMES[kind] for kind in have)
+            raise GraspError(f"{asked} is not possible: only {may_go} can go here: use {fix}")
+        return found
+
     def for_space(self, space: UnitSpace) -> Budget:
         """This budget with layout "auto" resolved."""
         if self.layout != "auto":
@@ -152,10 +184,13 @@ class Budget:
     def together(self, space: UnitSpace) -> list[list[Segment]]:
         """The segments whose widths are equal: those of a kind if uniform, else each alone."""
         segments = list(self.segments(space))
-        if self.for_space(space).layout == "per-layer":
-            return [[s] for s in segments]
-        kinds = dict.fromkeys(s.kind for s in segments)
-        return [[s for s in segments if s.kind == kind] for kind in kinds]
+        uniform = self.for_space(space).layout == "uniform"
+        alone = [[s] for s in segments if not (uniform and s.unit_cost)]  # what stays may differ
+        shared: dict[UnitKind, list[Segment]] = {}
+        for s in segments:
+            if uniform and s.unit_cost:
+                shared.setdefault(s.kind, []).append(s)
+        return [*shared.values(), *alone]
 
     def cost(self, space: UnitSpace) -> int:
         """Cost of a whole (or already pruned) space in this budget's measure."""
@@ -188,21 +223,21 @@ class Budget:
 
     def limit(self, space: UnitSpace) -> int:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
+        self.prunes(space)
         self.check_multiples(space)
         self._check_protected(space)
-        if any(len({s.size for s in group}) > 1 for group in self.together(space)):
+        budgeted = [[s.size for s in group if s.unit_cost] for group in self.together(space)]
+        if any(len({*sizes}) > 1 for sizes in budgeted):
             raise GraspError(
                 "`layout='uniform'` needs layers of equal widths, and this model's differ: "
                 "use `layout='per-layer'`"
             )
         total, floor = self.cost(space), self.floor(space)
-        if not total:
-            raise GraspError(f"`{self.kind}` limits nothing here: this model has no such units")
         # str first: 0.7 means seven tenths, not the nearest binary fraction
         asked = Fraction(str(self.asked))
         whole = len(self.protected(len(space.layers)))
         if self.kind == "params":
-            untouchable = space.total_params - space.prunable_params
+            untouchable = space.total_params - total * space.hidden_size
             least = untouchable + floor * space.hidden_size
             if not least <= asked <= space.total_params:
                 raise GraspError(

@@ -36,6 +36,18 @@ class Mask:
     space: UnitSpace
     keep: Tensor
 
+    @classmethod
+    def first(cls, space: UnitSpace, after: UnitSpace) -> Mask:
+        """The mask that keeps the first units of each kind in each layer, as many as `after`."""
+        keep = torch.zeros(space.size, dtype=torch.bool)
+        segments = zip(space.segments(), space.expert_segments(), after.layers, strict=True)
+        for (_, ffn, kv), (_, experts), layer in segments:
+            for units, count in zip(
+                (ffn, kv, experts), (layer.ffn, layer.kv_groups, layer.experts), strict=True
+            ):
+                keep[units.start : units.start + count] = True
+        return cls(space, keep)
+
     def __repr__(self) -> str:
         after = self.pruned_space()
         part = after.prunable_params / self.space.prunable_params

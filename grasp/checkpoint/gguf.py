@@ -243,7 +243,9 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter, tied ones once; fused projections are split into separate ones."""
     parts: dict[int, list[tuple[str, Tensor]]] = {}
     for m in decoder_layers(model):
-        for name, rows in (("q", m.q), ("k", m.k), ("v", m.v), ("gate", m.gate), ("up", m.up)):
+        named = {"q": m.attention.q, "k": m.attention.k, "v": m.attention.v} if m.attention else {}
+        named |= {"gate": m.ffn.gate, "up": m.ffn.up} if m.ffn else {}
+        for name, rows in named.items():
             weight, bias = rows.linear.weight, rows.linear.bias
             parts.setdefault(id(weight), []).append((f"{name}_proj.weight", rows.weight))
             if bias is not None:

@@ -15,7 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 # In a folder of its own: some runtimes read every *.safetensors beside config.json as weights.
 PROBE = Path("verify", "probe.safetensors")
@@ -41,7 +47,8 @@ class Probe:
     def of(cls, model: Any, tokenizer: Any, environment: dict[str, str], seed: int = 0) -> Probe:
         generator = torch.Generator().manual_seed(seed)
         shape = (1, PROBE_TOKENS)
-        input_ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+        vocabulary = model.config.get_text_config().vocab_size
+        input_ids = torch.randint(vocabulary, shape, generator=generator)
         logits = model(input_ids.to(model.device), use_cache=False).logits.cpu().contiguous()
         return cls(input_ids, logits, TEXT, tokenizer(TEXT).input_ids, environment)
 
@@ -64,14 +71,7 @@ class Probe:
         with torch.no_grad():
             logits = model(self.input_ids.to(model.device), use_cache=False).logits.cpu()
         error = (logits.float() - self.logits.float()).abs().max() / self.logits.float().abs().max()
-        shapes = {
-            part: [p.shape for n, p in model.named_parameters() if n.endswith(f".{part}.weight")]
-            for part in ("down_proj", "k_proj", "qkv_proj", "o_proj")
-        }
-        fused = zip(shapes["qkv_proj"], shapes["o_proj"], strict=False)
-        keys = [k[0] for k in shapes["k_proj"]] or [(qkv[0] - o[1]) // 2 for qkv, o in fused]
-        # of each attention: a config whose layers differ refuses to name one for all
-        head_dims = [m.head_dim for m in model.modules() if hasattr(m, "head_dim")]
+        widths = [_widths(layer) for layer in model.get_decoder().layers]
         return {
             "class": f"{type(model).__module__.split('.')[-1]}.{type(model).__name__}",
             "device": model.device.type,
@@ -79,12 +79,41 @@ class Probe:
             "finite": all(values.isfinite().all() for values in (logits, self.logits)),
             "bit_equal": torch.equal(logits, self.logits),
             "difference": error.item(),
-            "ffn": [columns for _, columns in shapes["down_proj"]],
-            "kv": [rows // size for rows, size in zip(keys, head_dims, strict=False)],
+            "ffn": [channels for channels, _, _ in widths],
+            "kv": [groups for _, groups, _ in widths],
+            "experts": [experts for _, _, experts in widths],
             "parameters": sum(p.numel() for p in model.parameters()),
             "same_tokens": not self.text or tokenizer(self.text).input_ids == self.text_ids,
             "environment": self.environment,
         }
+
+
+def _widths(layer: Any) -> tuple[int, int, int]:
+    """(FFN channels, KV groups, routed experts) of a decoder layer, by shapes; 0: none.
+
+    In a mixture the FFN is the shared expert.
+    """
+    channels = groups = experts = 0
+    children = list(layer.children())
+    for child in layer.children():
+        routed = getattr(child._modules.get("experts"), "down_proj", None)
+        if isinstance(routed, Tensor):
+            experts = routed.shape[0]
+            children += child.children()
+    for child in children:
+        shapes = {name: m.weight.shape for name, m in child._modules.items() if _has_matrix(m)}
+        for name in shapes.keys() & {"down_proj", "w2", "output_linear"}:
+            channels = shapes[name][1]
+        if hasattr(child, "head_dim") and shapes.keys() & {"k_proj", "qkv_proj"}:
+            out = shapes.get("o_proj") or shapes["out_proj"]
+            both = shapes["qkv_proj"][0] - out[1] if "qkv_proj" in shapes else None
+            keys = shapes["k_proj"][0] if both is None else both // 2
+            groups = keys // child.head_dim
+    return channels, groups, experts
+
+
+def _has_matrix(module: Any) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
 
 
 def load_and_compare(folder: str, way: str) -> dict[str, Any]:
@@ -96,18 +125,22 @@ def load_and_compare(folder: str, way: str) -> dict[str, Any]:
     probe = Probe.read(Path(folder))
     torch.set_num_threads(int(probe.environment["threads"]))  # the order of sums depends on it
 
-    auto: Any = AutoModelForCausalLM
+    remote = way == "remote"
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
+    sees = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    sees = sees or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model, loading = auto.from_pretrained(
         folder,
         dtype=probe.logits.dtype,
         use_safetensors=True,
-        trust_remote_code=way == "remote",
+        trust_remote_code=remote,
         output_loading_info=True,
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[problem]:
             return {"error": f"{problem}: {sorted(loading[problem])}"}
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=way == "remote")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
     model.to(probe.environment["device"] if torch.cuda.is_available() else "cpu").eval()
     found = probe.compare(model, tokenizer)
     # In fp32: in bf16 the two round differently, so near-ties may give different tokens.

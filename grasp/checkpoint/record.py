@@ -31,12 +31,14 @@ class Record:
     versions: dict[str, str]  # python, torch, transformers
     params: dict[str, int]  # prunable_before, prunable_after, total_before, total_after
     kv_cache_bytes_per_token: dict[str, int]  # before, after; 16 bit
-    widths: dict[str, list[list[int]]]  # before, after: [FFN channels, KV groups] of each layer
+    # before, after: [FFN channels, KV groups] of each layer, of a mixture also experts
+    widths: dict[str, list[list[int]]]
     mask_sha256: str
-    kept: list[dict[str, list[int]]]  # ffn, kv: original indices of what each layer keeps
+    kept: list[dict[str, list[int]]]  # ffn, kv, experts: original indices of what each layer keeps
     calibration: dict[str, Any] | None = None  # name, split, tokens, sha256; parts of a mixture
     budget: dict[str, Any] | None = None  # kind, asked, limit, obtained, of, chosen_for
     sparsity: dict[str, Any] | None = None  # pattern, weights, zeros_before, zeros_after, errors
+    recovery: list[dict[str, Any]] | None = None  # one per `grasp recover`: tokens, text, before
     results: dict[str, Any] = field(default_factory=dict)  # see `measured` and `perplexities`
     sha256: dict[str, str] = field(default_factory=dict)  # of the weight files, by file name
     format: int = FORMAT
@@ -45,6 +47,11 @@ class Record:
     def kept_part(self) -> float:
         """Fraction of the prunable parameters that is kept."""
         return self.params["prunable_after"] / self.params["prunable_before"]
+
+    @property
+    def recovery_tokens(self) -> int:
+        """Tokens that the weights learned from after pruning; 0 if they did not."""
+        return sum(run["tokens"] for run in self.recovery or ())
 
     @property
     def perplexities(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -32,6 +32,7 @@ from grasp.checkpoint.verify import check_saved, not_finite
 from grasp.errors import GraspError, reason
 from grasp.model.classes import as_saved, without_weights
 from grasp.model.load import environment, load_model, quiet
+from grasp.model.source import copy_processor
 from grasp.model.units import LayerUnits, UnitSpace
 
 
@@ -111,13 +112,21 @@ def record_of(mask: Mask, model: PreTrainedModel, *, name: str, seed: int, **mor
             "after": [_widths(layer) for layer in after.layers],
         },
         mask_sha256=mask.digest(),
-        kept=[{"ffn": ffn.tolist(), "kv": kv.tolist()} for ffn, kv in mask.layers()],
+        kept=_kept(mask),
         **{"recipe": {}, **more},
     )
 
 
+def _kept(mask: Mask) -> list[dict[str, list[int]]]:
+    kept = [{"ffn": ffn.tolist(), "kv": kv.tolist()} for ffn, kv in mask.layers()]
+    if not mask.space.experts:
+        return kept
+    experts = zip(kept, mask.experts(), strict=True)
+    return [{**layer, "experts": own.tolist()} for layer, own in experts]
+
+
 def _widths(layer: LayerUnits) -> list[int]:
-    return [layer.ffn, layer.kv_groups]
+    return [layer.ffn, layer.kv_groups, *([layer.experts] if layer.experts else [])]
 
 
 def save_checkpoint(
@@ -139,6 +148,8 @@ def save_checkpoint(
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
         write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
+        if model.config.get_text_config() is not model.config and model.name_or_path:
+            copy_processor(model.name_or_path, folder)
         Probe.of(model, tokenizer, environment(model.device), record.seed).write(folder)
         for path in folder.rglob("*.safetensors"):  # some releases let only the owner read them
             path.chmod((folder / "config.json").stat().st_mode)

@@ -33,12 +33,12 @@ def write_uniform(
     the disk is full, or the model read back from `folder` gives other outputs.
     """
     before = UnitSpace.of(model)
-    if all(layer == before.layers[0] for layer in before.layers):
+    if before.is_uniform:
         raise GraspError("every layer has the same widths already: use the checkpoint as it is")
     probe = Probe.of(model, tokenizer, environment(model.device))
     _pad(model, before)
     after = UnitSpace.of(model)
-    target, note = as_saved(model, after)
+    target, note = as_saved(model, after, stock_only=True)
     needed = sum(p.numel() * p.element_size() for p in target.parameters())
     check_room(folder, "weights need", needed)
     write_pretrained(target, tokenizer, folder, max_shard_size="5GB")
@@ -55,12 +55,14 @@ def _pad(model: PreTrainedModel, space: UnitSpace) -> None:
     ffn = max(layer.ffn for layer in space.layers)
     groups = max(layer.kv_groups for layer in space.layers)
     for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
-        kv_rows = groups * layer.head_dim
-        q_rows = kv_rows * layer.group_size
-        _add_rows({modules.gate: ffn, modules.up: ffn})
-        _add_rows({modules.q: q_rows, modules.k: kv_rows, modules.v: kv_rows})
-        _add_columns(modules.mlp.down_proj, ffn)
-        _add_columns(modules.attention.o_proj, q_rows)
+        if (own := modules.ffn) is not None:
+            _add_rows({own.gate: ffn, own.up: ffn})
+            _add_columns(own.down, ffn)
+        if (attention := modules.attention) is not None:
+            kv_rows = groups * layer.head_dim
+            q_rows = kv_rows * layer.group_size
+            _add_rows({attention.q: q_rows, attention.k: kv_rows, attention.v: kv_rows})
+            _add_columns(attention.out, q_rows)
 
 
 def _add_rows(sizes: dict[Rows, int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from grasp.errors import GraspError
 if TYPE_CHECKING:  # slow to import, and not needed to refuse other folders
     from grasp.checkpoint.probe import Probe
 
+SEES = re.compile("vision|visual|image|audio")  # in names of weights that no text passes
 # Relative to the largest logit. Another CPU, GPU or torch release rounds differently.
 TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 5e-2, "torch.float16": 1e-2}
 
@@ -171,7 +173,7 @@ def _zeros_by_pattern(folder: Path, sparsity: dict[str, Any]) -> Check:
         with safe_open(folder / file, framework="pt") as tensors:
             for name in names if names is not None else tensors.keys():
                 weight = tensors.get_tensor(name)
-                if ".layers." not in name or weight.dim() != 2:
+                if ".layers." not in name or SEES.search(name) or weight.dim() != 2:
                     continue
                 if not pattern.holds(weight):
                     return Check("sparsity", False, f"{name} is not {pattern.text}")
@@ -210,10 +212,16 @@ def _check_loaded(folder: Path, title: str, way: str, record: Record) -> list[Ch
 
 def _check_found(title: str, found: dict[str, Any], record: Record) -> list[Check]:
     """Check the result of `Probe.compare` against grasp.json and the probe."""
-    widths = list(zip(found["ffn"], found["kv"], strict=False))
-    kept = [(len(layer["ffn"]), len(layer["kv"])) for layer in record.kept]
-    wrong = [i for i, pair in enumerate(zip(widths, kept, strict=False)) if pair[0] != pair[1]]
-    same_widths = widths == kept
+    kinds = ("ffn", "kv", "experts")
+    widths = list(zip(*(found[kind] for kind in kinds), strict=True))
+    kept = [tuple(len(layer.get(kind, ())) for kind in kinds) for layer in record.kept]
+    # 0 is recorded of what has no units
+    wrong = [
+        index
+        for index, pair in enumerate(zip(widths, kept, strict=False))
+        if any(own not in (0, width) for width, own in zip(*pair, strict=True))
+    ]
+    same_widths = len(widths) == len(kept) and not wrong
     return [
         Check(
             f"widths{title}",

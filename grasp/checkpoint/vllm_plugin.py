@@ -6,14 +6,15 @@ in each of its processes. vLLM's Transformers backend then runs the layers from 
 
 from __future__ import annotations
 
-from grasp.model.modeling_grasp import FAMILIES
-
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
 
 def register() -> None:
     """Register our architectures with vLLM; calling this repeatedly is safe."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
 
-    for _, _, causal_class in FAMILIES.values():
-        ModelRegistry.register_model(causal_class.__name__, BACKEND)
+    import grasp.model.modeling_grasp  # noqa: F401  derives a class when its config is read
+
+    for name in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+        ModelRegistry.register_model(f"Grasp{name}", BACKEND)

@@ -35,24 +35,26 @@ def verify_command(folder: Folder, as_json: Json = False) -> None:
 def show_command(folder: Folder, as_json: Json = False) -> None:
     """What was kept, layer by layer."""
     from grasp.checkpoint.record import Record
-    from grasp.report.summary import layer_rows, measured_on, size_rows
+    from grasp.report.summary import kept_units, layer_rows, measured_on, recovered, size_rows
 
     record = Record.read(folder)
     if as_json:
         print_json(record.to_json())
         return
-    layers = [
-        (
-            str(index),
-            f"{ffn} / {ffn_of}",
-            "█" * round(20 * ffn / ffn_of),
-            "●" * kv + "○" * (kv_of - kv),
-        )
-        for index, ffn, ffn_of, kv, kv_of in layer_rows(record)
-    ]
-    print_table(("layer", "FFN channels", "", "KV groups"), layers, folder)
+    head, columns = ["layer"], [[index for index, *_ in layer_rows(record)]]
+    for kind, units in kept_units(record).items():
+        if kind == "KV groups":
+            head += [kind]
+            columns += [["●" * kept + "○" * (of - kept) for kept, of in units]]
+        else:
+            head += [kind, ""]
+            columns += [[f"{kept} / {of}" for kept, of in units]]
+            columns += [["█" * round(20 * kept / of) if of else "" for kept, of in units]]
+    print_table(head, list(zip(*columns, strict=True)), folder)
     for what, dense, pruned, ratio in size_rows(record):
         print_line(f"{what}: {dense} -> {pruned} ({ratio})")
+    if record.recovery:
+        print_line(recovered(record))
     print_line(measured_on(record))
 
 

@@ -15,6 +15,7 @@ from grasp.cli import checkpoint, measure, plan, prune  # noqa: F401  they add t
 from grasp.cli.app import app, as_options
 from grasp.errors import GraspError
 
+RESUMABLE = ("prune", "compare", "sparsify", "recover")
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 RESUME = ": run the same command again to resume"
 SPLIT = ("prune", "compare", "eval", "sparsify")  # the verbs that torchrun may start
@@ -40,21 +41,32 @@ def _run() -> tuple[str, int]:
     try:
         code = app(standalone_mode=False) or 0  # that of typer.Exit
     except GraspError as error:
+        _settle()
         return f"error: {as_options(str(error))}", 1
     except (KeyboardInterrupt, typer.Abort):
+        _settle()
         code = INTERRUPTED
     except Terminated:
+        _settle()
         code = TERMINATED
     except Exception as error:
+        _settle()
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
         message = error.format_message()  # none where the help was printed instead
         return (f"error: {message}" if message else ""), 2
+    _settle()
     if code in (INTERRUPTED, TERMINATED):  # newer releases of typer return the first
         stopped = "stopped" if code == INTERRUPTED else "stopped by SIGTERM"
-        resumable = sys.argv[1:2] in (["prune"], ["compare"], ["sparsify"])
+        resumable = sys.argv[1:2] in [[verb] for verb in RESUMABLE]
         return stopped + RESUME * resumable, code
     return "", code
+
+
+def _settle() -> None:
+    """Let no SIGTERM change what a rank is about to say: torchrun sends it once one has failed."""
+    if distributed.launched():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _run_as_rank() -> tuple[str, int]:
@@ -69,13 +81,14 @@ def _run_as_rank() -> tuple[str, int]:
         ):
             said, code = _run()
     except GraspError as error:
+        _settle()
         said, code = f"error: {error}", 1
     except Exception as error:
+        _settle()
         if not distributed.is_cut_off(error):
             distributed.first_to_fail()
             raise
         said, code = "", TERMINATED
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to who is left
     if code in (INTERRUPTED, TERMINATED):
         missing = distributed.missing()
         if missing is None:  # another rank has failed, and told why

@@ -61,6 +61,8 @@ def note(record: dict[str, Any]) -> str:
     parts = []
     if "loss" in record:
         parts.append(f"loss {record['loss']:.3f}")
+    if "held_out" in record:
+        parts.append(f"held out {record['held_out']:.3f}")
     if "cost" in record:
         parts.append(
             f"kept {record['cost'] / record['of']:.2%} of {record['limit'] / record['of']:.2%}"

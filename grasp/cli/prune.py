@@ -1,4 +1,4 @@
-"""`grasp prune`, `compare` and `sparsify`: the verbs that make smaller models."""
+"""`grasp prune`, `compare`, `sparsify` and `recover`: the verbs that make checkpoints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from grasp.cli.app import app
 from grasp.cli.options import (
+    Folder,
     Json,
     Limit,
     Model,
@@ -21,8 +22,19 @@ from grasp.cli.options import (
 )
 from grasp.cli.output import print_json, print_line, print_table
 from grasp.cli.progress import progress
-from grasp.config import COMPARED_WIDTHS, KEEP, SEEDS, SET_BY_COMPARE, PruneConfig, SparsifyConfig
-from grasp.run.ready import check_run, ready
+from grasp.config import (
+    CALIBRATION,
+    COMPARED_WIDTHS,
+    KEEP,
+    SEEDS,
+    SET_BY_COMPARE,
+    PruneConfig,
+    RecoverConfig,
+    SparsifyConfig,
+)
+from grasp.model.load import pick_device
+from grasp.planning.recovery import plan_recovery
+from grasp.run.ready import check_recovery, check_run, ready
 
 OPTIONS = PruneConfig.options()
 PRUNED = OPTIONS | {
@@ -121,4 +133,43 @@ def sparsify_command(model: Model, out: Out, *, as_json: Json = False, **options
         print_json(result.summary)
         return
     print_table(("", "dense", "sparse", ""), size_rows(result.record), result.folder)
+    print_line(measured_on(result.record))
+
+
+@app.command("recover")
+@with_options(RecoverConfig.options())
+def recover_command(
+    folder: Folder,
+    out: Out,
+    teacher: Annotated[
+        str, typer.Option(metavar="MODEL", help="The dense model that DIR was pruned from.")
+    ],
+    calibration: Annotated[str, typer.Option(help=f"Other text than DIR's own. {CALIBRATION}")],
+    *,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print steps, memory and time, and do nothing.")
+    ] = False,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Distillation after pruning: the same widths, better weights, in --out."""
+    config = RecoverConfig.of(folder, teacher=teacher, calibration=calibration, **options)
+    headers = check_recovery(config, out)  # before torch is imported
+    if plan:
+        if config.device == "auto":
+            config = replace(config, device=pick_device("auto"))
+        planned = plan_recovery(config, *headers)
+        print_json(planned.to_json()) if as_json else print(planned)
+        return
+    from grasp.report.summary import measured_on, recovered, size_rows
+    from grasp.run.recover import recover
+
+    given: Any = dict(teacher=teacher, calibration=calibration, **options)
+    with progress() as show:
+        result = recover(folder, out, show=show, **given)
+    if as_json:
+        print_json(result.summary)
+        return
+    print_table(("", "dense", "recovered", ""), size_rows(result.record), result.folder)
+    print_line(recovered(result.record))
     print_line(measured_on(result.record))

@@ -30,7 +30,10 @@ def mean_biases(
     columns = iter(column_moments(model, mask.space, blocks, journal))
     biases = []
     for units, (ffn, kv) in zip(mask.space.layers, mask.layers(), strict=True):
-        for kept in (ffn, expand(kv, units.group_size * units.head_dim)):
+        heads = expand(kv, units.group_size * units.head_dim)
+        for count, kept in ((units.ffn, ffn), (units.kv_groups, heads)):
+            if not count:
+                continue
             weight, x, _ = next(columns)
             mean = x.mean.clone()
             mean[kept.to(mean.device)] = 0

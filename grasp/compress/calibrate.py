@@ -23,12 +23,24 @@ def learn_scales(
     blocks: Tensor,
     settings: TrainSettings,
     journal: Journal,
+    teacher: Tensor | None = None,
 ) -> Tensor:
-    """Learn scales in (0.5, 1.5) for `fold_scales`, fp32; blocks: int64 [samples, seq_len]."""
+    """Learn scales in (0.5, 1.5) for `fold_scales`, fp32.
+
+    blocks: int64 [samples, seq_len]; `teacher`: their `last_hidden` of the dense model, or None.
+    """
     count = scale_count(model, kind)
     theta = torch.zeros(count, device=model.device)
     with scaled(model, UnitSpace.of(model), kind) as live:
         theta = train_gates(
-            model, live, theta, lambda t, _: scale(t), blocks, settings, journal, scales=count
+            model,
+            live,
+            theta,
+            lambda t, _: scale(t),
+            blocks,
+            settings,
+            journal,
+            scales=count,
+            teacher=teacher,
         )
     return scale(theta)

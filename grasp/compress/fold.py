@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
+from grasp.gates.fidelity import check_cut, gated_outputs
 from grasp.model.classes import as_saved
-from grasp.model.modeling_grasp import LayerConfig
-from grasp.model.units import Rows, UnitSpace, decoder_layers
+from grasp.model.experts import RoutedExperts, say_experts
+from grasp.model.modeling_grasp import say_channels, say_heads
+from grasp.model.units import FFN, Attention, LayerUnits, Rows, UnitSpace, decoder_layers
 
 
 def fold(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
@@ -27,21 +29,68 @@ def fold(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     return as_saved(cut, UnitSpace.of(cut))[0]
 
 
+def check_fold(model: PreTrainedModel, mask: Mask, ids: Tensor) -> float:
+    """Check that folding `mask` computes what its gates do, on copies of the layers that it cuts.
+
+    ids: int64 [1, seq_len]. Returns the relative error of the logits. Raises GraspError with the
+    first module that differs, or what the model's own code says.
+    """
+    want = gated_outputs(model, mask, ids)
+    layers: Any = model.get_decoder().layers
+    whole = list(layers)
+    try:
+        for index, (before, after) in enumerate(
+            zip(mask.space.layers, mask.pruned_space().layers, strict=True)
+        ):
+            if before != after:
+                layers[index] = copy.deepcopy(whole[index])
+        fold_mask(model, mask)
+        return check_cut(model, want, ids)
+    finally:
+        for index, layer in enumerate(whole):
+            layers[index] = layer
+
+
 @torch.no_grad()
 def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
     """Slice the model in place to the kept units: dense, with its own widths in each layer."""
-    layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
-    for modules, units, (ffn, kv) in layers:
-        device = modules.mlp.down_proj.weight.device
-        ffn, kv = ffn.to(device), kv.to(device)
-        _keep_rows({modules.gate: ffn, modules.up: ffn})
-        _keep_columns(modules.mlp.down_proj, ffn)
+    layers = zip(
+        decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
+    )
+    for modules, units, (ffn, kv), experts in layers:
+        if modules.ffn is not None and len(ffn) < units.ffn:
+            _keep_channels(modules.ffn, ffn)
+        if modules.attention is not None and len(kv) < units.kv_groups:
+            _keep_groups(modules.attention, kv, units)
+        if modules.routed is not None and len(experts) < units.experts:
+            _keep_experts(modules.routed, experts)
 
-        heads = expand(kv, units.group_size)
-        q_rows, kv_rows = expand(heads, units.head_dim), expand(kv, units.head_dim)
-        _keep_rows({modules.q: q_rows, modules.k: kv_rows, modules.v: kv_rows})
-        _keep_columns(modules.attention.o_proj, q_rows)
-        _say_heads(modules.attention, len(heads), len(kv))
+
+def _keep_channels(ffn: FFN, kept: Tensor) -> None:
+    kept = kept.to(ffn.down.weight.device)
+    _keep_rows({ffn.gate: kept, ffn.up: kept})
+    _keep_columns(ffn.down, kept)
+    say_channels(ffn.module, len(kept))
+
+
+def _keep_groups(attention: Attention, kept: Tensor, units: LayerUnits) -> None:
+    kept = kept.to(attention.out.weight.device)
+    heads = expand(kept, units.group_size)
+    q_rows, kv_rows = expand(heads, units.head_dim), expand(kept, units.head_dim)
+    _keep_rows({attention.q: q_rows, attention.k: kv_rows, attention.v: kv_rows})
+    _keep_columns(attention.out, q_rows)
+    say_heads(attention.module, len(heads), len(kept))
+
+
+def _keep_experts(routed: RoutedExperts, kept: Tensor) -> None:
+    """Keep the first dimension's entries `kept` of all values that experts and router have."""
+    kept = kept.to(routed.router.weight.device)
+    for module in (routed.experts, routed.router):
+        for name, parameter in module.named_parameters():
+            setattr(module, name, _frozen(parameter[kept]))
+        for name, buffer in module.named_buffers():
+            setattr(module, name, buffer[kept])
+    say_experts(routed, len(kept))
 
 
 def expand(index: Tensor, width: int) -> Tensor:
@@ -60,13 +109,6 @@ def _keep_rows(kept: dict[Rows, Tensor]) -> None:
         if linear.bias is not None:
             linear.bias = _frozen(linear.bias[index])
         linear.out_features = len(index)
-
-
-def _say_heads(attention: Any, heads: int, kv_heads: int) -> None:
-    """Set the head counts that an attention does not read from its weights."""
-    attention.config = LayerConfig(attention.config, num_attention_heads=heads)
-    if hasattr(attention, "num_key_value_heads"):
-        attention.num_key_value_heads = kv_heads
 
 
 def _keep_columns(linear: Any, columns: Tensor) -> None:

@@ -23,6 +23,7 @@ from grasp.compress.fold import expand
 from grasp.config import TOKENS_PER_CHANNEL
 from grasp.distributed import share, summed, tensor_from_first
 from grasp.errors import GraspError
+from grasp.gates.experts import closed_experts
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.units import decoder_layers
 
@@ -43,7 +44,9 @@ def refit(
     fp32 on the CPU, before the model's dtype rounds them. `planning.plan.refit_memory` estimates
     the peak memory. Raises GraspError if activations are not finite.
     """
-    tokens = TOKENS_PER_CHANNEL * max(units.ffn for units in mask.space.layers)
+    if not any(modules.outputs for modules in decoder_layers(model)):
+        return []
+    tokens = TOKENS_PER_CHANNEL * mask.space.widest
     blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
     fitted: list[Tensor] = []
     layers = model.get_decoder().layers
@@ -53,22 +56,25 @@ def refit(
     parts = zip(
         layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
     )
-    for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
-        run = runner(layer, kwargs)
-        down_proj, o_proj = modules.outputs
-        heads = expand(kv, units.group_size * units.head_dim)
-        own = {}
-        for linear, kept in ((o_proj, heads), (down_proj, ffn)):  # in the order that they run
-            gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
-            for n, x in enumerate(inputs_of(linear, run, hidden.split(1))):
-                if n < counted:
-                    x = x.flatten(0, -2).float()
-                    gram.addmm_(x.T, x)
-            own[linear] = solve(linear, kept.to(gram.device), summed(gram)).cpu()
-        fitted += [own[linear] for linear in modules.outputs]
-        for x in hidden.split(1):
-            x.copy_(run(x))
-        progress(index + 1, len(layers))
+    with closed_experts(model, mask):
+        for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
+            run, own, kept_columns = runner(layer, kwargs), {}, {}
+            if modules.attention is not None:  # first, in the order that they run
+                heads = expand(kv, units.group_size * units.head_dim)
+                kept_columns[modules.attention.out] = heads
+            if modules.ffn is not None:
+                kept_columns[modules.ffn.down] = ffn
+            for linear, kept in kept_columns.items():
+                gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
+                for n, x in enumerate(inputs_of(linear, run, hidden.split(1))):
+                    if n < counted:
+                        x = x.flatten(0, -2).float()
+                        gram.addmm_(x.T, x)
+                own[linear] = solve(linear, kept.to(gram.device), summed(gram)).cpu()
+            fitted += [own[linear] for linear in modules.outputs]
+            for x in hidden.split(1):
+                x.copy_(run(x))
+            progress(index + 1, len(layers))
     return fitted
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grasp.errors import reason
-from grasp.model.units import decoder_layers
 
 ROPE = "apply_rotary_pos_emb"  # its name in each family of transformers
 VARIANTS = 64  # of one function, by shapes and gradients; all norms of a process share them
@@ -38,7 +37,7 @@ def compiled(model: PreTrainedModel, note: Callable[[str], None]) -> Iterator[No
     if failure or not norms:
         yield
         return
-    family: ModuleType = sys.modules[type(decoder_layers(model)[0].attention).__module__]
+    family: ModuleType = sys.modules[type(model.get_decoder()).__module__]
     rope = getattr(family, ROPE, None)
     try:
         for norm in norms:

@@ -45,9 +45,11 @@ def tolerance(model: PreTrainedModel, depth: int) -> float:
     `SAFETY` times that. Logits of SmolLM2-135M, 60 modules deep, differ on a CPU by up to 0.06
     in bf16, 0.008 in fp16 and 1e-5 in fp32; the tolerances are 0.24, 0.03 and 1.5e-4.
     """
-    terms = max(linear.weight.shape[1] for m in decoder_layers(model) for linear in m.linears)
+    layers = decoder_layers(model)
+    terms = [linear.weight.shape[1] for m in layers for linear in m.linears]
+    terms += [n for m in layers if m.routed for n in (m.hidden_size or 0, m.routed.width)]
     own, sums = (torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
-    return SAFETY * math.sqrt(depth) * (own + sums * math.sqrt(terms))
+    return SAFETY * math.sqrt(depth) * (own + sums * math.sqrt(max(terms)))
 
 
 @torch.no_grad()
@@ -98,10 +100,12 @@ def check_cut(model: PreTrainedModel, want: Outputs, ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str) -> float:
+def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str, fix: str = "") -> float:
     """Check that decoder layers, run one by one, give the same outputs as the model's own pass.
 
-    Returns the relative error of the last layer's output; ids and errors as in `check_gates`.
+    All but the hidden states comes from another text, which it must not depend on. Returns the
+    relative error of the last layer's output; ids and errors as in `check_gates`. `fix` ends the
+    error's line.
     """
     ids, layers = _short(model, ids), list(model.get_decoder().layers)
     modules = _named(model, layers)
@@ -110,14 +114,17 @@ def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str) -> float:
 
     def one_by_one() -> Outputs:
         hidden, given = first_hidden(model, ids), {}
-        for layer, options in zip(layers, layer_options(model, ids), strict=True):
+        for layer, options in zip(layers, layer_options(model, ids.flip(1)), strict=True):
             hidden = runner(layer, options)(hidden)
             given[modules[layer]] = hidden.float().cpu()
         return given
 
     how = f"layer by layer, as {needed_by} runs it"
-    got = _tried(model, one_by_one, how)
-    return _compare(model, want, got, f"needs more than what enters it: {how}, it differs")
+    try:
+        got = _tried(model, one_by_one, how)
+        return _compare(model, want, got, f"needs more than what enters it: {how}, it differs")
+    except GraspError as error:
+        raise GraspError(f"{error}{fix}") from error
 
 
 def _short(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -125,7 +132,12 @@ def _short(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _gated_modules(model: PreTrainedModel) -> dict[nn.Module, str]:
-    return _named(model, (part for m in decoder_layers(model) for part in (m.attention, m.mlp)))
+    """Attentions, FFNs and mixtures, in the order that they run."""
+    found: list[nn.Module] = []
+    for m in decoder_layers(model):
+        found += [part.module for part in reversed(m.parts)]
+        found += [m.routed.block] if m.routed else []
+    return _named(model, found)
 
 
 def _named(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
-from grasp.model.units import LayerModules, UnitSpace, decoder_layers
+from grasp.gates.experts import gated_router
+from grasp.model.units import FFN, UnitSpace, decoder_layers
 from grasp_kernels import gated_attention, gated_swiglu_ffn
 from grasp_kernels.attention import has_backend
 
@@ -42,7 +43,7 @@ class Gates:
     """The gates of a patched model. Values keep their graph, so gradients reach every unit."""
 
     def __init__(self, model: PreTrainedModel, space: UnitSpace, site: GateSite) -> None:
-        self._modules = decoder_layers(model)
+        self._layers = decoder_layers(model)
         self._sizes = space.sizes
         self._ends = torch.tensor(self._sizes, device=model.device).cumsum(0)
         self._site = site
@@ -56,12 +57,18 @@ class Gates:
         """
         pieces = iter(values.split(self._sizes))
         counts = iter(self._sizes if open_counts is None else open_counts)
-        for modules in self._modules:
-            modules.mlp.grasp_gate = Gate(next(pieces), next(counts))
-            modules.attention.grasp_gate = Gate(next(pieces), next(counts), self._site)
+        for modules in self._layers:
+            for part in (modules.ffn, modules.attention):
+                gate = Gate(next(pieces), next(counts), self._site)
+                if part is not None:
+                    part.module.grasp_gate = gate
+        for modules in self._layers:
+            gate = Gate(next(pieces), next(counts), self._site)
+            if modules.routed is not None:
+                modules.routed.router.grasp_gate = gate
 
     def count(self, values: Tensor) -> list[int]:
-        """The number of nonzero gates per FFN and attention, by layer; waits for a GPU once."""
+        """The number of nonzero gates of each of `UnitSpace.sizes`; waits for a GPU once."""
         upto = F.pad((values != 0).cumsum(0), (1, 0))[self._ends]
         return upto.diff(prepend=upto.new_zeros(1)).tolist()
 
@@ -73,50 +80,72 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     `site="kv"` multiplies K (after RoPE) and V by the gate, as the published code does, instead of
     the attention's output. For a hard mask the forward pass is the same; the gradient differs.
     """
-    before = model.config._attn_implementation
-    modules = decoder_layers(model)
-    down = [w for m in modules if _fused(m) and (w := m.mlp.down_proj.weight).device.type != "cpu"]
+    decoder: Any = model.get_decoder()  # of a model that sees images, not the part that sees
+    before = decoder.config._attn_implementation
+    layers = decoder_layers(model)
+    ffns = [m.ffn for m in layers if m.ffn is not None]
+    attentions = [m.attention.module for m in layers if m.attention is not None]
+    routers = [m.routed.router for m in layers if m.routed is not None]
+    down = [w for f in ffns if _fused(f) and (w := f.down.weight).device.type != "cpu"]
     gates = Gates(model, space, site)
     # a library's hook may already have put a forward on the instance
-    forwards = [{k: v for k, v in vars(m.mlp).items() if k == "forward"} for m in modules]
+    forwards = [{k: v for k, v in vars(f.module).items() if k == "forward"} for f in ffns]
+    hooks = ExitStack()
     try:
-        model.set_attn_implementation(EAGER if before == "eager" else SDPA)
-        for m in modules:
-            m.mlp.forward = _ffn_forward(m)
+        decoder.set_attn_implementation(EAGER if before == "eager" else SDPA)
+        for router in routers:
+            hooks.enter_context(gated_router(router, partial(_values, router)))
+        for ffn in ffns:
+            if _fused(ffn):
+                ffn.module.forward = _fused_forward(ffn)
+            else:
+                hooks.enter_context(ffn.down.register_forward_pre_hook(_on_channels(ffn)))
         for w in down:  # one by one: same values, but each channel contiguous in memory
             w.data = w.data.t().contiguous().t()
         yield gates
     finally:
+        hooks.close()
         for w in down:
             w.data = w.data.contiguous()
-        model.set_attn_implementation(before)
-        for m, forward in zip(modules, forwards, strict=True):
-            m.mlp.__dict__.pop("forward", None)
-            m.mlp.__dict__.update(forward)
-            del m.mlp.grasp_gate, m.attention.grasp_gate
+        decoder.set_attn_implementation(before)
+        for ffn, forward in zip(ffns, forwards, strict=True):
+            ffn.module.__dict__.pop("forward", None)
+            ffn.module.__dict__.update(forward)
+        for module in (*(ffn.module for ffn in ffns), *attentions, *routers):
+            del module.grasp_gate
 
 
-def _fused(modules: LayerModules) -> bool:
-    """Whether `gated_swiglu_ffn` computes a layer's FFN."""
-    linears = (modules.gate.linear, modules.up.linear, modules.mlp.down_proj)
-    is_silu = isinstance(modules.activation, nn.SiLU | SiLUActivation)
-    return is_silu and all(linear.bias is None for linear in linears)
+def _fused(ffn: FFN) -> bool:
+    """Whether `gated_swiglu_ffn` computes an FFN, as far as the module says."""
+    linears = (ffn.gate.linear, ffn.up.linear, ffn.down)
+    is_silu = isinstance(ffn.activation, nn.SiLU | SiLUActivation)
+    # Falcon-H1's FFN multiplies by constants, too
+    plain = all(v == 1 for k, v in vars(ffn.module).items() if k.endswith("multiplier"))
+    return is_silu and plain and all(linear.bias is None for linear in linears)
 
 
-def _ffn_forward(modules: LayerModules) -> Any:
-    mlp, activation, fused = modules.mlp, modules.activation, _fused(modules)
-
+def _fused_forward(ffn: FFN) -> Any:
     def forward(x: Tensor) -> Tensor:
-        gate: Gate = mlp.grasp_gate
-        if fused:
-            weights = modules.gate.weight, modules.up.weight, mlp.down_proj.weight
-            most = None if x.device.type == "cpu" else gate.open_count
-            return gated_swiglu_ffn(x, *weights, gate.z, max_kept=most)
-        gate_pre, up = (F.linear(x, rows.weight, rows.bias) for rows in (modules.gate, modules.up))
-        hidden = activation(gate_pre) * up
-        return mlp.down_proj((hidden * gate.z).to(hidden.dtype))
+        gate: Gate = ffn.module.grasp_gate
+        weights = ffn.gate.weight, ffn.up.weight, ffn.down.weight
+        most = None if x.device.type == "cpu" else gate.open_count
+        return gated_swiglu_ffn(x, *weights, gate.z, max_kept=most)
 
     return forward
+
+
+def _on_channels(ffn: FFN) -> Any:
+    """A pre-hook of `down` that multiplies its input by the gates."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        return (args[0] * ffn.module.grasp_gate.z).to(args[0].dtype)
+
+    return hook
+
+
+def _values(module: Any) -> Tensor:
+    values: Tensor = module.grasp_gate.z
+    return values
 
 
 def _attention_forward(
@@ -127,6 +156,9 @@ def _attention_forward(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if not hasattr(module, "grasp_gate"):  # its heads stay whole
+        whole, _ = _inner(module)(module, query, key, value, attention_mask, **kwargs)
+        return whole, None
     z, open_count, site = module.grasp_gate
     if site == "output" and _takes_kernel(module, query, attention_mask):
         scale = kwargs.get("scaling")

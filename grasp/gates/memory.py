@@ -10,18 +10,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig
+from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig, RecoverConfig
 from grasp.distributed import everywhere
 from grasp.machine import memory_errors
-from grasp.model.header import of_model
+from grasp.model.header import Header, of_model
 from grasp.planning.plan import learning_memory
+from grasp.planning.recovery import OPTIMISER, learned_values, saved_activations
 
 MODES: tuple[MemoryMode, ...] = ("fast", "balanced", "low")  # by the memory that each needs
 SLACK = 0.9  # of free memory; the rest is for fragmentation and the estimate's error
 
 
 @contextmanager
-def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryMode]:
+def memory_mode(
+    model: PreTrainedModel, config: PruneConfig | RecoverConfig
+) -> Iterator[MemoryMode]:
     """Within the context, apply `config.memory` to this instance; gives the mode, "auto" resolved.
 
     On out-of-memory, raises GraspError with the mode to resume with.
@@ -47,16 +50,26 @@ def memory_mode(model: PreTrainedModel, config: PruneConfig) -> Iterator[MemoryM
                 layer.forward = forward
 
 
-def choose(model: PreTrainedModel, config: PruneConfig) -> MemoryMode:
+def choose(model: PreTrainedModel, config: PruneConfig | RecoverConfig) -> MemoryMode:
     """The fastest mode that fits in free GPU memory, "low" if none does; "fast" on a CPU."""
     if model.device.type != "cuda":
         return "fast"
     cached = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = SLACK * (torch.cuda.mem_get_info(model.device)[0] + cached)
     header = of_model(model)
-    tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
     for mode in MODES[:-1]:
-        memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
-        if memory.total - memory.weights <= free:
+        if _needed(model, header, config, mode) <= free:
             return mode
     return MODES[-1]
+
+
+def _needed(
+    model: PreTrainedModel, header: Header, config: PruneConfig | RecoverConfig, mode: MemoryMode
+) -> int:
+    """Estimated bytes that learning takes besides the weights, which are there already."""
+    if isinstance(config, RecoverConfig):  # computes in bf16, whatever the weights are
+        learned = learned_values(header, config.lora_rank)
+        return OPTIMISER * learned + saved_activations(config, header, mode, 2)
+    tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
+    memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
+    return memory.total - memory.weights

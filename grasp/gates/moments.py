@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.distributed import in_order
-from grasp.gates.training import finite_mean, next_token_loss
+from grasp.gates.objective import next_token_loss
+from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
 
@@ -87,6 +88,6 @@ def column_moments(
     A unit's columns are adjacent: `columns.view(units, -1)` has one row per unit.
     """
     linears = [linear for modules in decoder_layers(model) for linear in modules.outputs]
-    units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+    units = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups) if n]
     moments = channel_moments(model, [(linear, "input") for linear in linears], blocks, journal)
     return [(x.weight, m, n) for x, m, n in zip(linears, moments, units, strict=True)]

@@ -96,7 +96,10 @@ def _rms_norm(module: Any) -> Norm | None:
     size = torch.logspace(-4, 1, 6, device=weight.device)[:, None]
     x = size * (torch.arange(6.0 * len(weight), device=weight.device).sin().view(6, -1) + 0.5)
     wide = {name: parameter.float() for name, parameter in module.named_parameters()}
-    want, one = functional_call(module, wide, (x,)), torch.ones_like(x[0])
+    try:
+        want, one = functional_call(module, wide, (x,)), torch.ones_like(x[0])
+    except TypeError:  # a norm that takes a gate, too
+        return None
     for factor in (weight, 1 + weight.float()):
         if torch.allclose(rms_norm_scale(x, factor, one, eps), want, rtol=1e-5, atol=0):
             return Norm(module, factor, eps)

@@ -123,11 +123,14 @@ def ends(model: PreTrainedModel, kind: ScaleKind) -> list[End]:
         return []
     found = []
     for m in decoder_layers(model):
-        o_proj, down_proj, mlp = (m.attention.o_proj,), (m.mlp.down_proj,), (m.mlp,)
-        found += [End("in", m.qkv, m.qkv), *(End("out", (x,), (x,)) for x in m.qkv)]
-        found += [End("in", o_proj, o_proj), End("out", o_proj, o_proj)]
-        # the gated FFN runs as one op, which calls none of its linear layers
-        found += [End("in", m.gate_up, mlp), End("out", down_proj, mlp)]
+        if m.attention is not None:
+            qkv, out = m.attention.inputs, (m.attention.out,)
+            found += [End("in", qkv, qkv), *(End("out", (x,), (x,)) for x in qkv)]
+            found += [End("in", out, out), End("out", out, out)]
+        if m.ffn is not None:
+            # the gated FFN runs as one op, which calls none of its linear layers
+            ffn, down = (m.ffn.module,), (m.ffn.down,)
+            found += [End("in", m.ffn.inputs, ffn), End("out", down, ffn)]
     return found
 
 
@@ -139,13 +142,18 @@ def scale(theta: Tensor) -> Tensor:
 @torch.no_grad()
 def fold_scales(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> None:
     """Multiply scales into the weights in place: fp32 [`scale_count`], in `Scales.set` order."""
-    space, places = UnitSpace.of(model), ends(model, kind)
+    layers, space, places = decoder_layers(model), UnitSpace.of(model), ends(model, kind)
     per_unit, *pieces = scales.split([space.size, *(end.channels for end in places)])
-    for m, (index, ffn, kv) in zip(decoder_layers(model), space.segments(), strict=True):
+    for m, (index, ffn, kv) in zip(layers, space.segments(), strict=True):
         units = space.layers[index]
-        per_head_dim = per_unit[kv].repeat_interleave(units.group_size * units.head_dim)
-        _multiply(m.mlp.down_proj.weight, per_unit[ffn])
-        _multiply(m.attention.o_proj.weight, per_head_dim)
+        if m.ffn is not None:
+            _multiply(m.ffn.down.weight, per_unit[ffn])
+        if m.attention is not None:
+            per_head_dim = per_unit[kv].repeat_interleave(units.group_size * units.head_dim)
+            _multiply(m.attention.out.weight, per_head_dim)
+    for m, (_, experts) in zip(layers, space.expert_segments(), strict=True):
+        for parameter in m.routed.down if m.routed else ():
+            _multiply(parameter, per_unit[experts].view(-1, *[1] * (parameter.dim() - 1)))
     for end, piece in zip(places, pieces, strict=True):
         for linear in end.linears:
             _multiply(linear.weight, piece if end.side == "in" else piece[:, None])

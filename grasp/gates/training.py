@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,9 +18,8 @@ from grasp import distributed
 from grasp.config import PruneConfig, Schedule
 from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
-from grasp.gates.gating import unpadded
+from grasp.gates.objective import Batch, loss
 from grasp.journal import Journal
-from grasp_kernels import linear_cross_entropy
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
 COMPARE_EVERY = 50  # steps, of which READ_EVERY is a divisor; scores must agree over ranks
@@ -40,6 +37,7 @@ class TrainSettings:
     schedule: Schedule = "constant"
     decay: float = 0.0  # of scales, per epoch at the full rate
     seed: int = 0
+    lm_weight: float = 1.0  # of the next-token loss; the rest is the distance from a teacher
 
     @classmethod
     def of(cls, config: PruneConfig, epochs: int) -> TrainSettings:
@@ -51,6 +49,7 @@ class TrainSettings:
             config.schedule,
             config.scale_decay,
             config.seed,
+            config.lm_weight,
         )
 
 
@@ -73,15 +72,17 @@ def train_gates(
     info: Callable[[], dict[str, Any]] = dict,
     *,
     scales: int = 0,
+    teacher: Tensor | None = None,
 ) -> Tensor:
-    """Minimise the next-token loss over `theta` (fp32 [units]) and return the trained vector.
+    """Minimise `objective.loss` over `theta` (fp32 [units]) and return the trained vector.
 
     `gate_values(theta, progress)` gives the gates; progress is an fp64 scalar on the device, in
-    [0, 1). `blocks` is int64 [samples, seq_len]; each epoch visits all of them in its own order,
-    fixed by the seed. AdamW has betas (0.9, 0.99) and a rate that is constant, as published, or
-    falls to 0 along a half cosine. There is no weight decay (GRASPrune, section 4.1), except on the
-    last `scales` entries of theta: those that a short text cannot tell from noise stay near 0, a
-    scale of 1. Decay is set per epoch, so more text means less decay per step (arXiv 2405.13698).
+    [0, 1). `blocks` is int64 [samples, seq_len], and `teacher` their `last_hidden`; each epoch
+    visits all of them in its own order, fixed by the seed. AdamW has betas (0.9, 0.99) and a rate
+    that is constant, as published, or falls to 0 along a half cosine. There is no weight decay
+    (GRASPrune, section 4.1), except on the last `scales` entries of theta: those that a short text
+    cannot tell from noise stay near 0, a scale of 1. Decay is set per epoch, so more text means
+    less decay per step (arXiv 2405.13698).
     `info` adds to the log. Raises GraspError if the loss is not finite. A run that resumes from its
     journal ends where an uninterrupted one does, on a CPU bit for bit.
 
@@ -95,16 +96,25 @@ def train_gates(
         [theta], lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=on_gpu
     )
     per_step = settings.batch_size * settings.accumulate
-    order = torch.cat([_epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
-    order, blocks = order.to(theta.device), blocks.to(theta.device)
+    order = torch.cat([epoch_order(len(blocks), settings.seed, e) for e in range(settings.epochs)])
+    examples = Batch(blocks.to(theta.device), teacher)
     steps = math.ceil(len(order) / per_step)
     small = settings.batch_size * blocks.shape[1] <= GRAPH_TOKENS
     decay = None
     if scales and settings.decay:
         decay = torch.zeros_like(theta, requires_grad=False)
         decay[-scales:] = settings.decay * settings.epochs / steps / settings.lr
-    one_step = Step(model, gates, theta, gate_values, optimizer, settings.batch_size, decay)
-    run_step: Callable[[Tensor, Tensor], Tensor] = one_step
+    one_step = Step(
+        model,
+        gates,
+        theta,
+        gate_values,
+        optimizer,
+        settings.batch_size,
+        decay,
+        settings.lm_weight,
+    )
+    run_step: Callable[[Batch, Tensor], Tensor] = one_step
     if on_gpu and small and distributed.ranks() == 1:  # a graph holds no collectives
         run_step = CapturedStep(one_step, journal.note)
     elif on_gpu:
@@ -120,7 +130,7 @@ def train_gates(
             chosen = order[step * per_step : (step + 1) * per_step]
             progress.fill_(step / steps)
             _set_rate(optimizer, _rate(settings, step / steps))
-            losses.append(run_step(blocks[chosen], progress))
+            losses.append(run_step(examples.pick(chosen), progress))
             tokens += chosen.numel() * blocks.shape[1]
             if len(losses) == read_every or step + 1 == steps:
                 mean = finite_mean(losses, step + 1)
@@ -145,9 +155,10 @@ class Step:
     optimizer: torch.optim.Optimizer
     batch_size: int
     decay: Tensor | None = None  # [units], of theta, per unit of the rate
+    lm_weight: float = 1.0
 
-    def __call__(self, ids: Tensor, progress: Tensor, *, count: bool = False) -> Tensor:
-        """Update theta on the mean loss of `ids`, int64 [samples, seq_len]; returns that loss.
+    def __call__(self, batch: Batch, progress: Tensor, *, count: bool = False) -> Tensor:
+        """Update theta on the mean loss of a batch; returns that loss.
 
         `count` reads back how many gates are open, so that a GPU computes only those.
         """
@@ -155,22 +166,22 @@ class Step:
         z = values.detach().requires_grad_()
         counts = self.gates.count(z) if count else None
 
-        def of_part(part: Tensor) -> Tensor:  # [units + 1]: the gradient, then the loss
+        def of_part(part: Batch) -> Tensor:  # [units + 1]: the gradient, then the loss
             self.gates.set(z, counts)
-            loss = next_token_loss(self.model, part) * (len(part) / len(ids))
-            return torch.cat([torch.autograd.grad(loss, z)[0], loss.detach()[None]])
+            part_loss = loss(self.model, part, self.lm_weight) * (len(part) / len(batch))
+            return torch.cat([torch.autograd.grad(part_loss, z)[0], part_loss.detach()[None]])
 
         total = torch.zeros(len(z) + 1, device=z.device)
-        at_once = min(self.batch_size, math.ceil(len(ids) / distributed.ranks()))
-        for part in distributed.in_order(of_part, ids.split(at_once)):
-            total += part
-        gradient, loss = total[:-1], total[-1]
+        at_once = min(self.batch_size, math.ceil(len(batch) / distributed.ranks()))
+        for found in distributed.in_order(of_part, list(batch.split(at_once))):
+            total += found
+        gradient = total[:-1]
         (self.theta.grad,) = torch.autograd.grad(values, self.theta, gradient)
         if self.decay is not None:
             rate = self.optimizer.param_groups[0]["lr"]
             self.theta.detach().mul_(torch.exp(-rate * self.decay))
         self.optimizer.step()
-        return loss
+        return total[-1]
 
 
 class CapturedStep:
@@ -186,69 +197,34 @@ class CapturedStep:
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, ids: Tensor, progress: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, progress: Tensor) -> Tensor:
         self._calls += 1
         if self._calls == 1:
-            self._ids, self._progress = torch.empty_like(ids), torch.empty_like(progress)
-        if self._calls <= self.WARM_UP or ids.shape != self._ids.shape:
-            return self._step(ids, progress)
-        self._ids.copy_(ids)
+            self._batch, self._progress = batch.empty_like(), torch.empty_like(progress)
+        if self._calls <= self.WARM_UP or batch.ids.shape != self._batch.ids.shape:
+            return self._step(batch, progress)
+        self._batch.copy_(batch)
         self._progress.copy_(progress)
         if self._calls == self.WARM_UP + 1:
             self._capture()
         if self._graph is None:
-            return self._step(ids, progress)
+            return self._step(batch, progress)
         self._graph.replay()
         return self._loss.clone()
 
     def _capture(self) -> None:
-        graph, device = torch.cuda.CUDAGraph(), self._ids.device
+        graph, device = torch.cuda.CUDAGraph(), self._batch.ids.device
         try:
             with (
                 torch.cuda.device(device),  # which need not be the first
                 torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it after a failure
                 torch.cuda.graph(graph, stream=torch.cuda.Stream(device)),
             ):
-                self._loss = self._step(self._ids, self._progress)
+                self._loss = self._step(self._batch, self._progress)
         except RuntimeError as error:
             self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason(error)}")
         else:
             self._graph = graph
-
-
-def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, fp32 scalar; ids: int64 [batch, seq_len].
-
-    If the head is frozen and a plain linear layer, logits are computed in chunks. Other models
-    (capped or scaled logits, heads that train) use their own loss.
-    """
-    head = model.get_output_embeddings()
-    if head is None or head.weight.requires_grad or not _head_is_plain(model, ids[:1, :2]):
-        mask = unpadded(ids)
-        return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
-    decoder = model.get_decoder()
-    hidden = decoder(ids, attention_mask=unpadded(ids), use_cache=False).last_hidden_state
-    return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, ids[:, 1:].flatten())
-
-
-_PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether logits are the decoder's output times the head's weight; tested once per model.
-
-    Compares bit for bit within one pass: two passes may differ by a bit on a GPU, and a soft cap
-    may differ by little more.
-    """
-    if model not in _PLAIN:
-        passed: list[Any] = []
-        hook = model.get_decoder().register_forward_hook(lambda *args: passed.append(args[-1]))
-        with hook:
-            logits = model(input_ids=ids, use_cache=False).logits
-        (out,), head = passed, model.get_output_embeddings()
-        _PLAIN[model] = torch.equal(logits, F.linear(out.last_hidden_state, head.weight))
-    return _PLAIN[model]
 
 
 def digest(values: Tensor) -> str:
@@ -270,7 +246,8 @@ def _rate(settings: TrainSettings, progress: float) -> float:
     return settings.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits its blocks, int64 [samples]."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return torch.randperm(samples, generator=generator)
 

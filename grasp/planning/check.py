@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grasp.config import PruneConfig, SparsifyConfig
+from grasp import criteria
+from grasp.config import PruneConfig, RunConfig
 from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
 from grasp.errors import GraspError
@@ -18,7 +19,7 @@ from grasp.model.source import check_readable, read_config, resolve
 from grasp.planning.layouts import check_layout
 
 
-def check(config: PruneConfig | SparsifyConfig) -> Header:
+def check(config: RunConfig) -> Header:
     """Check what `config` asks for, and return the header of the model that it names.
 
     Raises GraspError: a missing text, a model that is not supported or is quantised, a sequence
@@ -33,14 +34,15 @@ def check(config: PruneConfig | SparsifyConfig) -> Header:
     return header
 
 
-def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
+def check_fit(config: RunConfig, header: Header) -> None:
     """Raise GraspError if the model of `header` cannot meet the options of `config`."""
     if header.longest is not None and config.seq_len > header.longest:
         raise GraspError(
             f"`seq_len` must be at most {header.longest} for this model, got {config.seq_len}"
         )
-    if isinstance(config, SparsifyConfig):
+    if not isinstance(config, PruneConfig):
         return
+    _check_method(config.method, header)
     biased = config.compensation == "bias"
     if biased and not header.facts.carries_biases:
         raise GraspError(
@@ -50,6 +52,15 @@ def check_fit(config: PruneConfig | SparsifyConfig, header: Header) -> None:
     config.budget.check_multiples(header.space)
     check_layout(header, config.budget, biased=biased)
     config.budget.limit(header.space)
+
+
+def _check_method(method: str, header: Header) -> None:
+    """Raise GraspError if a criterion does not score what this model has."""
+    mixture = bool(header.space.experts)
+    if not criteria.suits(method, mixture=mixture):
+        others = [n for n in criteria.names() if criteria.suits(n, mixture=mixture)]
+        what = "does not score experts" if mixture else "scores experts, and this model has none"
+        raise GraspError(f"`method={method!r}` {what}: use one of {', '.join(others)}")
 
 
 def check_plain(model: str, header: Header, done: str = "cut") -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from grasp import criteria
-from grasp.budget.budget import Budget
+from grasp.budget.budget import NAMES, Budget, UnitKind
 from grasp.config import (
     RECOMPUTE_EVERY,
     TOKENS_PER_CHANNEL,
@@ -99,12 +99,16 @@ class Plan:
     layers: int
     channels: int
     kv_groups: int
+    experts: int  # 0 for a model that is not a mixture
+    prunes: tuple[UnitKind, ...]  # what may go
+    whole: tuple[str, ...]  # what stays whole besides, and why
     params: Size
     prunable: Size
     weight_bytes: Size
     kv_bytes_per_token: Size
     memory: Memory
     refit_memory: int | None  # estimated peak bytes of refit, if it runs
+    teacher_bytes: int | None  # of the dense model's hidden states, in the host's memory
     evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
     learning_tokens: int  # forward and backward, for gates and for the scales after the mask
     learning_seconds: float | None
@@ -124,6 +128,9 @@ class Plan:
         if self.refit_memory is not None:
             stages.insert(1, ("refitting", self.refit_memory))
         peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
+        teacher = ""
+        if self.teacher_bytes is not None:
+            teacher = f"; {self.teacher_bytes / 1e9:,.1f} GB of the host's for the teacher"
         time = "give `tokens_per_second` for the time"
         if self.learning_seconds is not None:
             time = f"{self.learning_seconds / 60:,.1f} minutes"
@@ -134,14 +141,17 @@ class Plan:
             (
                 "units",
                 f"{self.channels:,} FFN channels, {self.kv_groups:,} KV groups, "
-                f"{self.layers} layers",
+                + (f"{self.experts:,} experts, " if self.experts else "")
+                + f"{self.layers} layers",
             ),
+            ("may go", " and ".join(NAMES[part] for part in self.prunes)),
+            *(("stays whole", why) for why in self.whole),
             *([("protected", self._protected())] if budget.protected(self.layers) else []),
             ("parameters", _change(self.params)),
             ("prunable", _change(self.prunable)),
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
             ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes per token"),
-            ("memory", f"about {peaks} (estimates)"),
+            ("memory", f"about {peaks} (estimates){teacher}"),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
         lines = [f"{name:<12}{text}" for name, text in facts]
@@ -196,6 +206,9 @@ def plan(
         layers=len(space.layers),
         channels=sum(layer.ffn for layer in space.layers),
         kv_groups=sum(layer.kv_groups for layer in space.layers),
+        experts=space.experts,
+        prunes=budget.prunes(space),
+        whole=_whole(header, budget),
         params=Size(space.total_params, after),
         prunable=Size(space.prunable_params, _times(space.hidden_size, cost)),
         weight_bytes=Size(width * space.total_params, _times(width, after)),
@@ -208,11 +221,24 @@ def plan(
             if config.compensation == "refit"
             else None
         ),
+        teacher_bytes=(
+            width * config.samples * config.seq_len * space.hidden_size if config.distils else None
+        ),
         evaluation_memory=evaluation_memory(header, config.eval_seq_len),
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
         runtimes=tuple(_runtimes(header, budget)),
     )
+
+
+def _whole(header: Header, budget: Budget) -> tuple[str, ...]:
+    """What stays whole in the layers, and why: by structure, or as the budget asks."""
+    prunes, reason = budget.prunes(header.space), f"`units={budget.units!r}`"
+    if budget.kind == "kv_cache":
+        reason = "`kv_cache` is a budget of KV groups"
+    have = dict.fromkeys(segment.kind for segment in budget.segments(header.space))
+    asked = (f"{NAMES[kind]}: {reason}" for kind in have if kind not in prunes)
+    return (*asked, *header.whole)
 
 
 def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
@@ -223,28 +249,35 @@ def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
     """
     limit = budget.limit(space)
     # bounds on KV groups follow from the least and the most that all other units can cost
-    in_params = replace(budget, kind="keep", asked=1.0)
+    in_params = replace(budget, kind="keep", asked=1.0, units="auto")
     segments = [s for s in in_params.segments(space) if s.kind == "kv"]
     kv = sum(s.unit_cost * s.size for s in segments)
     kv_floor = sum(s.unit_cost * s.least for s in segments)
-    others, others_floor = space.cost - kv, in_params.floor(space) - kv_floor
     # cost of a KV group per head_dim; the same in all layers, except in foreign per-layer models
-    ratios = [2 * layer.group_size + 2 for layer in space.layers]
-
+    attentions = [layer for layer in space.layers if layer.kv_groups]
+    ratios = [2 * layer.group_size + 2 for layer in attentions] or [1]
+    keys = sum(layer.kv_groups * layer.head_dim for layer in attentions)
     spent = Range(max(budget.floor(space), limit - budget.step(space) + 1), limit)
     if budget.kind == "kv_cache":
+        others = space.cost - kv
         cost = Range(others + spent.least * min(ratios), others + spent.most * max(ratios))
-        return cost, spent
+        return cost, _plus(space.fixed_keys, spent)
+    # units of a kind that is not under the budget stay
+    cost = _plus(space.cost - budget.cost(space), spent)
+    if "kv" not in budget.prunes(space):
+        return cost, _plus(space.fixed_keys, Range(keys, keys))
+    others, others_floor = budget.cost(space) - kv, budget.floor(space) - kv_floor
     groups = Range(max(kv_floor, spent.least - others), min(kv, spent.most - others_floor))
-    return spent, Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
+    values = Range(-(-groups.least // max(ratios)), groups.most // min(ratios))
+    return cost, _plus(space.fixed_keys, values)
 
 
 def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
     """Bounds on all parameters of a result that costs `cost`, biases of kept units included."""
     most = space.total_params - space.fixed_params - space.prunable_params
     least = sum(
-        layer.channel_bias * budget.ffn_multiple
-        + layer.group_bias * budget.kv_multiple
+        layer.channel_bias * min(layer.ffn, budget.ffn_multiple)
+        + layer.group_bias * min(layer.kv_groups, budget.kv_multiple)
         + layer.expert_bias * layer.experts_per_token
         for layer in space.layers
     )
@@ -252,6 +285,10 @@ def params_left(space: UnitSpace, budget: Budget, cost: Range) -> Range:
         least = most
     fixed, d = space.fixed_params, space.hidden_size
     return Range(fixed + d * cost.least + least, fixed + d * cost.most + most)
+
+
+def _plus(term: int, values: Range) -> Range:
+    return Range(term + values.least, term + values.most)
 
 
 def _times(factor: int, values: Range) -> Range:
@@ -271,6 +308,10 @@ def learning_memory(
             ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
         learned += ends
         own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
+        # input, gate, up, product and output of each expert that a token visits: those of its
+        # router, and those that it would visit if all were open
+        visited = 2 * layer.experts_per_token
+        own += width * visited * (4 * layer.expert_width + 3 * space.hidden_size)
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
             own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
         else:  # values are a view of a fused output, all of which is kept
@@ -300,7 +341,7 @@ def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
     Gram matrix and its rows of kept channels. In fp64: the Gram matrix of the kept channels, its
     factor twice, the right-hand side and the solutions.
     """
-    space, widest = header.space, max(layer.ffn for layer in header.space.layers)
+    space, widest = header.space, header.space.widest
     tokens = seq_len * min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
     hidden = width * tokens * space.hidden_size
     return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)

@@ -19,6 +19,7 @@ from grasp.report.summary import (
     measured_on,
     perplexity_pairs,
     recorded,
+    recovered,
     size_rows,
     weight_bytes,
 )
@@ -82,7 +83,7 @@ def report_page(record: Record, records: Sequence[dict[str, Any]]) -> str:
 <h2>Use it</h2>
 {"".join(_code(where, code) for where, _, code in how_to_run(record))}
 <h2>Recipe</h2>
-<p class="soft">{escape(calibrated_on(record))}</p>
+<p class="soft">{escape(calibrated_on(record))} {escape(recovered(record))}</p>
 <table>{"".join(_row(key, value) for key, value in sorted(recipe.items()))}</table>
 <h2>Software</h2>
 <table>{"".join(_row(key, value) for key, value in record.versions.items())}</table>
@@ -105,8 +106,9 @@ def _bars(record: Record) -> str:
     dense, pruned = weight_bytes(record)
     bars = [
         _pair("weights", pruned, dense, "bytes"),
-        _pair("KV cache per token", cache["after"], cache["before"], "bytes"),
     ]
+    if cache["before"]:  # attention of other kinds may keep no keys
+        bars.append(_pair("KV cache per token", cache["after"], cache["before"], "bytes"))
     speed = record.results.get("speed")
     if speed and len(speed["models"]) > 1:
         for phase in ("prefill", "decode"):
@@ -166,6 +168,7 @@ def _learning(records: Sequence[dict[str, Any]]) -> str:
         if record.get("stage") in (
             "learn",
             "calibrate",
+            "recover",
         ):  # after an interruption some steps are logged twice: the last one counts
             stages.setdefault(record["stage"], {})[record["step"]] = record
     if not stages:

@@ -12,12 +12,26 @@ if TYPE_CHECKING:  # slow to import, and `grasp show` does not need it
     from matplotlib.figure import Figure
 
 
-def layer_rows(record: Record) -> list[tuple[int, int, int, int, int]]:
-    """Return (layer, FFN channels kept, before, KV groups kept, before) for every layer."""
-    before, after = record.widths["before"], record.widths["after"]
+KINDS = ("FFN channels", "KV groups", "experts")  # in the order of `Record.widths`
+
+
+def kept_units(record: Record) -> dict[str, list[tuple[int, int]]]:
+    """Return (kept, before) of every layer for each kind of unit that the model has."""
+    sides = [
+        [(*layer, *[0] * (len(KINDS) - len(layer))) for layer in record.widths[side]]
+        for side in ("after", "before")
+    ]
+    by_kind = zip(KINDS, *(zip(*layers, strict=True) for layers in sides), strict=True)
+    found = {kind: list(zip(kept, of, strict=True)) for kind, kept, of in by_kind}
+    return {kind: layers for kind, layers in found.items() if any(of for _, of in layers)}
+
+
+def layer_rows(record: Record) -> list[list[str]]:
+    """Return the layer, and `kept / before` for each kind of unit that the model has."""
+    kinds = kept_units(record).values()
     return [
-        (index, ffn, ffn_of, kv, kv_of)
-        for index, ((ffn_of, kv_of), (ffn, kv)) in enumerate(zip(before, after, strict=True))
+        [str(index), *(f"{kept} / {of}" for kept, of in layer)]
+        for index, layer in enumerate(zip(*kinds, strict=True))
     ]
 
 
@@ -29,7 +43,8 @@ def size_rows(record: Record) -> list[tuple[str, str, str, str]]:
         ("all parameters", params["total_before"], params["total_after"]),
         ("KV cache, bytes per token (16 bit)", cache["before"], cache["after"]),
     ]
-    rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.2%}") for what, a, b in pairs]
+    # attention of other kinds may keep no keys
+    rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.2%}") for what, a, b in pairs if a]
     if sparsity := record.sparsity:
         a, b, of = (sparsity[k] for k in ("zeros_before", "zeros_after", "weights"))
         rows.append(
@@ -72,6 +87,22 @@ def how_measured(first: dict[str, Any], *others: dict[str, Any]) -> str:
     )
 
 
+def recovered(record: Record) -> str:
+    """Say how the checkpoint was recovered, a sentence for each run; empty if it was not."""
+    return " ".join(map(_recovered, record.recovery or ()))
+
+
+def _recovered(run: dict[str, Any]) -> str:
+    rank, texts = run["recipe"]["lora_rank"], run["perplexity_before"]
+    before = ", ".join(f"{found['value']:.2f} on {found['data']}" for found in texts)
+    return (
+        f"Recovered by distillation on {run['tokens']:,} tokens of {run['text']['name']} from "
+        f"{run['teacher']} ({f'LoRA of rank {rank}, merged' if rank else 'all weights'}): loss on "
+        f"held-out blocks {run['before']:.3f} -> {run['after']:.3f}"
+        f"{f'; perplexity before it {before}' if before else ''}."
+    )
+
+
 def weight_bytes(record: Record) -> tuple[int, int]:
     """Return the bytes of the weights (dense, pruned), both in the checkpoint's dtype."""
     params, after = record.params, record.results["weight_bytes"]
@@ -89,8 +120,7 @@ def model_card(record: Record) -> str:
     """Return README.md of a checkpoint, with the front matter that model hubs read."""
     recipe = record.recipe
     table = markdown_table(("", "dense", "pruned", ""), size_rows(record))
-    rows = [(i, f"{f} / {fo}", f"{k} / {ko}") for i, f, fo, k, ko in layer_rows(record)]
-    layers = markdown_table(("layer", "FFN channels", "KV groups"), rows)
+    layers = markdown_table(("layer", *kept_units(record)), layer_rows(record))
     settings = "\n".join(f"- {key}: `{value}`" for key, value in recipe.items())
     measured = "".join(
         f"## {title}\n\n{markdown_table(found['head'], found['rows'])}\n\n"
@@ -130,7 +160,17 @@ The indices of all kept units are in `grasp.json`.
 {calibrated_on(record)}
 
 {settings}
-"""
+{recovery_recipe(record)}"""
+
+
+def recovery_recipe(record: Record) -> str:
+    """The section of a model card on recovery; empty if there was none."""
+    if not record.recovery:
+        return ""
+    settings = "\n".join(
+        f"- {key}: `{value}`" for key, value in record.recovery[-1]["recipe"].items()
+    )
+    return f"\n## Recovery\n\n{recovered(record)}\n\n{settings}\n"
 
 
 def calibrated_on(record: Record) -> str:
@@ -155,10 +195,15 @@ def how_made(record: Record) -> str:
     recipe = record.recipe
     method = "GRASPrune (arXiv 2604.19398)" if recipe["method"] == "learned" else recipe["method"]
     after = COMPENSATED[recipe["compensate"]]
+    kinds = [kind for kind in KINDS if kind in kept_units(record)]
+    what = " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
+    what = what[0].upper() + what[1:]
+    tuned = "The model was not fine-tuned"
+    if record.recovery:
+        tuned = f"The model was then recovered by distillation on {record.recovery_tokens:,} tokens"
     return (
-        f"Made with grasp {record.grasp_version}. FFN channels and KV groups were selected by "
-        f"{method} and removed under a hard budget{after}. The model was not fine-tuned; its "
-        "weights are dense."
+        f"Made with grasp {record.grasp_version}. {what} were selected by "
+        f"{method} and removed under a hard budget{after}. {tuned}; its weights are dense."
     )
 
 
@@ -187,20 +232,16 @@ llama-server -m model.gguf"""
 
 
 def layer_figure(record: Record) -> Figure:
-    """Plot the kept FFN channels and KV groups of every layer as bars."""
+    """Plot the kept units of every layer as bars, kind by kind."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    rows = layer_rows(record)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    for axes, title, kept, of in zip(
-        figure.subplots(2, 1, sharex=True),
-        ("FFN channels", "KV groups"),
-        ([r[1] for r in rows], [r[3] for r in rows]),
-        ([r[2] for r in rows], [r[4] for r in rows]),
-        strict=True,
-    ):
-        index = range(len(rows))
+    kinds = kept_units(record)
+    figure = Figure(figsize=(8, 2.1 * len(kinds)), layout="constrained")
+    rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, layers) in zip(rows, kinds.items(), strict=True):
+        index = range(len(layers))
+        kept, of = zip(*layers, strict=True)
         axes.bar(index, of, color="#e4e7ec", label="dense")
         axes.bar(index, kept, color="#2f6f9f", label="kept")
         axes.set_ylabel(title)

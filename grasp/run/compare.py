@@ -29,6 +29,7 @@ from grasp.distributed import from_first
 from grasp.errors import GraspError
 from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
+from grasp.gates.objective import last_hidden
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
 from grasp.model.load import cast, move
 from grasp.planning.check import check_fit
@@ -55,7 +56,6 @@ from grasp.select.selection import Selection
 Score = Callable[[str], dict[str, Any] | None]  # zero-shot results of a model or folder
 Cost = dict[str, Any]  # seconds, peak_memory in bytes
 
-METHODS = (*(criterion.name for criterion in criteria.OURS), "learned+refit", "fisher+refit")
 TASK_BATCH = 16  # requests per batch: they are short, and scores hardly depend on it
 
 
@@ -96,7 +96,7 @@ def compare(
     out: str | os.PathLike[str],
     *,
     keep: float | Sequence[float] = KEEP,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = SEEDS,
     tasks: str | None = None,
     tasks_data: str | os.PathLike[str] | None = None,
@@ -106,7 +106,8 @@ def compare(
 ) -> Comparison:
     """Measure perplexity, and accuracy on `tasks`, of each method at each budget with each seed.
 
-    A method is a criterion, optionally followed by `+refit` or `+bias`. `options` are the fields of
+    A method is a criterion, optionally followed by `+refit` or `+bias`; by default, `all_methods`
+    of this kind of model. `options` are the fields of
     `PruneConfig` that all cells share; `tasks`, `tasks_data` and `limit` are passed to
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. After an interruption, the same call resumes; methods, budgets and
@@ -115,7 +116,7 @@ def compare(
     """
     parts = [*keep] if isinstance(keep, Iterable) else [keep]
     for name, values in (("keep", parts), ("methods", methods), ("seeds", seeds)):
-        if not values:
+        if values is not None and not values:
             raise GraspError(f"`{name}` must name at least one, got none")
     if own := options.keys() & SET_BY_COMPARE:
         raise GraspError(
@@ -124,6 +125,8 @@ def compare(
     base = PruneConfig.of(model, keep=parts[0], **COMPARED_WIDTHS | options)
     header = check_run(base, out)
     base = on_device(base)
+    if methods is None:
+        methods = all_methods(mixture=bool(header.space.experts))
     cells = _cells(base, parts, methods, seeds)
     for cell in cells:
         check_fit(cell.config, header)
@@ -189,6 +192,12 @@ def _score(
     return from_first(lambda: evaluate().to_json())
 
 
+def all_methods(*, mixture: bool) -> tuple[str, ...]:
+    """Our criteria that score what can go, and the best two with refit."""
+    ours = (c.name for c in criteria.OURS if criteria.suits(c.name, mixture=mixture))
+    return (*ours, "learned+refit", "fisher+refit")
+
+
 def _cells(
     base: PruneConfig, parts: Sequence[float], methods: Sequence[str], seeds: Sequence[int]
 ) -> list[Cell]:
@@ -237,12 +246,18 @@ class _Grid:
         self._perplexities = perplexities  # of the dense model, on each text
         self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Selection, Cost]] = {}
+        self._taught: tuple[Any, Tensor] | None = None  # a seed and dtype, and what they gave
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         return self._run.part(cell.name).remember("result", partial(self._measure, cell))
 
     def _choose(
-        self, cell: Cell, model: PreTrainedModel, projection: Projection, blocks: Tensor
+        self,
+        cell: Cell,
+        model: PreTrainedModel,
+        projection: Projection,
+        blocks: Tensor,
+        teacher: Tensor | None,
     ) -> tuple[Selection, Cost]:
         """Return the selection of the cell's method, and its cost."""
         if cell.rewrites or cell.selection not in self._chosen:
@@ -250,10 +265,21 @@ class _Grid:
             reset_peak_memory()
             move(model, cell.config.device)
             with memory_mode(model, cell.config):
-                selection = select(model, projection, blocks, cell.config, part.stage)
+                selection = select(model, projection, blocks, cell.config, part.stage, teacher)
             move(self._dense, "cpu")
             self._chosen[cell.selection] = selection, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.selection]
+
+    def _teacher(
+        self, config: PruneConfig, dense: PreTrainedModel, blocks: Tensor
+    ) -> Tensor | None:
+        """Return the `last_hidden` of the dense model on the blocks; only the last one is kept."""
+        if not config.distils:
+            return None
+        key = config.seed, dense.dtype
+        if self._taught is None or self._taught[0] != key:
+            self._taught = key, last_hidden(move(dense, config.device), blocks)
+        return self._taught[1]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
         """Copy the dense model in the cell's dtype; load it again if it has another dtype."""
@@ -266,16 +292,22 @@ class _Grid:
         config, run, part = cell.config, self._run, self._run.part(cell.name)
         run.log(event="cell", name=cell.name)  # its seconds count from here
         blocks, projection = self._start.blocks(config), self._start.projection(config)
-        if cell.rewrites:
-            model = self._own_model(config)
-            selection, choosing = self._choose(cell, model, projection, blocks)
-        else:
-            selection, choosing = self._choose(cell, self._dense, projection, blocks)
+        model = self._own_model(config) if cell.rewrites else self._dense
+        teacher = self._teacher(config, model, blocks)
+        selection, choosing = self._choose(cell, model, projection, blocks, teacher)
+        if not cell.rewrites:
             model = self._own_model(config)
         mask = projection.mask(selection.scores)
         reset_peak_memory()
         pruned = apply_mask(
-            model, mask, selection.scales, blocks, config, self._start.stored_dtype, part
+            model,
+            mask,
+            selection.scales,
+            blocks,
+            teacher,
+            config,
+            self._start.stored_dtype,
+            part,
         )
         making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"

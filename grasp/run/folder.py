@@ -30,6 +30,7 @@ from grasp.machine import disk_errors, peak_memory
 from grasp.run.ready import check_out, run_folder
 
 SAVE_EVERY = 20.0  # seconds
+SAVING = 0.05  # of the time at most, where a state is so large that saving it takes long
 OWN_FILES = {
     *("checkpoint", "config.json", "facts", "finished", "inputs.json", "lock", "log.jsonl", "state")
 }
@@ -194,13 +195,14 @@ def _drop_cut_line(log: Path) -> None:
 
 
 class StageJournal(Journal):
-    """Logs a stage, and saves its state every SAVE_EVERY seconds and at its end."""
+    """Logs a stage, and saves its state every SAVE_EVERY seconds (SAVING) and at its end."""
 
     def __init__(self, run: Run, name: str) -> None:
         self._run, self._name = run, name
         self._path = run.path("state", f"{name}.safetensors")
         self._began = self._saved = self._seen = time.monotonic()
         self._first: int | None = None
+        self._wait = SAVE_EVERY
 
     def load(self) -> dict[str, Tensor] | None:
         return from_first(self._load)
@@ -216,8 +218,9 @@ class StageJournal(Journal):
             ) from None
 
     def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:
-        if not is_first() or (not final and time.monotonic() - self._saved < SAVE_EVERY):
+        if not is_first() or (not final and time.monotonic() - self._saved < self._wait):
             return
+        began = time.monotonic()
         tensors = {name: t.contiguous().cpu() for name, t in state().items()}
         with disk_errors(self._path):
             beside = self._path.with_suffix(".new")
@@ -225,6 +228,7 @@ class StageJournal(Journal):
             _sync(beside)
             os.replace(beside, self._path)
         self._saved = time.monotonic()
+        self._wait = max(SAVE_EVERY, (self._saved - began) / SAVING)
 
     def note(self, text: str) -> None:
         self._run.log(event="note", stage=self._name, text=text)

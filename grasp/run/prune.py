@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,8 +27,9 @@ from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
+from grasp.compress.fold import check_fold
 from grasp.compress.refit import refit
-from grasp.config import PruneConfig, SparsifyConfig
+from grasp.config import PruneConfig, RunConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
@@ -41,6 +43,7 @@ from grasp.gates.fidelity import (
     gated_outputs,
 )
 from grasp.gates.memory import memory_mode
+from grasp.gates.objective import last_hidden
 from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors, memory_errors
 from grasp.model.header import of_model
@@ -57,6 +60,7 @@ from grasp.model.load import (
 )
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
+from grasp.planning.layouts import least
 from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import ready
@@ -178,7 +182,9 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     with memory_mode(model, config) as mode:
         if config.memory == "auto" and mode != "fast":
             run.log(event="note", text=f"`memory={mode!r}`, for what is free on {config.device}")
-        selection = select(model, start.projection(config), blocks, config, run.stage)
+        teacher = teacher_of(model, blocks, config)
+        projection = start.projection(config)
+        selection = select(model, projection, blocks, config, run.stage, teacher)
     if "" not in budgets:
         move(model, "cpu")  # the device holds the copy that is pruned
     results = []
@@ -191,7 +197,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part = run.part(name) if name else run
             pruned = move(copy.deepcopy(model), config.device) if name else model
             pruned = apply_mask(
-                pruned, mask, selection.scales, blocks, own, start.stored_dtype, part
+                pruned, mask, selection.scales, blocks, teacher, own, start.stored_dtype, part
             )
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
             record = finish(pruned, record, start, dense, part, run.checkpoint)
@@ -221,7 +227,7 @@ class Start:
     calibration: Mixture
     evaluation_sets: tuple[EvaluationSet, ...]  # empty if no text is left
 
-    def blocks(self, config: PruneConfig | SparsifyConfig) -> Tensor:
+    def blocks(self, config: RunConfig) -> Tensor:
         """Return the calibration blocks that `config.seed` draws: int64 [samples, seq_len]."""
         return self.calibration.blocks(seq_len=config.seq_len, seed=config.seed)
 
@@ -234,17 +240,10 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     model, tokenizer = load_dense(config)
     check_budget(config, model)
     space = UnitSpace.of(model)
-    result = _a_result(space, config.budget)
+    uniform = config.budget.for_space(space).layout == "uniform"
+    result = least(space, config.budget, first_only=not uniform)
     from_first(lambda: try_saving(model, tokenizer, run.checkpoint, result))
     return model, read_texts(config, model, tokenizer, run)
-
-
-def _a_result(space: UnitSpace, budget: Budget) -> UnitSpace:
-    """Return widths that `budget` allows: the minimum in all layers, or only in the first."""
-    least = (budget.ffn_multiple, budget.kv_multiple)
-    whole = [(layer.ffn, layer.kv_groups) for layer in space.layers]
-    uniform = budget.for_space(space).layout == "uniform"
-    return space.resized([least] * len(whole) if uniform else [least, *whole[1:]])
 
 
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
@@ -258,7 +257,7 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
         )
 
 
-def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, Any]:
+def load_dense(config: RunConfig) -> tuple[PreTrainedModel, Any]:
     """Load the model as stored, and its tokenizer. Raises GraspError if it cannot be pruned."""
     model, tokenizer = load_model(
         config.model,
@@ -271,9 +270,7 @@ def load_dense(config: PruneConfig | SparsifyConfig) -> tuple[PreTrainedModel, A
     return model, tokenizer
 
 
-def read_texts(
-    config: PruneConfig | SparsifyConfig, model: PreTrainedModel, tokenizer: Any, run: Run
-) -> Start:
+def read_texts(config: RunConfig, model: PreTrainedModel, tokenizer: Any, run: Run) -> Start:
     """Read or sample the calibration text, and read the evaluation texts."""
     eval_texts = [
         read_corpus(text, tokenizer, text_field=config.text_field, split="test")
@@ -298,7 +295,7 @@ def read_texts(
 def check_fidelity(
     configs: Sequence[PruneConfig], model: PreTrainedModel, start: Start, run: Run
 ) -> None:
-    """Refuse a model whose outputs change under gates, or when its layers run one by one.
+    """Refuse a model whose outputs change under gates, in a cut, or when its layers run one by one.
 
     The check runs in the dtype in which gates learn, or in the stored dtype if that is wider.
     """
@@ -306,25 +303,41 @@ def check_fidelity(
     stored, working = model.dtype, working_dtype(config)
     with widened(model, working if torch.promote_types(stored, working) == working else stored):
         found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
+        a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
+        found["fold"] = check_fold(model, a_cut, ids)
         if needed_by := next(filter(None, map(_runs_layers, configs)), None):
-            found["layers"] = check_layers(model, ids, needed_by)
+            found["layers"] = check_layers(model, ids, *needed_by)
         run.log(event="fidelity", **found)
 
 
-def _runs_layers(config: PruneConfig) -> str | None:
-    """The option, if any, that runs decoder layers one by one."""
+def _runs_layers(config: PruneConfig) -> tuple[str, str] | None:
+    """The option, if any, that runs layers one by one, and what to use where they cannot."""
     if criteria.get(config.method).layerwise:
-        return f"`method='{config.method}'`"
-    return "`compensate='refit'`" if config.compensation == "refit" else None
+        return f"`method='{config.method}'`", ": use another `method`"
+    if config.compensation == "refit":
+        return "`compensate='refit'`", ": use `compensate='none'`"
+    return None
 
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> list[dict[str, Any]]:
     """Bind the run to its inputs, and return the dense model's perplexity on each text."""
-    run.same_inputs(_inputs(model, start))
+    run.same_inputs(inputs_of(start, model))
+    return measure_once(start, model, "dense", run)
+
+
+def measure_once(
+    start: Start, model: PreTrainedModel, which: str, run: Run
+) -> list[dict[str, Any]]:
+    """Return the perplexity on each text, measured once per run."""
     found: list[dict[str, Any]] = run.remember(
-        "dense", partial(_measure, start.evaluation_sets, model, "dense", run)
+        which, partial(_measure, start.evaluation_sets, model, which, run)
     )
     return found
+
+
+def teacher_of(model: PreTrainedModel, blocks: Tensor, config: PruneConfig) -> Tensor | None:
+    """What gates and scales learn from besides the text: `last_hidden` of the dense model."""
+    return last_hidden(model, blocks) if config.distils else None
 
 
 def working_dtype(config: PruneConfig) -> torch.dtype:
@@ -338,13 +351,15 @@ def apply_mask(
     mask: Mask,
     joint_scales: Tensor | None,
     blocks: Tensor,
+    teacher: Tensor | None,
     config: PruneConfig,
     stored_dtype: torch.dtype,
     run: Run,
 ) -> PreTrainedModel:
     """Scale, compensate, cut and calibrate; return the pruned model in `stored_dtype`.
 
-    `joint_scales` are the scales of a `Selection`. `model` cannot be used afterwards.
+    `joint_scales` are the scales of a `Selection`, `teacher` is the dense model's `last_hidden`.
+    `model` cannot be used afterwards.
     """
     edits: list[Edit] = []
 
@@ -369,7 +384,9 @@ def apply_mask(
     if config.scale_epochs:
         settings = TrainSettings.of(config, config.scale_epochs)
         with memory_mode(model, config):
-            scales = learn_scales(model, config.scales, blocks, settings, run.stage("calibrate"))
+            scales = learn_scales(
+                model, config.scales, blocks, settings, run.stage("calibrate"), teacher
+            )
         last = [Scale(config.scales, scales)]
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
         # the working dtype has rounded the weights: apply all edits again, to the stored ones
@@ -432,7 +449,7 @@ def pruned_record(
 
 
 def run_record(
-    config: PruneConfig | SparsifyConfig,
+    config: RunConfig,
     start: Start,
     mask: Mask,
     model: PreTrainedModel,
@@ -450,7 +467,7 @@ def run_record(
     )
 
 
-def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel) -> None:
+def _check_weights(config: RunConfig, model: PreTrainedModel) -> None:
     """Check the weights and the family of the loaded model, which its config cannot show."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -463,7 +480,7 @@ def _check_weights(config: PruneConfig | SparsifyConfig, model: PreTrainedModel)
 
 
 def _own_text(
-    config: PruneConfig | SparsifyConfig,
+    config: RunConfig,
     model: PreTrainedModel,
     tokenizer: Any,
     run: Run,
@@ -495,7 +512,7 @@ class EvaluationSet:
 
 
 def _evaluation_sets(
-    config: PruneConfig | SparsifyConfig,
+    config: RunConfig,
     eval_texts: Sequence[Corpus],
     calibration: Mixture,
     longest: int,
@@ -507,13 +524,14 @@ def _evaluation_sets(
     return tuple(EvaluationSet(text, length, config.eval_windows) for text in texts)
 
 
-def _inputs(model: PreTrainedModel, start: Start) -> dict[str, Any]:
+def inputs_of(start: Start, *models: PreTrainedModel) -> dict[str, Any]:
     """Return what determines the result besides the options: texts, weights, software, threads."""
-    software = environment(model.device)
-    if model.device.type != "cpu":
+    device = models[0].device
+    software = environment(device)
+    if device.type != "cpu":
         del software["threads"]  # they do not matter on a GPU
     weights = sha256()
-    for parameter in model.parameters():
+    for parameter in chain.from_iterable(model.parameters() for model in models):
         weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
     return {
         "calibration text": start.calibration.sha256,

@@ -10,11 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grasp.config import PruneConfig, SparsifyConfig
+from grasp.checkpoint.record import Record
+from grasp.config import PruneConfig, RecoverConfig, RunConfig
 from grasp.errors import GraspError
-from grasp.model.header import Header
+from grasp.model.header import Header, read_header
 from grasp.model.source import check_readable, resolve
-from grasp.planning.check import check, check_fit
+from grasp.planning.check import check, check_fit, check_plain
 
 
 def ready(
@@ -34,11 +35,33 @@ def ready(
     return configs
 
 
-def check_run(config: PruneConfig | SparsifyConfig, out: str | os.PathLike[str]) -> Header:
+def check_run(config: RunConfig, out: str | os.PathLike[str]) -> Header:
     """Return the model's header if the options and files allow the run. Raises GraspError."""
     check_out(Path(out))
     check_readable(resolve(config.model))
     return check(config)
+
+
+def check_recovery(config: RecoverConfig, out: str | os.PathLike[str]) -> tuple[Header, Header]:
+    """Return the headers of the pruned model and its teacher. Raises GraspError if they differ."""
+    record = Record.read(Path(config.model))
+    if record.sparsity:
+        raise GraspError(
+            f"{config.model} has zeros in a pattern ({record.sparsity['pattern']}), which training "
+            "would fill: see LoRA in docs/sparsify.md"
+        )
+    pruned = check_run(config, out)
+    check_readable(resolve(config.teacher))
+    teacher = read_header(config.teacher)
+    check_plain(config.teacher, teacher, "compared")
+    sizes = [(h.space.hidden_size, h.vocab_size, len(h.space.layers)) for h in (pruned, teacher)]
+    if sizes[0] != sizes[1]:
+        raise GraspError(
+            f"`teacher` must be the model that {config.model} was pruned from ({record.model}), "
+            f"got {config.teacher}, which differs in hidden size, vocabulary or layers "
+            f"({sizes[1]}, expected {sizes[0]})"
+        )
+    return pruned, teacher
 
 
 def check_out(out: Path) -> None:

@@ -19,6 +19,7 @@ from grasp.config import PruneConfig, ScaleKind
 from grasp.data.corpus import read_corpus
 from grasp.data.mixture import read_mixture
 from grasp.evaluate import perplexity as measure
+from grasp.gates.objective import last_hidden
 from grasp.gates.scales import fold_scales
 from grasp.gates.training import TrainSettings
 from grasp.journal import Journal
@@ -50,6 +51,7 @@ def learn(
     ffn_multiple: int = 32,
     kv_multiple: int = 1,
     layout: Any = "auto",
+    units: Any = "auto",
     **options: Any,
 ) -> Mask:
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).
@@ -66,12 +68,14 @@ def learn(
         ffn_multiple=ffn_multiple,
         kv_multiple=kv_multiple,
         layout=layout,
+        units=units,
         **more,
     )
     config = PruneConfig(model.name_or_path or "", budget, device=str(model.device), **options)
     projection = Projection(UnitSpace.of(model), budget, seed=config.seed, device=config.device)
     _freeze(model)
-    selection = select(model, projection, blocks, config, lambda stage: Journal())
+    teacher = last_hidden(model, blocks) if config.distils else None
+    selection = select(model, projection, blocks, config, lambda stage: Journal(), teacher)
     if selection.scales is not None:
         fold_scales(model, config.scales, selection.scales)
     return projection.mask(selection.scores)
@@ -94,11 +98,19 @@ def calibrate(
     epochs: int = 1,
     lr: float = 1e-2,
     seed: int = 0,
+    teacher: PreTrainedModel | None = None,
 ) -> None:
-    """Learn scales of the folded model on `blocks`, and multiply them into its weights."""
+    """Learn scales of the folded model on `blocks`, and multiply them into its weights.
+
+    They learn from the predictions of `teacher`, the dense model; without one, from the text.
+    """
     _freeze(model)
-    settings = TrainSettings(epochs, lr=lr, schedule="cosine", decay=1.0, seed=seed)
-    fold_scales(model, scales, learn_scales(model, scales, blocks, settings, Journal()))
+    weight = 1.0 if teacher is None else 0.0
+    settings = TrainSettings(
+        epochs, lr=lr, schedule="cosine", decay=1.0, seed=seed, lm_weight=weight
+    )
+    taught = None if teacher is None else last_hidden(teacher, blocks)
+    fold_scales(model, scales, learn_scales(model, scales, blocks, settings, Journal(), taught))
 
 
 def perplexity(

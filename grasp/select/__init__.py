@@ -22,9 +22,11 @@ def select(
     blocks: Tensor,
     config: PruneConfig,
     stage: Callable[[str], Journal],
+    teacher: Tensor | None = None,
 ) -> Selection:
     """Score all units with the criterion `config.method`; blocks: int64 [samples, seq_len].
 
+    `teacher` is their `last_hidden`, for criteria that learn from the dense model.
     A criterion that updates weights changes `model` in place, for this budget only. `stage(name)`
     returns the journal of a stage, so that each stage can be resumed. Raises GraspError if the
     scores do not fit the model.
@@ -38,6 +40,7 @@ def select(
         projection=projection,
         config=config,
         stage=stage,
+        teacher=teacher,
     )
     if isinstance(found, Selection):
         return found

@@ -1,7 +1,7 @@
 """Fisher information of the gates: squared gradient of the loss with respect to each gate.
 
 F_i = sum over samples of (dL/dz_i)^2 at z = 1, with one backward pass per sample. The value of a KV
-group is divided by its cost in channels, so that groups and channels compete per parameter.
+group or an expert is divided by its cost in channels, so that units compete per parameter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from grasp.distributed import in_order
 from grasp.gates.gating import gated
-from grasp.gates.training import finite_mean, next_token_loss
+from grasp.gates.objective import next_token_loss
+from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.units import FFN_COST, UnitSpace
 
@@ -39,5 +40,7 @@ def fisher_scores(
             journal.progress(step, len(blocks), value, blocks.shape[1])
     for index, _, kv in units.segments():
         fisher[kv] *= FFN_COST / units.layers[index].kv_cost
+    for index, experts in units.expert_segments():
+        fisher[experts] *= FFN_COST / units.layers[index].expert_cost
     journal.save(lambda: {"fisher": fisher}, final=True)
     return fisher

@@ -29,6 +29,7 @@ from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.units import Rows, decoder_layers
 from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
+from grasp.select.output_approximation import column_norms
 from grasp.select.ratio import uniform_ratio
 from grasp.select.selection import Selection
 
@@ -65,7 +66,7 @@ def prune_greedily(
     GraspError if activations are not finite.
     """
     space = projection.space
-    sizes = [n for layer in space.layers for n in (layer.ffn, layer.kv_groups)]
+    sizes = space.sizes
     # the scores of a module are fixed up to their order, so the number of kept units is known
     ladder = uniform_ratio([torch.arange(n, device=model.device) for n in sizes])
     kept = [int(part.sum()) for part in projection(ladder).split(sizes)]
@@ -84,23 +85,24 @@ def prune_greedily(
         options = layer_options(model, blocks[:1])
         for index, (layer, modules) in enumerate(zip(layers, decoder_layers(model), strict=True)):
             pair = _Pair.of(layer, options[index], pruned, dense)
-            o_proj, down_proj = modules.attention.o_proj, modules.mlp.down_proj
-            groups = space.layers[index].kv_groups
-
-            pair.recover([modules.q.linear, modules.k.linear, modules.v.linear])
-            x = pair.recover([o_proj])
-            if similar_heads:
-                heads = distance_to_nearest_later(modules, groups, pair.run(layer), pruned)
-            else:
-                added = o_proj.weight.float().square().sum(0) * x.second_moment
-                heads = added.view(groups, -1).sum(1)
-            cut(o_proj, heads, 2 * index + 1)
-
-            x = pair.recover([modules.gate.linear, modules.up.linear])
-            gate, up = (x.second_moment_after(rows) for rows in (modules.gate, modules.up))
-            pair.recover([down_proj])
-            down = down_proj.weight.float().square().sum(0)
-            cut(down_proj, down * up * down * gate / 2, 2 * index)
+            if (attention := modules.attention) is not None:
+                groups = space.layers[index].kv_groups
+                pair.recover([*attention.inputs])
+                x = pair.recover([attention.out])
+                if similar_heads:
+                    heads = distance_to_nearest_later(
+                        attention.module, groups, pair.run(layer), pruned
+                    )
+                else:
+                    added = column_norms(attention.out) * x.second_moment
+                    heads = added.view(groups, -1).sum(1)
+                cut(attention.out, heads, 2 * index + 1)
+            if (ffn := modules.ffn) is not None:
+                x = pair.recover([*ffn.inputs])
+                gate, up = (x.second_moment_after(rows) for rows in (ffn.gate, ffn.up))
+                pair.recover([ffn.down])
+                down = column_norms(ffn.down)
+                cut(ffn.down, down * up * down * gate / 2, 2 * index)
 
             error = finite_mean([pair.advance()], index + 1)
             journal.progress(index + 1, len(layers), error, blocks.numel())

@@ -16,11 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from grasp.model.layerwise import inputs_of
-from grasp.model.units import LayerModules
 
 SAMPLES = 16  # used to compare maps, as published
 
@@ -37,7 +34,7 @@ def returning_maps(model: PreTrainedModel) -> Iterator[None]:
 
 
 def distance_to_nearest_later(
-    modules: LayerModules, kv_groups: int, run: Callable[[Tensor], Any], hidden: Tensor
+    attention: nn.Module, kv_groups: int, run: Callable[[Tensor], Any], hidden: Tensor
 ) -> Tensor:
     """Return the distance of each KV group to its nearest later one: fp32 [kv_groups], last inf.
 
@@ -46,9 +43,10 @@ def distance_to_nearest_later(
     """
     seen: list[Tensor] = []
     distance = torch.zeros(kv_groups, kv_groups, device=hidden.device)
-    hook = modules.attention.register_forward_hook(lambda _, args, out: seen.append(out[1]))
+    hook = attention.register_forward_hook(lambda _, args, out: seen.append(out[1]))
     with hook:
-        for _ in inputs_of(modules.mlp, run, hidden[:SAMPLES].split(1)):
+        for x in hidden[:SAMPLES].split(1):
+            run(x)
             heads = seen.pop()[0].float()
             distance += divergences(heads.unflatten(0, (kv_groups, -1)).mean(1))
     return distance.amin(1) / len(hidden[:SAMPLES])

@@ -51,6 +51,7 @@ def learned(
     blocks: Tensor,
     config: PruneConfig,
     stage: Callable[[str], Journal],
+    teacher: Tensor | None,
 ) -> Selection:
     """Learn gates under the budget of `projection`, from `config.init_scores`."""
     fisher = criteria.get("fisher").samples
@@ -64,7 +65,7 @@ def learned(
         config.gate_site,
         config.scales,
     )
-    return learn_scores(model, projection, start, blocks, settings, stage("learn"))
+    return learn_scores(model, projection, start, blocks, settings, stage("learn"), teacher)
 
 
 def free(
@@ -73,12 +74,13 @@ def free(
     blocks: Tensor,
     config: PruneConfig,
     stage: Callable[[str], Journal],
+    teacher: Tensor | None,
 ) -> Selection:
     """Learn gates with the same gradients, but every unit open and one projection at the end."""
     everything = replace(config.budget, kind="keep", asked=1.0)
     device = str(model.device)
     projection = Projection(projection.space, everything, seed=config.seed, device=device)
-    return learned(model, projection, blocks, config, stage)
+    return learned(model, projection, blocks, config, stage, teacher)
 
 
 def learn_scores(
@@ -88,8 +90,9 @@ def learn_scores(
     blocks: Tensor,
     settings: LearnSettings,
     journal: Journal,
+    teacher: Tensor | None = None,
 ) -> Selection:
-    """Learn scores, starting from `start`, and scales; blocks: int64 [samples, seq_len]."""
+    """Learn scores, starting from `start`, and scales; blocks, teacher: see `train_gates`."""
     space, whole = projection.space, projection.budget.cost(projection.space)
     along = settings.scales == "channel"
     theta = start
@@ -122,6 +125,7 @@ def learn_scores(
             journal,
             info=lambda: kept_by_kind(projection, mask, int(limit)),
             scales=len(theta) - space.size,
+            teacher=teacher,
         )
     return Selection(theta[: space.size], scale(theta[space.size :]) if along else None)
 

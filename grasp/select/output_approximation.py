@@ -11,7 +11,7 @@ greedy_output_approximation.py); the paper also does not prune the blocks at bot
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.gates.moments import Tap, channel_moments
@@ -27,17 +27,24 @@ def output_approximation_scores(
     """Return fp32 [units] in (0, 1) on the model's device; blocks: int64 [samples, seq_len]."""
     taps: list[Tap] = []
     for modules in decoder_layers(model):
-        taps += [(modules.up.linear, "output"), (modules.gate.linear, "output")]
-        taps += [(modules.attention.o_proj, "input")]
+        if modules.ffn is not None:
+            taps += [(modules.ffn.up.linear, "output"), (modules.ffn.gate.linear, "output")]
+        if modules.attention is not None:
+            taps += [(modules.attention.out, "input")]
     moments = iter(channel_moments(model, taps, blocks, journal))
     scores = []
     for modules, layer in zip(decoder_layers(model), units.layers, strict=True):
-        down, out = (
-            linear.weight.float().square().sum(0)
-            for linear in (modules.mlp.down_proj, modules.attention.o_proj)
-        )
-        up, gate, heads = (next(moments).second for _ in range(3))
-        up, gate = modules.up.of(up), modules.gate.of(gate)
-        scores += [down * up * down * gate / 2]
-        scores += [(out * heads).view(layer.kv_groups, -1).sum(1)]
+        if modules.ffn is not None:
+            up = modules.ffn.up.of(next(moments).second)
+            gate = modules.ffn.gate.of(next(moments).second)
+            down = column_norms(modules.ffn.down)
+            scores += [down * up * down * gate / 2]
+        if modules.attention is not None:
+            added = column_norms(modules.attention.out) * next(moments).second
+            scores += [added.view(layer.kv_groups, -1).sum(1)]
     return uniform_ratio(scores)
+
+
+def column_norms(linear: nn.Linear) -> Tensor:
+    """Squared norms of the columns: fp32 [in]."""
+    return linear.weight.float().square().sum(0)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.gates.training import finite_mean, next_token_loss
+from grasp.gates.objective import next_token_loss
+from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.units import UnitSpace
 from grasp.select.weights import prunable_weights, unit_means

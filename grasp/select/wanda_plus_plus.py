@@ -43,9 +43,10 @@ def wanda_plus_plus_scores(
     for index, (layer, kwargs, modules) in enumerate(zip(layers, options, modules_of, strict=True)):
         run = runner(layer, tree_map(fp32, kwargs))
         cast(layer, torch.float32)
-        linears = {"down_proj": modules.mlp.down_proj, "o_proj": modules.attention.o_proj}
-        factors = regional_factors(Block(linears, run, hidden, dense))
-        counts = (units.layers[index].ffn, units.layers[index].kv_groups)
+        linears = {str(place): linear for place, linear in enumerate(modules.outputs)}
+        block = Block(linears, run, hidden, dense)
+        factors = regional_factors(block)
+        counts = [n for n in (units.layers[index].ffn, units.layers[index].kv_groups) if n]
         for linear, factor, n in zip(linears.values(), factors, counts, strict=True):
             raw.append((factor * linear.weight.abs()).mean(0).view(n, -1).sum(1))
         cast(layer, dtype)

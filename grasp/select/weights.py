@@ -12,8 +12,10 @@ from grasp.model.units import FFN_COST, Rows, UnitSpace, decoder_layers
 
 
 def prunable_weights(model: PreTrainedModel) -> list[Tensor]:
-    """Return the FFN and attention matrices of all layers."""
-    return [linear.weight for layer in decoder_layers(model) for linear in layer.linears]
+    """Return the FFN, attention and router matrices of all layers."""
+    layers = decoder_layers(model)
+    weights = [linear.weight for layer in layers for linear in layer.linears]
+    return weights + [w for layer in layers if layer.routed for w in layer.routed.matrices]
 
 
 @torch.no_grad()
@@ -22,8 +24,8 @@ def unit_means(
 ) -> Tensor:
     """Return the mean of `value(weight)` per unit, fp32 [units] on the model's device.
 
-    `value` maps a weight [out, in] to fp32 of the same shape. A mean lets channels and groups
-    compete per parameter.
+    `value` maps a weight [out, in], or [experts, ...], to fp32 of the same shape. A mean lets all
+    units compete per parameter.
     """
 
     def rows(projection: Rows) -> Tensor:
@@ -31,10 +33,16 @@ def unit_means(
 
     pieces = []
     for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
-        channels = rows(modules.gate) + rows(modules.up)
-        channels = channels + value(modules.mlp.down_proj.weight).sum(0)
-        heads = [rows(projection) for projection in (modules.q, modules.k, modules.v)]
-        heads += [value(modules.attention.o_proj.weight).sum(0)]
-        groups = torch.stack([h.view(layer.kv_groups, -1).sum(1) for h in heads]).sum(0)
-        pieces += [channels / FFN_COST, groups / layer.kv_cost]
+        if (ffn := modules.ffn) is not None:
+            channels = rows(ffn.gate) + rows(ffn.up) + value(ffn.down.weight).sum(0)
+            pieces += [channels / FFN_COST]
+        if (attention := modules.attention) is not None:
+            heads = [rows(projection) for projection in (attention.q, attention.k, attention.v)]
+            heads += [value(attention.out.weight).sum(0)]
+            groups = torch.stack([h.view(layer.kv_groups, -1).sum(1) for h in heads]).sum(0)
+            pieces += [groups / layer.kv_cost]
+    for modules, layer in zip(decoder_layers(model), space.layers, strict=True):
+        if (routed := modules.routed) is not None:
+            parts = [value(weight).flatten(1).sum(1) for weight in routed.matrices]
+            pieces += [torch.stack(parts).sum(0) / layer.expert_cost]
     return torch.cat(pieces) / space.hidden_size

@@ -72,6 +72,8 @@ def regional_factors(block: Block, alpha: float = ALPHA) -> list[Tensor]:
     gradients = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
 
     def add_gradients(output: Tensor) -> None:
+        if not weights:
+            return
         of_sample = torch.autograd.grad(torch.linalg.vector_norm(output), weights)
         for total, gradient in zip(gradients, of_sample, strict=True):
             total += gradient.square() / samples

@@ -1,7 +1,7 @@
-"""Softmax cross-entropy of rows of logits: the function of `reference`, as a kernel.
+"""Losses of rows of logits: the functions of `reference`, as kernels.
 
-One program per row. The first pass keeps a running maximum and sum per lane and combines the lanes
-at its end; the second pass overwrites the logits with the gradient.
+One program per row. The first pass over a row keeps a running maximum and sum per lane and combines
+the lanes at its end; the last pass overwrites the logits with the gradient.
 """
 
 import torch
@@ -21,6 +21,18 @@ def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tenso
     return losses, logits
 
 
+def distillation_loss(
+    logits: Tensor, taught: Tensor, targets: Tensor, hard: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    logits, taught, targets = logits.contiguous(), taught.contiguous(), targets.contiguous()
+    rows, width = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    tile = config("cross_entropy", logits.device)
+    arguments = logits, taught, targets, losses, width, hard
+    launch(_distillation_loss, (rows,), tile, *arguments, GRADIENT=gradient)
+    return losses, logits
+
+
 # ---- kernels --------------------------------------------------------------------------------
 
 
@@ -34,6 +46,49 @@ def _softmax_loss(
     known = (target >= 0) & (target < width)  # for other targets the loss is NaN
     at_target = tl.load(logits + target, known, other=float("nan")).to(tl.float32)
 
+    top, norm = _softmax_terms(logits, width, BLOCK_V)
+    tl.store(losses + row, tl.log(norm) + (top - at_target))
+
+    if GRADIENT:
+        for start in range(0, width, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            x = tl.load(logits + column, column < width, other=float("-inf")).to(tl.float32)
+            p = tl.exp(x - top) / norm - (column == target.to(tl.int32)).to(tl.float32)
+            tl.store(logits + column, p, column < width)
+
+
+@triton.jit
+def _distillation_loss(
+    logits, taught, targets, losses, width, hard, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * width
+    taught += row * width
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < width)  # for other targets the loss is NaN
+    at_target = tl.load(logits + target, known, other=float("nan")).to(tl.float32)
+
+    top, norm = _softmax_terms(logits, width, BLOCK_V)
+    taught_top, taught_norm = _softmax_terms(taught, width, BLOCK_V)
+    log_norm, log_taught_norm = tl.log(norm) + top, tl.log(taught_norm) + taught_top
+    apart = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, width, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits + column, column < width, other=float("-inf")).to(tl.float32)
+        y = tl.load(taught + column, column < width, other=float("-inf")).to(tl.float32)
+        wanted = tl.exp(y - log_taught_norm)
+        apart += tl.where(wanted > 0, wanted * ((y - log_taught_norm) - (x - log_norm)), 0.0)
+        if GRADIENT:
+            slope = tl.exp(x - log_norm) - (1 - hard) * wanted
+            slope -= hard * (column == target.to(tl.int32)).to(tl.float32)
+            tl.store(logits + column, slope, column < width)
+    loss = (1 - hard) * tl.sum(apart, 0) + hard * (log_norm - at_target)
+    tl.store(losses + row, loss)
+
+
+@triton.jit
+def _softmax_terms(logits, width, BLOCK_V: tl.constexpr):
+    """The maximum of a row, and the sum of exp(logit - maximum)."""
     peak = tl.full([BLOCK_V], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, width, BLOCK_V):
@@ -45,11 +100,4 @@ def _softmax_loss(
         peak = new_peak
     top = tl.max(peak, 0)
     norm = tl.sum(total * tl.exp(peak - top), 0)
-    tl.store(losses + row, tl.log(norm) + (top - at_target))
-
-    if GRADIENT:
-        for start in range(0, width, BLOCK_V):
-            column = start + tl.arange(0, BLOCK_V)
-            x = tl.load(logits + column, column < width, other=float("-inf")).to(tl.float32)
-            p = tl.exp(x - top) / norm - (column == target.to(tl.int32)).to(tl.float32)
-            tl.store(logits + column, p, column < width)
+    return top, norm

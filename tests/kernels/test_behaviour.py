@@ -19,6 +19,7 @@ from grasp_kernels import (
     gated_swiglu,
     gated_swiglu_ffn,
     linear_cross_entropy,
+    linear_distillation,
     projection,
     reference,
     rms_norm_scale,
@@ -56,6 +57,17 @@ def make(name: str, device: str, batch: int = 2) -> Op:
             return reference.linear_cross_entropy(x, weight.to(x.dtype), targets)
 
         return Op(loss, definition, [randn(9, 8)], ["dx"])
+    if name == "distillation":
+        weight, teacher, targets = randn(24, 8), randn(9, 8), torch.arange(9, device=device)
+
+        def distillation(x):
+            return linear_distillation(x, weight, teacher, targets, 0.25)
+
+        def defined(x):
+            same = weight.to(x.dtype), teacher.to(x.dtype)
+            return reference.linear_distillation(x, *same, targets, 0.25)
+
+        return Op(distillation, defined, [randn(9, 8)], ["dx"])
     z = (torch.arange(24, device=device) % 3 > 0).float() * 0.8
     if name == "scale":
         inputs = [randn(batch, 5, 24), z]
@@ -89,7 +101,7 @@ def make(name: str, device: str, batch: int = 2) -> Op:
 
 GATED = ["swiglu", "ffn", "ffn, bound known", "attention"]
 SCALED = ["scale", "norm"]
-OPS = pytest.mark.parametrize("name", [*GATED, *SCALED, "loss"])
+OPS = pytest.mark.parametrize("name", [*GATED, *SCALED, "loss", "distillation"])
 
 
 @OPS
@@ -227,9 +239,12 @@ def test_opcheck(device):
     targets = torch.arange(5, device=device)
     for gradient in (True, False):
         check(
-            cross_entropy._loss,
+            cross_entropy._cross_entropy,
             (leaf(5, 8).requires_grad_(gradient), weights[0], targets, 2, gradient),
         )
+        x = leaf(5, 8).requires_grad_(gradient)
+        taught = torch.randn(5, 8, device=device)
+        check(cross_entropy._distillation, (x, weights[0], taught, targets, 0.5, 2, gradient))
     scores, costs = torch.randn(30, device=device), torch.randint(1, 9, (30,), device=device)
     budget, floor = (
         torch.tensor(60, device=device),

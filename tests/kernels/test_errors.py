@@ -10,6 +10,7 @@ from grasp_kernels import (
     gated_swiglu,
     gated_swiglu_ffn,
     linear_cross_entropy,
+    linear_distillation,
     rms_norm_scale,
 )
 
@@ -72,6 +73,18 @@ def trained(w):
         (lambda: linear_cross_entropy(X, UP.half(), TARGETS), TypeError, "one floating dtype"),
         (lambda: linear_cross_entropy(X, UP, TARGETS.int()), TypeError, r"use .long\(\)"),
         (lambda: linear_cross_entropy(X, UP, TARGETS.to("meta")), ValueError, "move them"),
+        (
+            lambda: linear_distillation(X, UP, X[:, :1], TARGETS),
+            ValueError,
+            "teacher is .*, expected",
+        ),
+        (
+            lambda: linear_distillation(X, UP, X.half(), TARGETS),
+            TypeError,
+            "teacher is torch.float16",
+        ),
+        (lambda: linear_distillation(X, UP, trained(X), TARGETS), ValueError, "detach it"),
+        (lambda: linear_distillation(X, UP, X, TARGETS, 2.0), ValueError, "hard is 2.0"),
         (lambda: budget_topk(SCORES, COSTS[:2], 1), ValueError, "costs has shape .2., expected"),
         (lambda: budget_topk(SCORES, COSTS.float(), 1), TypeError, r"use costs.long\(\)"),
         (lambda: budget_topk(COSTS, COSTS, 1), TypeError, r"use scores.float\(\)"),

@@ -16,6 +16,7 @@ from grasp_kernels import (
     gated_swiglu,
     gated_swiglu_ffn,
     linear_cross_entropy,
+    linear_distillation,
     reference,
     rms_norm_scale,
     swiglu,
@@ -152,6 +153,28 @@ def test_cross_entropy(rows, monkeypatch):
         loss = linear_cross_entropy(x, weight, targets)
     assert seen.size <= max(64 * min(rows, 11), x.numel())
     torch.testing.assert_close(loss, reference.linear_cross_entropy(x, weight, targets))
+
+
+@pytest.mark.parametrize("hard", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("rows", [1, 5, 6, 100])
+def test_distillation(rows, hard, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK", 2 * 64 * rows)
+    x, weight, targets = wide(11, 7), wide(64, 7).detach() * 9, torch.randint(64, (11,))
+    teacher = wide(11, 7).detach()
+
+    def loss(x):
+        return 3 * linear_distillation(x, weight, teacher, targets, hard)
+
+    assert gradcheck(loss, (x,))
+    with Largest() as seen:
+        value = loss(x)
+    assert seen.size <= max(64 * min(rows, 11), x.numel())
+    plain = reference.linear_distillation(x, weight, teacher, targets, hard)
+    torch.testing.assert_close(value, 3 * plain)
+    if hard == 0:
+        assert linear_distillation(teacher, weight, teacher, targets) == 0
+    if hard == 1:
+        torch.testing.assert_close(value, 3 * linear_cross_entropy(x, weight, targets))
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0])

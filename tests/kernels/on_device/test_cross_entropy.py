@@ -2,59 +2,98 @@ import pytest
 import torch
 from oracle import DTYPES, assert_accurate, assert_close
 
-from grasp_kernels import cross_entropy, linear_cross_entropy, reference
-from grasp_kernels._triton.cross_entropy import softmax_loss
+from grasp_kernels import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_distillation,
+    reference,
+)
+from grasp_kernels._triton.cross_entropy import distillation_loss, softmax_loss
 
 
-def check_rows(dtype, width, scale, device, kernel=softmax_loss):
-    logits = (torch.randn(7, width, device=device) * scale).to(dtype)
-    logits[1, ::2] = float("-inf")
+def check_rows(dtype, width, scale, device, kernel, plain):
+    """`kernel` and `plain` take logits, other logits, targets and whether to give the gradient."""
+    logits, taught = (torch.randn(7, width, device=device) * scale for _ in range(2))
+    for rows in (logits, taught):
+        rows[1, ::2] = float("-inf")
+    logits, taught = logits.to(dtype), taught.to(dtype)
     targets = torch.randint(width, (7,), device=device) // 2 * 2
     targets[1] = 1
-    exact, d_exact = reference.softmax_loss(logits.double(), targets, True)
-    plain, d_plain = reference.softmax_loss(logits.clone(), targets, True)
-    only_loss, _ = kernel(logits.clone(), targets, False)
+    exact, d_exact = plain(logits.double(), taught.double(), targets, True)
+    theirs, d_theirs = plain(logits.clone(), taught, targets, True)
+    only_loss, _ = kernel(logits.clone(), taught, targets, False)
     buffer = logits.clone()
-    loss, d_logits = kernel(buffer, targets, True)
-    for name, *of in (("loss", loss, plain, exact), ("gradient", d_logits, d_plain, d_exact)):
+    loss, d_logits = kernel(buffer, taught, targets, True)
+    for name, *of in (("loss", loss, theirs, exact), ("gradient", d_logits, d_theirs, d_exact)):
         assert_close(name, *of, of[2].norm(), width, of[0].dtype)
     assert d_logits.data_ptr() == buffer.data_ptr() and d_logits.dtype == dtype
     assert loss.dtype == torch.float32 and torch.equal(loss, only_loss)
 
 
+def hard(softmax_loss):
+    return lambda logits, _, targets, gradient: softmax_loss(logits, targets, gradient)
+
+
+def soft(distillation_loss, weight):
+    return lambda logits, taught, targets, gradient: distillation_loss(
+        logits, taught, targets, weight, gradient
+    )
+
+
+LOSSES = {
+    "hard": (hard(softmax_loss), hard(reference.softmax_loss)),
+    "soft": (soft(distillation_loss, 0.0), soft(reference.distillation_loss, 0.0)),
+    "both": (soft(distillation_loss, 0.25), soft(reference.distillation_loss, 0.25)),
+}
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("width", [5, 4096, 9001])  # a block holds 4096
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows(dtype, width, scale, device):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows(loss, dtype, width, scale, device):
     """Losses and gradients of rows against fp64, flat and sharp ones, some logits at -inf."""
-    check_rows(dtype, width, scale, device)
+    check_rows(dtype, width, scale, device, *LOSSES[loss])
 
 
-def skips_a_tile(logits, targets, gradient):
-    logits[:, 4096:4224] = float("-inf")
-    return reference.softmax_loss(logits, targets, gradient)
+def skips_a_tile(plain):
+    def kernel(logits, taught, targets, gradient):
+        logits[:, 4096:4224] = float("-inf")
+        taught[:, 4096:4224] = float("-inf")
+        return plain(logits, taught, targets, gradient)
+
+    return kernel
 
 
-def sums_in_bf16(logits, targets, gradient):
-    losses, d_logits = reference.softmax_loss(logits.clone(), targets, gradient)
-    p = (logits - logits.amax(1, keepdim=True)).exp().bfloat16()
-    total = torch.zeros_like(p[:, 0])
-    for column in p.unbind(1):
-        total += column
-    return losses + total.float().log() - p.double().sum(1).log().float(), d_logits
+def sums_in_bf16(plain):
+    def kernel(logits, taught, targets, gradient):
+        losses, d_logits = plain(logits.clone(), taught, targets, gradient)
+        p = (logits - logits.amax(1, keepdim=True)).exp().bfloat16()
+        total = torch.zeros_like(p[:, 0])
+        for column in p.unbind(1):
+            total += column
+        return losses + total.float().log() - p.double().sum(1).log().float(), d_logits
+
+    return kernel
 
 
 @pytest.mark.parametrize("error", [skips_a_tile, sums_in_bf16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_planted_error_is_found(dtype, error, device):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_planted_error_is_found(loss, dtype, error, device):
+    _, plain = LOSSES[loss]
     with pytest.raises(AssertionError, match="what rounding allows"):
-        check_rows(dtype, 9001, 1.0, device, error)
+        check_rows(dtype, 9001, 1.0, device, error(plain), plain)
 
 
 def test_a_target_out_of_range_is_not_a_number(device):
     logits = torch.randn(3, 40, device=device)
-    loss, _ = softmax_loss(logits, torch.tensor([-100, 40, 3], device=device), False)
-    assert loss.isnan().tolist() == [True, True, False]
+    targets = torch.tensor([-100, 40, 3], device=device)
+    for loss, _ in (
+        softmax_loss(logits.clone(), targets, False),
+        distillation_loss(logits.clone(), logits, targets, 0.5, False),
+    ):
+        assert loss.isnan().tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
@@ -71,3 +110,14 @@ def test_chunks(rows, device, monkeypatch):
         return 3 * reference.linear_cross_entropy(x, weight.to(x.dtype), targets)
 
     assert_accurate(ours, plain, [x], ["dx"], None)
+
+    teacher = torch.randn(11, 16, device=device)
+
+    def ours_taught(x):
+        return 3 * linear_distillation(x, weight, teacher, targets, 0.25)
+
+    def plain_taught(x):
+        same = weight.to(x.dtype), teacher.to(x.dtype)
+        return 3 * reference.linear_distillation(x, *same, targets, 0.25)
+
+    assert_accurate(ours_taught, plain_taught, [x], ["dx"], None)

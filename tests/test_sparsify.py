@@ -24,7 +24,13 @@ from grasp.errors import GraspError
 from grasp.journal import Journal
 from grasp.sparsity import methods
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
-from grasp.sparsity.methods import by_magnitude, by_sparsegpt, by_wanda, by_wanda_plus_plus
+from grasp.sparsity.methods import (
+    by_magnitude,
+    by_sparsegpt,
+    by_wanda,
+    by_wanda_plus_plus,
+    step_sizes,
+)
 from grasp.sparsity.sparsegpt import DAMPING, sparsegpt
 
 BLOCKS = torch.randint(3, 250, (8, 24), generator=torch.Generator().manual_seed(3))
@@ -191,6 +197,23 @@ def test_a_step_follows_the_scale_of_the_weights(factor):
     assert ((ups[0] != 0) == (ups[1] != 0)).float().mean() > 0.99
     change = (ups[1] / factor - ups[0]).norm() / ups[0].norm()
     assert change < 0.01
+
+
+@pytest.mark.parametrize(
+    ("inputs", "scale", "step"),
+    [(4096, 0.02, 3e-6), (11008, 0.02, 2e-6), (576, 0.19, 8e-5), (1536, 0.19, 5e-5)],
+)
+def test_one_rate_suits_the_shapes_of_a_7b_and_of_a_135m(inputs, scale, step):
+    """In a 7B an `lr` of 1e-3 is the published 3e-7, within a factor of two."""
+    weight = torch.randn(8, inputs, generator=torch.Generator().manual_seed(0)) * scale
+    (found,) = step_sizes([weight], SparsifyConfig.lr)
+    assert found == pytest.approx(step, rel=0.1)
+    published = 3e-7 if scale == 0.02 else step / 10
+    assert step_sizes([weight], 1e-3)[0] == pytest.approx(published, rel=0.5)
+    # against it: signs that all agree with the input's move the output by `lr` of its size
+    x = torch.randn(inputs, generator=torch.Generator().manual_seed(1))
+    moved, output = found * x.abs().sum(), (weight @ x).square().mean().sqrt()
+    assert moved < 2 * SparsifyConfig.lr * output
 
 
 def test_a_learning_rate_too_large():

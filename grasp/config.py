@@ -48,6 +48,7 @@ PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults 
     "scale_decay": 0.0,
 }
 PUBLISHED_WIDTHS = {"ffn_multiple": 1}
+FITTING_SAMPLES = 3  # the least that criteria which fit weights can divide
 RATE, LORA_RATE = 1e-4, 1e-3  # of recovery
 KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
 SEEDS = (0, 1, 2)
@@ -143,6 +144,11 @@ class PruneConfig:
             raise GraspError(
                 f"`compensate` must be none with {self.method}, which fits weights as it chooses, "
                 f"got {self.compensate!r}"
+            )
+        if updates and self.samples < FITTING_SAMPLES:
+            raise GraspError(
+                f"`samples` must be at least {FITTING_SAMPLES} with {self.method}, which scores, "
+                f"fits and checks on different ones, got {self.samples}"
             )
 
     @classmethod

@@ -97,18 +97,19 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     return columns
 
 
-def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
-    """Solve (gram + D)^-1 target, fp64 [in, out], with ridge D; overwrites gram, fp64 [in, in].
+def ridge_solve(gram: Tensor, power: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Solve (gram + D)^-1 target, fp64 [in, out]; overwrites gram, fp64 [in, in].
 
-    `power` is the mean of the diagonal over all channels, also dropped ones. A factorisation that
-    fails is tried again with ten times the ridge, twice. Raises GraspError if all fail.
+    D is `ridge` times the diagonal of gram; `power` is the mean of that over all channels, also
+    dropped ones. A factorisation that fails is tried again with ten times the ridge, twice. Raises
+    GraspError if all fail.
     """
     # a channel that is never active keeps its weight, because the solution is the change
     known = gram.diagonal().clone()
     own = known.clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
-    for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
-        gram.diagonal().copy_(known + ridge * own)
-        factor, failed = torch.linalg.cholesky_ex(gram)
+    for factor in (1, 10, 100):
+        gram.diagonal().copy_(known + factor * ridge * own)
+        triangle, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
-            return torch.cholesky_solve(target, factor)
+            return torch.cholesky_solve(target, triangle)
     raise GraspError("refit found no solution: use more `samples` or `compensate='none'`")

@@ -16,11 +16,9 @@ the paper has, change nothing that the second level does not.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +69,9 @@ def prune_greedily(
 
     blocks: int64 [samples, len], three or more (see `parted`). `similar_heads` scores KV groups by
     their similarity instead of their second moment. `model` keeps the recovered weights, with zeros
-    in the dropped columns of o_proj and down_proj. Extra memory: a dense decoder layer, the hidden
-    states of all samples with and without pruning, and four Gram matrices. After an interruption it
-    starts over. Raises GraspError if activations are not finite.
+    in the dropped columns of o_proj and down_proj. Extra memory: four times the hidden states
+    of all samples, and four Gram matrices. After an interruption it starts over. Raises GraspError
+    if activations are not finite.
     """
     space = projection.space
     sizes = space.sizes
@@ -97,18 +95,19 @@ def prune_greedily(
     with returning_maps(model) if similar_heads else nullcontext():
         options = layer_options(model, blocks[:1])
         for index, (layer, modules) in enumerate(zip(layers, decoder_layers(model), strict=True)):
-            pair = Pair.of(layer, modules.outputs, options[index], pruned, dense)
+            run = runner(layer, options[index])
+            own = Module.of(run, modules.outputs, pruned, dense)
             if (attention := modules.attention) is not None:
                 out, groups = attention.out, space.layers[index].kv_groups
                 if similar_heads:
-                    run = runner(layer, options[index])
-                    heads = distance_to_nearest_later(attention.module, groups, run, pair.scored)
+                    heads = distance_to_nearest_later(attention.module, groups, run, own.scored)
                 else:
-                    heads = pair.columns(out).view(groups, -1).sum(1)
-                pair.recover(out, cut(out, heads, 2 * index + 1))
+                    heads = own.columns(out).view(groups, -1).sum(1)
+                own.recover(out, cut(out, heads, 2 * index + 1))
             if (ffn := modules.ffn) is not None:
-                pair.recover(ffn.down, cut(ffn.down, pair.channels(ffn), 2 * index))
-            error = finite_mean([pair.advance()], index + 1)
+                own.recover(ffn.down, cut(ffn.down, own.channels(ffn), 2 * index))
+            own.advance()
+            error = finite_mean([(pruned - dense).norm() / dense.norm()], index + 1)
             journal.progress(index + 1, len(layers), error, blocks.numel())
     return torch.cat(scores)
 
@@ -151,29 +150,43 @@ def checked_fit(fitted: Sums, held: Sums) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A decoder layer that is being pruned, and its dense copy, each with its own inputs."""
+class Module:
+    """A decoder layer that is being pruned, and what the dense one makes of its own inputs."""
 
-    layer: nn.Module
-    copy: nn.Module
-    names: dict[nn.Linear, str]  # o_proj and down_proj
+    run: Callable[[Tensor], Tensor]  # the layer
+    ends: tuple[nn.Linear, ...]  # o_proj and down_proj
     adds_up: bool  # what these two give is added to the hidden states as it is
-    kwargs: dict[str, Any]
-    pruned: Tensor  # [samples, len, hidden]
-    dense: Tensor
+    pruned: Tensor  # inputs, [samples, len, hidden]
+    targets: dict[nn.Linear, Tensor]  # hidden states after each end, like `pruned`
 
     @classmethod
     def of(
         cls,
-        layer: nn.Module,
-        ends: Sequence[nn.Linear],
-        kwargs: dict[str, Any],
+        run: Callable[[Tensor], Tensor],
+        ends: tuple[nn.Linear, ...],
         pruned: Tensor,
         dense: Tensor,
-    ) -> Pair:
-        names = {module: name for name, module in layer.named_modules() if module in ends}
-        adds_up = _adds_up(runner(layer, kwargs), ends, dense[:1])
-        return cls(layer, copy.deepcopy(layer), names, adds_up, kwargs, pruned, dense)
+    ) -> Module:
+        """`run` is the layer before it is pruned; it advances `dense` in place."""
+        adds_up = _adds_up(run, ends, dense[:1])
+        targets = {linear: torch.empty_like(dense) for linear in ends}
+        found = cls(run, ends, adds_up, pruned, targets)
+        with _outputs(ends) as seen:
+            for index, x in enumerate(dense.split(1)):
+                out = run(x)
+                added = [own for _, own in seen]
+                for place, (linear, _) in enumerate(seen, 1):
+                    targets[linear][index] = found.state(x, added[:place])[0]
+                seen.clear()
+                x.copy_(out)
+        return found
+
+    def state(self, hidden: Tensor, added: Sequence[Tensor]) -> Tensor:
+        """The hidden states after outputs of `ends`.
+
+        Where the layer does not add these as they are, the last of them instead.
+        """
+        return hidden + sum(added) if self.adds_up else added[-1]
 
     @property
     def scored(self) -> Tensor:
@@ -193,7 +206,7 @@ class Pair:
         return down * up * down * gate / 2
 
     def _inputs(self, linear: nn.Linear) -> Iterator[Tensor]:
-        return inputs_of(linear, runner(self.layer, self.kwargs), self.scored.split(1))
+        return inputs_of(linear, self.run, self.scored.split(1))
 
     def recover(self, linear: nn.Linear, kept: Tensor) -> None:
         """Fit the columns `kept` of o_proj or down_proj, in place."""
@@ -209,57 +222,43 @@ class Pair:
         """
         gram = torch.zeros(len(kept), len(kept), device=kept.device)
         missing = torch.zeros(len(kept), linear.out_features, device=kept.device)
-        for (x, found), (_, target) in zip(
-            self._passing(self.layer, linear, self.pruned[part]),
-            self._passing(self.copy, linear, self.dense[part]),
-            strict=True,
-        ):
-            x = x[:, kept]
-            weighted = x / target.square().sum(1, keepdim=True).clamp(min=TINY)
-            gram.addmm_(x.T, weighted)
-            missing.addmm_(weighted.T, target - found)
+        hidden = self.pruned[part].split(1)
+        with _outputs(self.ends) as seen:
+            for h, target, x in zip(
+                hidden,
+                self.targets[linear][part],
+                inputs_of(linear, self.run, hidden),
+                strict=True,
+            ):
+                own = F.linear(x, linear.weight, linear.bias)  # linear(x) would stop the pass
+                lacking = target - self.state(h, [out for _, out in seen] + [own])[0]
+                seen.clear()
+                power = target.float().square().sum(1, keepdim=True).clamp(min=TINY)
+                x = x[0, :, kept].float()
+                gram.addmm_(x.T, x / power)
+                missing.addmm_((x / power).T, lacking.float())
         return Sums(gram, missing)
 
-    def _passing(
-        self, layer: nn.Module, linear: nn.Linear, hidden: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each sample, the input of `linear` and the hidden states after it, fp32 [tokens, …].
-
-        Where the layer does not add its outputs up as they are, its output replaces the latter.
-        """
-        own = layer.get_submodule(self.names[linear])
-        run = runner(layer, self.kwargs)
-        with _outputs([layer.get_submodule(name) for name in self.names.values()]) as added:
-            for h, x in zip(hidden.split(1), inputs_of(own, run, hidden.split(1)), strict=True):
-                # not `own(x)`, which would stop here
-                after = F.linear(x, own.weight, own.bias)
-                if self.adds_up:
-                    after = sum(added, after + h)
-                added.clear()
-                yield x.flatten(0, -2).float(), after.flatten(0, -2).float()
-
-    def advance(self) -> Tensor:
-        """Run both streams through their layers; return their relative distance."""
-        for layer, hidden in ((self.layer, self.pruned), (self.copy, self.dense)):
-            for x in hidden.split(1):
-                x.copy_(runner(layer, self.kwargs)(x))
-        return (self.pruned - self.dense).float().norm() / self.dense.float().norm()
+    def advance(self) -> None:
+        """Run the pruned layer on its inputs, in place."""
+        for x in self.pruned.split(1):
+            x.copy_(self.run(x))
 
 
 def _adds_up(run: Callable[[Tensor], Tensor], ends: Iterable[nn.Linear], x: Tensor) -> bool:
     """Whether a layer adds the outputs of `ends` to its input as they are, without a norm."""
-    with _outputs(ends) as added:
+    with _outputs(ends) as seen:
         change = run(x) - x
-    return bool((change - sum(added)).norm() < 1e-2 * change.norm())
+    return bool((change - sum(out for _, out in seen)).norm() < 1e-2 * change.norm())
 
 
 @contextmanager
-def _outputs(linears: Iterable[nn.Linear]) -> Iterator[list[Tensor]]:
-    """The outputs of linear layers, in the order that they run."""
-    seen: list[Tensor] = []
+def _outputs(linears: Iterable[nn.Linear]) -> Iterator[list[tuple[nn.Linear, Tensor]]]:
+    """Linear layers with their outputs, in the order that they run."""
+    seen: list[tuple[nn.Linear, Tensor]] = []
     with ExitStack() as hooks:
         for linear in linears:
-            hook = linear.register_forward_hook(lambda _, args, out: seen.append(out))
+            hook = linear.register_forward_hook(lambda own, _, out: seen.append((own, out)))
             hooks.enter_context(hook)
         yield seen
 

@@ -97,6 +97,7 @@ def cases() -> Iterator[tuple[str, Any]]:
     ):
         name = f"{_NAMES[dtype]} {vocabulary}"
         yield f"cross-entropy {name}", lambda d=dtype, v=vocabulary: _cross_entropy(d, v)
+        yield f"distillation {name}", lambda d=dtype, v=vocabulary: _distillation(d, v)
     for dtype, costs in ((torch.float32, torch.int64), (torch.bfloat16, torch.int32)):
         name = f"{_NAMES[dtype]}, costs {_NAMES[costs]}"
         yield f"projection {name}", lambda d=dtype, c=costs: _projection(d, c)
@@ -221,6 +222,13 @@ def _cross_entropy(dtype: torch.dtype, vocabulary: int) -> None:
     for gradient in (True, False):
         logits, targets = _meta(1024, vocabulary, dtype=dtype), _meta(1024, dtype=torch.int64)
         cross_entropy.softmax_loss(logits, targets, gradient)
+
+
+def _distillation(dtype: torch.dtype, vocabulary: int) -> None:
+    for gradient in (True, False):
+        logits, taught = (_meta(512, vocabulary, dtype=dtype) for _ in range(2))
+        targets = _meta(512, dtype=torch.int64)
+        cross_entropy.distillation_loss(logits, taught, targets, 0.25, gradient)
 
 
 def _projection(dtype: torch.dtype, costs: torch.dtype) -> None:

@@ -41,6 +41,8 @@ from grasp_kernels import (
     gated_attention,
     gated_swiglu,
     gated_swiglu_ffn,
+    linear_cross_entropy,
+    linear_distillation,
     rms_norm_scale,
 )
 
@@ -56,13 +58,14 @@ class Model(NamedTuple):
     kv_heads: int
     head_size: int
     layers: int
+    vocabulary: int
 
 
 MODELS = {
-    "Llama-2-7B": Model(4096, 11008, 32, 32, 128, 32),
-    "Llama-3.1-8B": Model(4096, 14336, 32, 8, 128, 32),
+    "Llama-2-7B": Model(4096, 11008, 32, 32, 128, 32, 32_000),
+    "Llama-3.1-8B": Model(4096, 14336, 32, 8, 128, 32, 128_256),
 }
-SMALL = {"SmolLM2-135M": Model(576, 1536, 9, 3, 64, 30)}
+SMALL = {"SmolLM2-135M": Model(576, 1536, 9, 3, 64, 30, 49_152)}
 
 
 class Setup(NamedTuple):
@@ -221,6 +224,47 @@ def norm(models, tokens, _, device, dtype) -> Iterator[Setup]:
         yield Setup("norm", label, contenders, inputs, work, "GB/s")
 
 
+def cross_entropy(models, tokens, _, device, dtype) -> Iterator[Setup]:
+    """A frozen head and the next-token loss."""
+    for label, head, x, targets in _heads(models, tokens, device, dtype):
+
+        def ours(x, head=head, targets=targets):
+            return linear_cross_entropy(x, head, targets)
+
+        def eager(x, head=head, targets=targets):
+            return F.cross_entropy((x @ head.T).float(), targets)
+
+        contenders = {"grasp": ours, "eager": eager, **_compiled(eager, device)}
+        work = {"both": 4.0 * len(x) * head.numel()}
+        yield Setup("cross_entropy", label, contenders, (x,), work, "TFLOP/s")
+
+
+def distillation(models, tokens, _, device, dtype) -> Iterator[Setup]:
+    """A frozen head and the KL divergence from what it makes of a teacher's hidden states."""
+    for label, head, x, targets in _heads(models, tokens, device, dtype):
+        teacher = torch.randn_like(x)
+
+        def ours(x, head=head, teacher=teacher, targets=targets):
+            return linear_distillation(x, head, teacher, targets, 0.0)
+
+        def eager(x, head=head, teacher=teacher):
+            own, known = ((h @ head.T).float().log_softmax(1) for h in (x, teacher))
+            return F.kl_div(own, known, log_target=True, reduction="batchmean")
+
+        contenders = {"grasp": ours, "eager": eager, **_compiled(eager, device)}
+        work = {"both": 6.0 * len(x) * head.numel()}
+        yield Setup("distillation", label, contenders, (x,), work, "TFLOP/s")
+
+
+def _heads(models, tokens, device, dtype) -> Iterator[tuple]:
+    """A label, a head [V, d], hidden states [T, d] and targets [T] for each shape."""
+    for (name, model), count in product(models.items(), tokens):
+        head = torch.randn(model.vocabulary, model.size, device=device) * model.size**-0.5
+        (x,) = _leaves(device, dtype, (count, model.size))
+        targets = torch.randint(model.vocabulary, (count,), device=device)
+        yield {"model": name, "tokens": count, "keep": 1.0}, head.to(dtype), x, targets
+
+
 def _factor(size: int, device: str) -> Tensor:
     return (1 + 0.3 * torch.randn(size, device=device)).requires_grad_()
 
@@ -232,9 +276,15 @@ SETUPS = {
     "projection": projection,
     "scale": scale,
     "norm": norm,
+    "cross_entropy": cross_entropy,
+    "distillation": distillation,
 }
 # where an op's correctness is tested, if not under its own name
-TESTS = {op: op for op in SETUPS} | {"ffn": "swiglu", "norm": "scale"}
+TESTS = {op: op for op in SETUPS} | {
+    "ffn": "swiglu",
+    "norm": "scale",
+    "distillation": "cross_entropy",
+}
 
 
 def setups(
@@ -316,8 +366,10 @@ def passes(setup: Setup, contender: str) -> dict[str, Callable[[], Any]]:
         torch.autograd.grad(run(*inputs), inputs, grad)
 
     calls = {"forward": lambda: run(*inputs), "backward": backward, "both": both}
+    if setup.op in ("cross_entropy", "distillation"):  # their forward pass takes the gradient too
+        calls = {"both": both}
     if on_gpu and _tokens(setup) <= GRAPH_TOKENS:
-        return {f"{name}, graph": _graphed(calls[name]) for name in ("forward", "both")}
+        return {f"{name}, graph": _graphed(calls[name]) for name in calls if name != "backward"}
     return calls
 
 

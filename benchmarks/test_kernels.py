@@ -35,7 +35,7 @@ def test_time(op, contender, which, benchmark):
     names = [n for n in setup.contenders if n.startswith("grasp") == (contender == "grasp")]
     calls = passes(setup, names[0])
     if which not in calls:
-        pytest.skip(f"{op} has no backward pass")
+        pytest.skip(f"{op} has no {which} pass of its own")
 
     def run():
         calls[which]()

@@ -22,6 +22,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -209,5 +210,6 @@ def get(name: str) -> Criterion:
     return _known[name]
 
 
+@cache  # looking through what is installed takes longer than all else here
 def _installed() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -93,9 +93,9 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", HEADS),
     "phi3": ("Phi3", {}),
-    "gemma3": ("Gemma3Text", HEADS),
+    "gemma3": ("Gemma3Text", {"query_pre_attn_scalar": 8, **HEADS}),
     "gemma": ("Gemma", HEADS),
-    "gemma2": ("Gemma2", HEADS),
+    "gemma2": ("Gemma2", {"query_pre_attn_scalar": 8, **HEADS}),
     "gemma4": ("Gemma4Text", {**PER_LAYER_INPUT, "head_dim": 8}),
     "gemma4, dense": ("Gemma4Text", GEMMA4),
     "gemma4, shared keys": (
@@ -309,13 +309,15 @@ def stock_model(prefix: str, **config: Any) -> PreTrainedModel:
 def tiny_tokenizer(vocab: int = 256) -> PreTrainedTokenizerFast:
     """One token per byte; any UTF-8 text survives encode and decode. `vocab` is at least 256.
 
-    The bytes 0xFD to 0xFF, which UTF-8 never uses, make room for the three special tokens.
+    UTF-8 never uses the bytes 0xC0 and 0xC1, of which the one merge is made that llama.cpp needs,
+    nor 0xFC to 0xFF, which make room for it and for the three special tokens.
     """
-    byte_tokens = list(bytes_to_unicode().items())
-    tokens = [*SPECIAL_TOKENS, *(token for byte, token in sorted(byte_tokens) if byte < 0xFD)]
+    byte_tokens = bytes_to_unicode()
+    merge = byte_tokens[0xC0], byte_tokens[0xC1]
+    tokens = [*SPECIAL_TOKENS, *(byte_tokens[byte] for byte in range(0xFC)), "".join(merge)]
     tokens += [f"<extra_{i}>" for i in range(vocab - len(tokens))]
     table = {token: i for i, token in enumerate(tokens)}
-    raw = Tokenizer(models.BPE(vocab=table, merges=[], unk_token="<unk>"))
+    raw = Tokenizer(models.BPE(vocab=table, merges=[merge], unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -357,6 +359,8 @@ def brought_model(name: str, **more: Any) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter += 0.1 * torch.randn_like(parameter)
+        elif parameter.dim() == 2:  # logits far from equal
+            parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
     return model
 
 

@@ -44,7 +44,7 @@ def test_command_line(call, refused, tiny, text, tmp_path):
     said = refused("prune", tiny, "--out=out", "--protect=3", *ends[2:])
     assert said == "--protect must list layers between 0 and 2 for this model, got 3"
     said = refused("plan", tiny, "--layout=uniform", *ends)
-    assert said.startswith("--layout uniform ")
+    assert said.startswith("--layout uniform gives all layers the same widths, so none can be")
     assert "'x'" in refused("plan", tiny, "--protect=x", code=2)
     options = ["--keep=0.8", "--method=random", "--scale-epochs=0", "--samples=2"]
     out = tmp_path / "out"

@@ -218,8 +218,8 @@ def test_compiled_decoding(tmp_path, monkeypatch):
 
 def test_no_compiler(refused, tiny, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("nothing compiled")))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-g++"))
-    message = refused("bench", tiny, *SHORT, "--compile")
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-g++")}):
+        message = refused("bench", tiny, *SHORT, "--compile")
     assert message.startswith(f"--compile: torch cannot compile {tiny} (InvalidCxxCompiler: ")
     assert "no-g++" in message and message.endswith(
         "g++ if that is what it lacks, or leave --compile out"

@@ -81,6 +81,8 @@ op attention 60
 op projection 40
 op scale 40
 op norm 40
+op cross_entropy 40
+op distillation 40
 steps graph-off 60 --models llama-2-7b --cases 512x1,2048x1 --steps 10 --graph-tokens 0
 steps graph-on 60 --models llama-2-7b --cases 2048x1 --steps 10
 

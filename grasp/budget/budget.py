@@ -225,7 +225,7 @@ class Budget:
         """The budget as an integer that the kept cost never exceeds. Raises GraspError."""
         self.prunes(space)
         self.check_multiples(space)
-        self._check_protected(space)
+        self.check_protected(space)
         budgeted = [[s.size for s in group if s.unit_cost] for group in self.together(space)]
         if any(len({*sizes}) > 1 for sizes in budgeted):
             raise GraspError(
@@ -261,7 +261,8 @@ class Budget:
             )
         return limit
 
-    def _check_protected(self, space: UnitSpace) -> None:
+    def check_protected(self, space: UnitSpace) -> None:
+        """Raise GraspError if the model has no such layers, or they cannot stay whole alone."""
         count = len(space.layers)
         for name in ("protect_first", "protect_last"):
             if getattr(self, name) > count:

@@ -1,6 +1,6 @@
 """Decoders whose layers differ in width: FFN channels, query heads and KV heads.
 
-This file travels with every pruned checkpoint and needs only torch, transformers (5.14 or later)
+This file travels with every pruned checkpoint and needs only torch, transformers (5.17 or later)
 and huggingface_hub. A class is derived from any stock family on demand: the stock class is built,
 then the linear layers of its FFNs and attentions get the sizes that config.json names. Parameter
 names, rope, caches, attention backends and gradient checkpointing are those of the stock family.

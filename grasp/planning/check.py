@@ -50,6 +50,7 @@ def check_fit(config: RunConfig, header: Header) -> None:
             f"{header.family} has none (llama has): use `compensate='refit'`"
         )
     config.budget.check_multiples(header.space)
+    config.budget.check_protected(header.space)
     check_layout(header, config.budget, biased=biased)
     config.budget.limit(header.space)
 

@@ -355,7 +355,7 @@ def evaluation_memory(header: Header, tokens: int) -> int:
 
 
 def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
-    """Which runtimes load the result. Sources: docs of each, and runs on transformers 5.14-5.23."""
+    """Which runtimes load the result. Sources: docs of each, and runs on transformers 5.17-5.23."""
     no_gguf = None
     if header.rope not in STATIC_ROPE:
         no_gguf = f"its architectures for {header.family} have no rope of type {header.rope}"

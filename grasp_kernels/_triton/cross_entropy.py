@@ -70,19 +70,21 @@ def _distillation_loss(
 
     top, norm = _softmax_terms(logits, width, BLOCK_V)
     taught_top, taught_norm = _softmax_terms(taught, width, BLOCK_V)
-    log_norm, log_taught_norm = tl.log(norm) + top, tl.log(taught_norm) + taught_top
+    log_norm, log_taught_norm = tl.log(norm), tl.log(taught_norm)
     apart = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, width, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits + column, column < width, other=float("-inf")).to(tl.float32)
         y = tl.load(taught + column, column < width, other=float("-inf")).to(tl.float32)
-        wanted = tl.exp(y - log_taught_norm)
-        apart += tl.where(wanted > 0, wanted * ((y - log_taught_norm) - (x - log_norm)), 0.0)
+        own = (x - top) - log_norm  # log_norm + top would round in units of the top
+        taught_own = (y - taught_top) - log_taught_norm
+        wanted = tl.exp(taught_own)
+        apart += tl.where(wanted > 0, wanted * (taught_own - own), 0.0)
         if GRADIENT:
-            slope = tl.exp(x - log_norm) - (1 - hard) * wanted
+            slope = tl.exp(own) - (1 - hard) * wanted
             slope -= hard * (column == target.to(tl.int32)).to(tl.float32)
             tl.store(logits + column, slope, column < width)
-    loss = (1 - hard) * tl.sum(apart, 0) + hard * (log_norm - at_target)
+    loss = (1 - hard) * tl.sum(apart, 0) + hard * (log_norm + (top - at_target))
     tl.store(losses + row, loss)
 
 

@@ -12,7 +12,7 @@ from grasp import criteria
 from grasp.budget.budget import Budget
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
-from grasp.model.load import check_device
+from grasp.model.load import ShardMode, check_device
 from grasp.options import (
     ABLATION,
     EVALUATION,
@@ -53,7 +53,7 @@ RATE, LORA_RATE = 1e-4, 1e-3  # of recovery
 KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
 SEEDS = (0, 1, 2)
 COMPARED_WIDTHS = {"ffn_multiple": 1}
-SET_BY_COMPARE = {"params", "kv_cache", "method", "compensate", "seed", "as_published"}
+SET_BY_COMPARE = {"params", "kv_cache", "method", "compensate", "seed", "as_published", "shard"}
 CALIBRATION = (
     "Text, JSON-lines, CSV or Parquet file, hub data set, self, or builtin; several as "
     "a.txt,b.jsonl:0.3, with weights."
@@ -61,6 +61,10 @@ CALIBRATION = (
 TEXT_FIELD = "Field or column that holds texts or conversations."
 EVAL_TEXT = "Text to evaluate on, once for each text (default: calibration text that was not used)."
 EVAL_WINDOWS = "Evaluate on the first windows only (default: all)."
+SHARD = (
+    "Under torchrun, the frozen weights lie on each rank (none), in parts over the ranks of each "
+    "machine (node), or over all (full)."
+)
 DEVICE = "cpu, cuda, cuda:1, or auto."
 SEED = "Seed of everything that is drawn at random."
 MEMORY = (
@@ -115,6 +119,7 @@ class PruneConfig:
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
     dtype: Dtype = option("auto", "Data type of the frozen model.", MACHINE)
     memory: MemoryMode = option("auto", MEMORY, MACHINE, metavar="MODE")
+    shard: ShardMode = option("none", SHARD, MACHINE)
     device: str = option("auto", DEVICE, MACHINE)
     seed: int = option(0, SEED)
     trust_remote_code: bool = option(False, REMOTE_CODE, MACHINE)
@@ -192,10 +197,10 @@ class PruneConfig:
         return replace(self, budget=replace(self.budget, **widths), **choices)
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the result: a run may go on under another `memory`."""
+        """What decides the result: a run may go on under another `memory` or `shard`."""
         recipe = asdict(self) | {"compensate": self.compensation, "eval_text": [*self.eval_text]}
         recipe["budget"]["protect"] = [*self.budget.protect]  # as JSON reads it back
-        del recipe["memory"]
+        del recipe["memory"], recipe["shard"]
         return recipe
 
 

@@ -46,6 +46,7 @@ class Criterion:
     per_budget: bool = False  # its scores hold for one budget only
     updates_weights: bool = False  # refits weights while it selects: `compensate` must be none
     layerwise: bool = False  # runs decoder layers one by one
+    shardable: bool = False  # reads no weights: ranks may hold parts of them
     experts: bool = False  # scores the routed experts of a mixture
     dense: bool = True  # scores FFN channels and KV groups; if not, they are kept
 
@@ -67,6 +68,7 @@ OURS = (
         "GRASPrune, arXiv 2604.19398",
         learns=True,
         per_budget=True,
+        shardable=True,
         experts=True,
     ),
     Criterion(
@@ -74,6 +76,7 @@ OURS = (
         "grasp.select.learned:free",
         "gates learned with every unit open, then projected once",
         learns=True,
+        shardable=True,
         experts=True,
     ),
     Criterion(
@@ -81,6 +84,7 @@ OURS = (
         "grasp.select.fisher:fisher_scores",
         "squared gradient of the loss with respect to each gate, one backward pass per sample",
         samples=32,
+        shardable=True,
         experts=True,
     ),
     Criterion(
@@ -156,7 +160,11 @@ OURS = (
         experts=True,
     ),
     Criterion(
-        "random", "grasp.select.random:random_scores", "random scores, a baseline", experts=True
+        "random",
+        "grasp.select.random:random_scores",
+        "random scores, a baseline",
+        shardable=True,
+        experts=True,
     ),
 )
 _known = {criterion.name: criterion for criterion in OURS}

@@ -53,6 +53,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if ranks() > 1 else 0
 
 
+def local_ranks() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks() > 1 else 1
+
+
 def rank() -> int:
     """The number of this rank, from 0."""
     return _group().get_rank() if _group() else 0

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grasp import __version__
+from grasp import __version__, distributed
 from grasp.budget.projection import Mask
 from grasp.checkpoint.probe import TEXT, Probe
 from grasp.checkpoint.record import Record, sha256
@@ -172,6 +172,15 @@ def try_saving(
     Raises GraspError if files cannot be written or read, the tokenizer changes when it is read
     back, or the logits of `model` in its own dtype are not finite.
     """
+    distributed.from_first(lambda: _try_writing(model, tokenizer, folder, space))
+    logits = Probe.of(model, tokenizer, environment(model.device)).logits
+    if not logits.isfinite().all():
+        raise GraspError(f"the model's logits are {not_finite(str(logits.dtype))}")
+
+
+def _try_writing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, space: UnitSpace
+) -> None:
     target, _ = without_weights(model, space)
     try:
         tokens = tokenizer(TEXT).input_ids
@@ -189,9 +198,6 @@ def try_saving(
             "the tokenizer gives other tokens once it is saved and read again by transformers "
             f"{transformers.__version__}: repair its files first"
         )
-    logits = Probe.of(model, tokenizer, environment(model.device)).logits
-    if not logits.isfinite().all():
-        raise GraspError(f"the model's logits are {not_finite(str(logits.dtype))}")
 
 
 def write_pretrained(

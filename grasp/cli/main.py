@@ -83,6 +83,8 @@ def _run_as_rank() -> tuple[str, int]:
     except GraspError as error:
         _settle()
         said, code = f"error: {error}", 1
+    except Terminated:
+        return "", TERMINATED  # before it has met the others
     except Exception as error:
         _settle()
         if not distributed.is_cut_off(error):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from grasp.distributed import share, summed, tensor_from_first
 from grasp.errors import GraspError
 from grasp.gates.experts import closed_experts
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
-from grasp.model.units import decoder_layers
+from grasp.model.units import LayerModules, LayerUnits, decoder_layers
 
 RIDGE = 1e-2
 
@@ -46,36 +47,65 @@ def refit(
     """
     if not any(modules.outputs for modules in decoder_layers(model)):
         return []
-    tokens = TOKENS_PER_CHANNEL * mask.space.widest
-    blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
+    blocks = text_of_refit(mask, blocks)
     fitted: list[Tensor] = []
-    layers = model.get_decoder().layers
-    options = layer_options(model, blocks[:1])
-    blocks, counted = share(blocks)
-    hidden = first_hidden(model, blocks)
-    parts = zip(
-        layers, options, decoder_layers(model), mask.space.layers, mask.layers(), strict=True
-    )
+    options, hidden = layer_options(model, blocks[:1]), Hidden.of(model, blocks)
+    layers = zip(decoder_layers(model), mask.space.layers, mask.layers(), strict=True)
     with closed_experts(model, mask):
-        for index, (layer, kwargs, modules, units, (ffn, kv)) in enumerate(parts):
-            run, own, kept_columns = runner(layer, kwargs), {}, {}
-            if modules.attention is not None:  # first, in the order that they run
-                heads = expand(kv, units.group_size * units.head_dim)
-                kept_columns[modules.attention.out] = heads
-            if modules.ffn is not None:
-                kept_columns[modules.ffn.down] = ffn
-            for linear, kept in kept_columns.items():
-                gram = torch.zeros(2 * linear.weight.shape[1:], device=model.device)
-                for n, x in enumerate(inputs_of(linear, run, hidden.split(1))):
-                    if n < counted:
-                        x = x.flatten(0, -2).float()
-                        gram.addmm_(x.T, x)
-                own[linear] = solve(linear, kept.to(gram.device), summed(gram)).cpu()
-            fitted += [own[linear] for linear in modules.outputs]
-            for x in hidden.split(1):
-                x.copy_(run(x))
-            progress(index + 1, len(layers))
+        for index, (modules, units, kept) in enumerate(layers):
+            run = runner(model.get_decoder().layers[index], options[index])
+            fitted += refit_layer(run, modules, units, kept, hidden)
+            progress(index + 1, len(options))
     return fitted
+
+
+def text_of_refit(mask: Mask, blocks: Tensor) -> Tensor:
+    """The first blocks, up to `TOKENS_PER_CHANNEL` tokens per channel of the widest FFN."""
+    tokens = TOKENS_PER_CHANNEL * mask.space.widest
+    return blocks[: math.ceil(tokens / blocks.shape[1])]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """This rank's share of the inputs of a decoder layer: [samples, seq_len, hidden]."""
+
+    states: Tensor
+    counted: int  # of the samples, in a sum over ranks
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, blocks: Tensor) -> Hidden:
+        """The inputs of the first layer; blocks: int64 [samples, seq_len], of all ranks."""
+        own, counted = share(blocks)
+        return cls(first_hidden(model, own), counted)
+
+
+def refit_layer(
+    run: Callable[[Tensor], Tensor],
+    modules: LayerModules,
+    units: LayerUnits,
+    kept: tuple[Tensor, Tensor],
+    hidden: Hidden,
+) -> list[Tensor]:
+    """Refit the layer that `run` runs, in place, and replace `hidden` by its outputs.
+
+    `kept` are indices of channels and of KV groups. Returns the kept columns as `refit` does.
+    """
+    own, kept_columns = {}, {}
+    if modules.attention is not None:  # first, in the order that they run
+        heads = expand(kept[1], units.group_size * units.head_dim)
+        kept_columns[modules.attention.out] = heads
+    if modules.ffn is not None:
+        kept_columns[modules.ffn.down] = kept[0]
+    for linear, columns in kept_columns.items():
+        gram = linear.weight.new_zeros(2 * linear.weight.shape[1:], dtype=torch.float32)
+        for n, x in enumerate(inputs_of(linear, run, hidden.states.split(1))):
+            if n < hidden.counted:
+                x = x.flatten(0, -2).float()
+                gram.addmm_(x.T, x)
+        own[linear] = solve(linear, columns.to(gram.device), summed(gram)).cpu()
+    for x in hidden.states.split(1):
+        x.copy_(run(x))
+    return [own[linear] for linear in modules.outputs]
 
 
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:

@@ -206,23 +206,20 @@ def _windows(
 @contextmanager
 def _in_fp32(model: nn.Module) -> Iterator[None]:
     """Make every module compute in fp32: its own narrower weights are cast while it runs."""
-    narrow = {
-        module: [w for w in module.parameters(recurse=False) if w.dtype in NARROW]
-        for module in model.modules()
-    }
-    held: dict[nn.Parameter, Tensor] = {}
+    held: dict[nn.Module, dict[nn.Parameter, Tensor]] = {}
 
-    def widen(module: nn.Module, _: Any) -> None:
-        for weight in narrow[module]:
-            held[weight] = weight.data
+    def widen(module: nn.Module, _: Any) -> None:  # what a sharded layer holds, it holds only now
+        own = [w for w in module.parameters(recurse=False) if w.dtype in NARROW]
+        held[module] = {weight: weight.data for weight in own}
+        for weight in own:
             weight.data = weight.data.float()
 
     def restore(module: nn.Module, *_: Any) -> None:
-        for weight in narrow[module]:
-            weight.data = held.pop(weight)
+        for weight, data in held.pop(module, {}).items():
+            weight.data = data
 
     with ExitStack() as stack:
-        for module in narrow:
+        for module in model.modules():
             stack.enter_context(module.register_forward_pre_hook(widen))
             stack.enter_context(module.register_forward_hook(restore, always_call=True))
         yield

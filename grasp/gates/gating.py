@@ -23,6 +23,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
 from grasp.gates.experts import gated_router
+from grasp.model.sharding import own_part
 from grasp.model.units import FFN, UnitSpace, decoder_layers
 from grasp_kernels import gated_attention, gated_swiglu_ffn
 from grasp_kernels.attention import has_backend
@@ -87,6 +88,7 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     attentions = [m.attention.module for m in layers if m.attention is not None]
     routers = [m.routed.router for m in layers if m.routed is not None]
     down = [w for f in ffns if _fused(f) and (w := f.down.weight).device.type != "cpu"]
+    down = [w for w in down if own_part(w) is w]  # a sharded one is gathered as it is stored
     gates = Gates(model, space, site)
     # a library's hook may already have put a forward on the instance
     forwards = [{k: v for k, v in vars(f.module).items() if k == "forward"} for f in ffns]

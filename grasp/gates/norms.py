@@ -53,14 +53,21 @@ def norms_before(model: PreTrainedModel, groups: Sequence[Linears]) -> dict[Line
     decoder = model.get_decoder()
     norms = [norm for module in decoder.modules() if (norm := _rms_norm(module))]
     readers = _Readers()
+    weights: dict[nn.Module, int] = {}  # while a layer runs, since a sharded one has others outside
+
+    def see(linear: nn.Module, _: Any) -> None:
+        weights[linear] = id(linear.weight)
+
     with ExitStack() as hooks:
+        for linear in {linear for group in groups for linear in group}:
+            hooks.enter_context(linear.register_forward_pre_hook(see))
         for norm in norms:
             hooks.enter_context(norm.module.register_forward_hook(readers.watch))
         with readers:
             decoder(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     fed = {frozenset(map(id, readers.of.get(norm.module, ()))): norm for norm in norms}
-    weights = {group: frozenset(id(linear.weight) for linear in group) for group in groups}
-    return {group: fed[ids] for group, ids in weights.items() if ids in fed}
+    read = {group: frozenset(weights.get(own, 0) for own in group) for group in groups}
+    return {group: fed[ids] for group, ids in read.items() if ids in fed}
 
 
 class _Readers(TorchFunctionMode):

@@ -20,6 +20,7 @@ from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
 from grasp.gates.objective import Batch, loss
 from grasp.journal import Journal
+from grasp.model.sharding import is_sharded
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
 COMPARE_EVERY = 50  # steps, of which READ_EVERY is a divisor; scores must agree over ranks
@@ -115,7 +116,8 @@ def train_gates(
         settings.lm_weight,
     )
     run_step: Callable[[Batch, Tensor], Tensor] = one_step
-    if on_gpu and small and distributed.ranks() == 1:  # a graph holds no collectives
+    alone = distributed.ranks() == 1 and not is_sharded(model)  # a graph holds no collectives
+    if on_gpu and small and alone:
         run_step = CapturedStep(one_step, journal.note)
     elif on_gpu:
         run_step = partial(one_step, count=True)

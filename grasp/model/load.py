@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from grasp.distributed import join, local_rank, rank, ranks
 from grasp.errors import GraspError, reason
 from grasp.model.source import (
+    TOKENIZERS,
     Source,
     check_readable,
     hub_answers,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ShardMode = Literal["none", "node", "full"]
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 LOADER = "transformers.modeling_utils"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -54,14 +56,15 @@ def load_model(
     dtype: torch.dtype | None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    shard: ShardMode = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be pruned or evaluated.
 
     The model is frozen and in eval mode, in `dtype` (None: as stored) on `device` (see
     `pick_device`). It uses SDPA attention, or eager if it has a softcap. A GGUF model is
     dequantised (to fp32 if `dtype` is None) and gets the plain config of its family. Other weights
-    must be safetensors. A checkpoint's own code runs only with `trust_remote_code`. Raises
-    GraspError.
+    must be safetensors. A checkpoint's own code runs only with `trust_remote_code`. `shard` other
+    than "none" splits the weights over ranks (see `load_sharded`). Raises GraspError.
     """
     source = resolve(spec)
     check_readable(source)
@@ -77,6 +80,8 @@ def load_model(
             if source.kind == "gguf":
                 with _parsed_once():
                     model, tokenizer = _load_gguf(Path(source.location), dtype or torch.float32)
+            elif shard != "none":
+                model, tokenizer = _load_shards(source, shard, dtype, device, trust_remote_code)
             else:
                 model, tokenizer = _load_safetensors(source, dtype, trust_remote_code)
     except GraspError:
@@ -89,7 +94,8 @@ def load_model(
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):  # Gemma's, rounded in a narrow dtype
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model if shard != "none" else model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 @contextlib.contextmanager
@@ -146,7 +152,8 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     model would then compute something else than after saving and loading.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -159,7 +166,8 @@ def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         for parameter, own in zip(model.parameters(), stored, strict=True):
-            parameter.data = parameter.data.to(own)
+            if parameter.dtype != own:
+                parameter.data = parameter.data.to(own)
 
 
 def move(model: Any, device: str) -> PreTrainedModel:
@@ -250,7 +258,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def _load_safetensors(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     location = source.location
     options = {"trust_remote_code": trust_remote_code}
@@ -269,11 +277,36 @@ def _load_safetensors(
             )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # older releases use SDPA, without the softcap
+    return model, _tokenizer(location, **options)
+
+
+def _load_shards(
+    source: Source,
+    shard: ShardMode,
+    dtype: torch.dtype | None,
+    device: str,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from huggingface_hub import snapshot_download
+
+    from grasp.model.sharding import load_sharded
+
+    folder = source.location
+    if source.kind == "hub":
+        files = ["*.json", "*.safetensors", *TOKENIZERS]
+        offline = not hub_answers()
+        folder = snapshot_download(folder, allow_patterns=files, local_files_only=offline)
+    own = {"trust_remote_code": trust_remote_code}
+    return load_sharded(Path(folder), shard, dtype, device, **own), _tokenizer(folder, **own)
+
+
+def _tokenizer(location: str, **options: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        return AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:
         raise GraspError(f"cannot read the tokenizer of {location}: {reason(error)}") from error
-    return model, tokenizer
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

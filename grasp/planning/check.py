@@ -43,6 +43,8 @@ def check_fit(config: RunConfig, header: Header) -> None:
     if not isinstance(config, PruneConfig):
         return
     _check_method(config.method, header)
+    if config.shard != "none":
+        check_shard(config, header)
     biased = config.compensation == "bias"
     if biased and not header.facts.carries_biases:
         raise GraspError(
@@ -62,6 +64,25 @@ def _check_method(method: str, header: Header) -> None:
         others = [n for n in criteria.names() if criteria.suits(n, mixture=mixture)]
         what = "does not score experts" if mixture else "scores experts, and this model has none"
         raise GraspError(f"`method={method!r}` {what}: use one of {', '.join(others)}")
+
+
+def check_shard(config: PruneConfig, header: Header) -> None:
+    """Raise GraspError if ranks cannot hold the weights in parts: for what needs them whole."""
+    shard = f"`shard={config.shard!r}`"
+    able = [name for name in criteria.names() if criteria.get(name).shardable]
+    if config.method not in able:
+        raise GraspError(
+            f"{shard} is for methods that read no weights ({', '.join(able)}), got {config.method}"
+        )
+    if config.compensation == "bias":
+        raise GraspError(f"{shard} adds no biases: use `compensate='refit'`")
+    if header.config is None:
+        raise GraspError(f"{shard} reads safetensors, got {config.model}: name the original folder")
+    if header.space.experts or header.config.get("text_config"):
+        kind = "a mixture of experts" if header.space.experts else "more than a text model"
+        raise GraspError(
+            f"{shard} splits plain decoders, and {config.model} is {kind}: use `shard='none'`"
+        )
 
 
 def check_plain(model: str, header: Header, done: str = "cut") -> None:

@@ -33,7 +33,7 @@ from grasp.config import PruneConfig, RunConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
-from grasp.distributed import check_same, from_first, ranks
+from grasp.distributed import check_same, from_first, launched, ranks
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.fidelity import (
@@ -58,10 +58,12 @@ from grasp.model.load import (
     pick_device,
     widened,
 )
+from grasp.model.sharding import free, is_sharded, own_part
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
 from grasp.planning.layouts import least
 from grasp.report.results import add_reports
+from grasp.run.by_layer import add_record, write_pruned
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import ready
 from grasp.select import select
@@ -138,6 +140,10 @@ def on_device(config: PruneConfig) -> PruneConfig:
     device = pick_device(config.device)
     if criteria.get(config.method).learns or config.scale_epochs:
         _check_step(config)
+    if config.shard != "none" and not launched():
+        raise GraspError(
+            f"`shard={config.shard!r}` splits the weights over ranks: start it with torchrun"
+        )
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
 
@@ -185,7 +191,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         teacher = teacher_of(model, blocks, config)
         projection = start.projection(config)
         selection = select(model, projection, blocks, config, run.stage, teacher)
-    if "" not in budgets:
+    if "" not in budgets and not is_sharded(model):
         move(model, "cpu")  # the device holds the copy that is pruned
     results = []
     for name, budget in budgets.items():
@@ -195,12 +201,17 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         folder = run.finished(name) if name else run.checkpoint
         if not from_first(folder.exists):
             part = run.part(name) if name else run
-            pruned = move(copy.deepcopy(model), config.device) if name else model
-            pruned = apply_mask(
-                pruned, mask, selection.scales, blocks, teacher, own, start.stored_dtype, part
-            )
+            made = selection.scales, blocks, teacher, own
+            if is_sharded(model):
+                last = budget is [*budgets.values()][-1]
+                to = start.tokenizer, part, run.checkpoint
+                pruned = write_pruned(model, mask, *made, *to, last=last)
+            else:
+                pruned = move(copy.deepcopy(model), config.device) if name else model
+                pruned = apply_mask(pruned, mask, *made, start.stored_dtype, part)
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
-            record = finish(pruned, record, start, dense, part, run.checkpoint)
+            ending = partial(_finish_sharded, own) if is_sharded(model) else finish
+            record = ending(pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
             from_first(partial(_write, run.checkpoint, record, part))
             part.log(event="finished", folder=str(run.out / name), **record.results)
@@ -239,10 +250,15 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """Load the model as stored, and the texts; refuse here what must fail after the long work."""
     model, tokenizer = load_dense(config)
     check_budget(config, model)
+    if is_sharded(model) and working_dtype(config) != model.dtype:
+        raise GraspError(
+            f"`shard` keeps weights as they are stored, in {model.dtype}, and `dtype` is "
+            f"{config.dtype}: give the stored one, or `shard='none'`"
+        )
     space = UnitSpace.of(model)
     uniform = config.budget.for_space(space).layout == "uniform"
     result = least(space, config.budget, first_only=not uniform)
-    from_first(lambda: try_saving(model, tokenizer, run.checkpoint, result))
+    try_saving(model, tokenizer, run.checkpoint, result)
     return model, read_texts(config, model, tokenizer, run)
 
 
@@ -264,6 +280,7 @@ def load_dense(config: RunConfig) -> tuple[PreTrainedModel, Any]:
         dtype=None,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        shard=getattr(config, "shard", "none"),
     )
     UnitSpace.of(model)
     _check_weights(config, model)
@@ -303,8 +320,9 @@ def check_fidelity(
     stored, working = model.dtype, working_dtype(config)
     with widened(model, working if torch.promote_types(stored, working) == working else stored):
         found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
-        a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
-        found["fold"] = check_fold(model, a_cut, ids)
+        if not is_sharded(model):  # a layer in shards cannot be copied
+            a_cut = Mask.first(start.space, least(start.space, config.budget, first_only=True))
+            found["fold"] = check_fold(model, a_cut, ids)
         if needed_by := next(filter(None, map(_runs_layers, configs)), None):
             found["layers"] = check_layers(model, ids, *needed_by)
         run.log(event="fidelity", **found)
@@ -427,6 +445,26 @@ def finish(
     return record.measured(**asdict(saved)).evaluated(dense, pruned)
 
 
+def _finish_sharded(
+    config: PruneConfig,
+    model: PreTrainedModel,
+    record: Record,
+    start: Start,
+    dense: list[dict[str, Any]],
+    run: Run,
+    folder: Path,
+) -> Record:
+    """`finish` for the checkpoint of `model` that `write_pruned` has written."""
+    reread, tokenizer = load_model(folder, dtype=None, device=config.device, shard=config.shard)
+    record = add_record(folder, reread, tokenizer, record)
+    check_saved(folder, reread, tokenizer)  # on all ranks, whose layers it runs
+    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
+    weight_bytes = sum((folder / name).stat().st_size for name in record.sha256)
+    saved = Saved(type(model).__name__, weight_bytes, None)
+    free(reread)
+    return record.measured(**asdict(saved)).evaluated(dense, pruned)
+
+
 def _release(model: PreTrainedModel) -> None:
     """Free a model's memory for the next model, even if references to it remain."""
     move(model, "meta")
@@ -470,7 +508,7 @@ def run_record(
 def _check_weights(config: RunConfig, model: PreTrainedModel) -> None:
     """Check the weights and the family of the loaded model, which its config cannot show."""
     for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+        if not own_part(weight).isfinite().all():
             raise GraspError(
                 f"{config.model} is damaged: {name} holds NaN or infinite values: download it again"
             )
@@ -532,11 +570,12 @@ def inputs_of(start: Start, *models: PreTrainedModel) -> dict[str, Any]:
         del software["threads"]  # they do not matter on a GPU
     weights = sha256()
     for parameter in chain.from_iterable(model.parameters() for model in models):
-        weights.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
+        first = own_part(parameter).flatten()[:64].to("cpu", torch.float32, copy=True)
+        weights.update(first.numpy().tobytes())  # of a copy: numpy pins the storage that it sees
     return {
         "calibration text": start.calibration.sha256,
         "evaluation texts": [own.text.sha256 for own in start.evaluation_sets],
-        "weights": weights.hexdigest(),
+        "weights": from_first(weights.hexdigest),  # whose rows are the first, if any
         "grasp": __version__,
         **software,
     }

@@ -82,7 +82,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
         "weights": sum(linear.weight.numel() for linear in linears.values()),
         "zeros_before": _zeros(model),
     }
-    from_first(lambda: try_saving(model, tokenizer, run.checkpoint, UnitSpace.of(model)))
+    try_saving(model, tokenizer, run.checkpoint, UnitSpace.of(model))
     start = read_texts(config, model, tokenizer, run)
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)

@@ -1,0 +1,182 @@
+"""After the mask, for a model that no rank holds whole: one decoder layer at a time.
+
+A layer is gathered on all ranks, scaled, refitted and cut there, and written by the first. The cut
+model is then read again in shards, its scales learn, and a second pass multiplies them in.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.budget.projection import Mask
+from grasp.checkpoint.probe import Probe
+from grasp.checkpoint.record import Record, sha256
+from grasp.checkpoint.save import write_pretrained
+from grasp.checkpoint.shards import ShardWriter
+from grasp.compress.calibrate import learn_scales
+from grasp.compress.edit import Cut, Edit, Refit, Scale
+from grasp.compress.refit import Hidden, refit_layer, text_of_refit
+from grasp.config import PruneConfig, ScaleKind
+from grasp.distributed import from_first, is_first
+from grasp.gates.memory import memory_mode
+from grasp.gates.scales import scale_count
+from grasp.gates.training import TrainSettings
+from grasp.machine import disk_errors
+from grasp.model.classes import without_weights
+from grasp.model.layerwise import layer_options, runner
+from grasp.model.load import cast, environment, load_model
+from grasp.model.sharding import free, one_layer
+from grasp.model.units import UnitSpace, decoder_layers
+from grasp.run.folder import Run
+
+
+def write_pruned(
+    model: PreTrainedModel,
+    mask: Mask,
+    scales: Tensor | None,
+    blocks: Tensor,
+    teacher: Tensor | None,
+    config: PruneConfig,
+    tokenizer: Any,
+    run: Run,
+    folder: Path,
+    *,
+    last: bool,
+) -> PreTrainedModel:
+    """Write the pruned checkpoint into the new `folder`, without grasp.json.
+
+    Arguments as in `apply_mask`; `model` is sharded, and cannot be used afterwards if this is the
+    `last` of its checkpoints. Returns the model of the checkpoint without weights, as the class
+    that loads it. Raises GraspError.
+    """
+    target, note = without_weights(model, mask.pruned_space())
+    cast(target, model.dtype)  # which config.json names
+    if note:
+        run.log(event="note", text=note)
+    layers = _cut_layers(model, mask, scales, blocks, config, run)
+    cut = folder / "cut" if config.scale_epochs else folder
+    _write(cut, model, target, tokenizer, layers)
+    if last:
+        free(model)
+    if config.scale_epochs:
+        pruned = load_model(cut, dtype=None, device=config.device, shard=config.shard)[0]
+        settings = TrainSettings.of(config, config.scale_epochs)
+        with memory_mode(pruned, config):
+            journal = run.stage("calibrate")
+            learned = learn_scales(pruned, config.scales, blocks, settings, journal, teacher)
+        _write(folder, pruned, target, tokenizer, _scaled_layers(pruned, config.scales, learned))
+        free(pruned)
+        from_first(lambda: shutil.rmtree(cut))
+    return target
+
+
+def add_record(folder: Path, model: PreTrainedModel, tokenizer: Any, record: Record) -> Record:
+    """Write the probe of the model read back from `folder`, and grasp.json with the hashes."""
+    probe = Probe.of(model, tokenizer, environment(model.device), record.seed)
+
+    def write() -> Record:
+        with disk_errors(folder):
+            probe.write(folder)
+            hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+            replace(record, sha256=hashes).write(folder)
+            return replace(record, sha256=hashes)
+
+    return from_first(write)
+
+
+def _cut_layers(
+    model: PreTrainedModel,
+    mask: Mask,
+    scales: Tensor | None,
+    blocks: Tensor,
+    config: PruneConfig,
+    run: Run,
+) -> Iterator[PreTrainedModel]:
+    """Each layer scaled, refitted and cut, as a model of one layer."""
+    options = layer_options(model, blocks[:1])
+    hidden = Hidden.of(model, text_of_refit(mask, blocks))
+    for index, (one, own) in enumerate(_with_scales(model, config.scales, scales)):
+        if own is not None:
+            Scale(config.scales, own).apply(one)
+        space = UnitSpace.of(one)
+        _, ffn, kv = [*mask.space.segments()][index]
+        part = Mask(space, mask.keep[ffn.start : kv.stop])
+        edits: list[Edit] = [Cut(part)]
+        if config.compensation == "refit":
+            (layer,) = one.get_decoder().layers
+            (modules,) = decoder_layers(one)
+            run_layer = runner(layer, options[index])
+            columns = refit_layer(run_layer, modules, space.layers[0], part.layers()[0], hidden)
+            edits.append(Refit(columns))
+            run.log(stage="refit", step=index + 1, steps=len(options))
+        for edit in edits:
+            edit.apply(one)
+        yield one
+
+
+def _scaled_layers(
+    model: PreTrainedModel, kind: ScaleKind, scales: Tensor
+) -> Iterator[PreTrainedModel]:
+    for one, own in _with_scales(model, kind, scales):
+        assert own is not None
+        Scale(kind, own).apply(one)
+        yield one
+
+
+def _with_scales(
+    model: PreTrainedModel, kind: ScaleKind, scales: Tensor | None
+) -> Iterator[tuple[PreTrainedModel, Tensor | None]]:
+    """Each layer as a model of one layer, with its part of the scales in the order of `Scales`."""
+    units = UnitSpace.of(model).size
+    done_units, done = 0, units
+    for index in range(len(model.get_decoder().layers)):
+        one = one_layer(model, index)
+        if scales is None:
+            yield one, None
+            continue
+        own = UnitSpace.of(one).size
+        more = scale_count(one, kind) - own
+        yield one, torch.cat([scales[done_units : done_units + own], scales[done : done + more]])
+        done_units, done = done_units + own, done + more
+
+
+def _write(
+    folder: Path,
+    model: PreTrainedModel,
+    target: PreTrainedModel,
+    tokenizer: Any,
+    layers: Iterator[PreTrainedModel],
+) -> None:
+    """Write `layers`, and what `model` has beside its layers, as a checkpoint of `target`."""
+    from_first(partial(_write_configs, folder, target, tokenizer))
+    writer = ShardWriter(folder)
+    decoder = target.get_decoder().layers
+    prefix = next(name for name, module in target.named_modules() if module is decoder)
+    for index, one in enumerate(layers):  # all ranks gather, the first writes
+        (layer,) = one.get_decoder().layers
+        if is_first():
+            writer.add({f"{prefix}.{index}.{k}": v for k, v in layer.state_dict().items()})
+
+    def close() -> None:
+        named = model.named_parameters()
+        writer.add({name: p for name, p in named if not name.startswith(f"{prefix}.")})
+        writer.close()
+
+    from_first(close)
+
+
+def _write_configs(folder: Path, target: PreTrainedModel, tokenizer: Any) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_pretrained(target, tokenizer, folder, state_dict={})
+        for empty in folder.glob("*.safetensors"):
+            empty.unlink()

@@ -1,0 +1,104 @@
+"""Weights in shards: the same mask as whole weights, and a checkpoint that verifies."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import save_brought, save_tiny
+from ranks import command, ranks
+
+import grasp
+from grasp.errors import GraspError
+from grasp.model.load import load_model
+
+SMALL = dict(samples=8, seq_len=32, epochs=1, eval_windows=3, device="cpu", accumulate=4)
+FAMILIES = ("llama", "qwen3", "phi3", "gemma2")
+
+
+def made(out):
+    return json.loads((out / "grasp.json").read_text())
+
+
+def in_shards(count, model, out, *, local=None, shard="full", **options):
+    said = out.with_name(f"{out.name} said")
+    codes = ranks(count, command("prune", model, out, **options, shard=shard), said, local=local)
+    assert codes == [0] * count, said.read_text()
+    assert grasp.verify(out).passed
+    return made(out)
+
+
+def agree(found, whole):
+    """To rounding after the mask: refit adds up Gram matrices rank by rank."""
+    assert found["mask_sha256"] == whole["mask_sha256"]
+    assert found["results"]["dense"] == whole["results"]["dense"]
+    pruned = (each["results"]["pruned"]["nll"] for each in (found, whole))
+    assert next(pruned) == pytest.approx(next(pruned), 1e-4)
+    for same in ("recipe", "budget", "params_after"):
+        assert found.get(same) == whole.get(same)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_give_the_mask_of_whole_weights(family, text, tmp_path):
+    model = save_tiny(tmp_path / "model", family)
+    options = dict(SMALL, calibration=text)
+    whole = grasp.prune(model, tmp_path / "whole", **options).summary
+    agree(in_shards(2, model, tmp_path / "two", **options), whole)
+
+
+def test_shards_of_each_machine(text, tmp_path):
+    """Two machines of two ranks each; three rows do not go into two parts."""
+    model = save_tiny(tmp_path / "model", intermediate_size=99)
+    options = dict(SMALL, calibration=text, ffn_multiple=1, scale_epochs=0)
+    whole = grasp.prune(model, tmp_path / "whole", **options).summary
+    agree(in_shards(4, model, tmp_path / "four", local=2, shard="node", **options), whole)
+
+
+def test_what_else_a_run_may_have(text, tmp_path):
+    """Weights in bf16, distillation, layers that are kept, several budgets, uneven parts."""
+    model = save_tiny(tmp_path / "model")
+    load_model(model, dtype=torch.bfloat16)[0].save_pretrained(model)
+    options = dict(SMALL, calibration=text, dtype="bf16", lm_weight=0.5, protect_first=1)
+    whole = grasp.prune(model, tmp_path / "whole", keep=[0.8, 0.6], **options)
+    said = tmp_path / "said"
+    asked = command("prune", model, tmp_path / "three", **options, shard="full", keep="0.8,0.6")
+    assert ranks(3, asked, said) == [0] * 3, said.read_text()
+    for each in whole:
+        found = made(tmp_path / "three" / each.folder.name)
+        assert found["mask_sha256"] == each.summary["mask_sha256"]
+        assert grasp.verify(tmp_path / "three" / each.folder.name).passed
+
+
+def test_killed_and_resumed_with_other_shards(tiny, text, tmp_path):
+    options, out = dict(SMALL, calibration=text, epochs=2), tmp_path / "out"
+    whole = grasp.prune(tiny, tmp_path / "whole", **options).summary
+    for after in (2, 6, 12):
+        codes = ranks(2, command("prune", tiny, out, **options, shard="full"), killed=(1, after))
+        assert 0 not in codes and not out.exists()
+    agree(in_shards(3, tiny, out, **options), whole)
+    events = [json.loads(line).get("event") for line in (out / "log.jsonl").open()]
+    assert "resumed" in events
+
+
+def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):
+    def said(model=tiny, **options):
+        output = tmp_path / "said"
+        output.unlink(missing_ok=True)
+        asked = dict(SMALL, calibration=text, shard="full") | options
+        assert 0 not in ranks(2, command("prune", model, tmp_path / "out", **asked), output)
+        (line,) = output.read_text().splitlines()
+        return line.replace("rank 1", "rank 0").removeprefix("error on rank 0: ")
+
+    assert said(method="flap") == (
+        "--shard full is for methods that read no weights (learned, free, fisher, random), got flap"
+    )
+    assert said(compensate="bias") == "--shard full adds no biases: use --compensate refit"
+    assert said(dtype="bf16").endswith("give the stored one, or --shard none")
+    experts = save_brought(tmp_path / "experts", "qwen3-moe")
+    assert said(experts) == (
+        f"--shard full splits plain decoders, and {experts} is a mixture of experts: "
+        "use --shard none"
+    )
+    with pytest.raises(GraspError, match="start it with torchrun"):
+        grasp.prune(tiny, tmp_path / "out", **SMALL, calibration=text, shard="full")

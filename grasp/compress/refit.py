@@ -120,14 +120,14 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     dropped[kept] = False
     lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
-    taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost).T
+    taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost, RIDGE).T
     columns = tensor_from_first((linear.weight[:, kept].double() + taken_over).float())
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns
 
 
-def ridge_solve(gram: Tensor, power: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
+def ridge_solve(gram: Tensor, power: Tensor, target: Tensor, ridge: float) -> Tensor:
     """Solve (gram + D)^-1 target, fp64 [in, out]; overwrites gram, fp64 [in, in].
 
     D is `ridge` times the diagonal of gram; `power` is the mean of that over all channels, also

@@ -31,7 +31,7 @@ def row_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
         "--table", action="store_true", help="print the table of --out, run nothing"
     )
     parser.add_argument("--text", help="calibration text")
-    parser.add_argument("--eval-text")
+    parser.add_argument("--eval-text", action="append", help="once for each text")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--seeds", default="0", help="numbers separated by commas")
     parser.add_argument("--eval-windows", type=int, default=32)
@@ -43,11 +43,15 @@ def row_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Bench:
-    """The dense model in fp32, the calibration text, perplexity, and the results so far."""
+    """The dense model in fp32, the calibration text, perplexity, and the results so far.
+
+    `score` measures on the first evaluation text, `scores` on all.
+    """
 
     dense: PreTrainedModel
     corpus: Corpus
     score: Score
+    scores: Callable[[PreTrainedModel], list[float]]
     results: dict[str, Any]
     out: Path
 
@@ -62,22 +66,28 @@ class Bench:
         device = pick_device(options.device)
         dense, tokenizer = load_model(options.model, dtype=torch.float32, device=device)
         corpus = read_corpus(options.text, tokenizer)
-        evaluation = read_corpus(options.eval_text, tokenizer, split="test")
+        texts = [read_corpus(text, tokenizer, split="test") for text in options.eval_text]
         windows, length = options.eval_windows, options.eval_seq_len
 
-        def score(model: PreTrainedModel) -> float:
-            return perplexity(model, evaluation, seq_len=length, windows=windows).value
+        def score(model: PreTrainedModel, text: Corpus = texts[0]) -> float:
+            return perplexity(model, text, seq_len=length, windows=windows).value
+
+        def scores(model: PreTrainedModel) -> list[float]:
+            return [score(model, text) for text in texts]
 
         settings = {
             # where the files lie does not matter, what they hold does
             recipe: config.to_json() | {"calibration": corpus.to_json()},
-            "evaluation": {"data": evaluation.to_json(), "windows": windows, "seq_len": length},
+            "evaluation": {"data": texts[0].to_json(), "windows": windows, "seq_len": length},
         }
+        if texts[1:]:
+            settings["evaluation"]["other_texts"] = [text.to_json() for text in texts[1:]]
         results = resume(options.out, settings)
         if results is None:
             results = {"settings": settings, "machine": machine(device), "rows": []}
-            results["dense"] = score(dense)
-        return cls(dense, corpus, score, results, options.out)
+            results["dense"], *others = scores(dense)
+            results |= {"dense_other_texts": others} if others else {}
+        return cls(dense, corpus, score, scores, results, options.out)
 
     def add(self, row: dict[str, Any]) -> None:
         self.results["rows"].append(row)
@@ -87,8 +97,9 @@ class Bench:
 
 def measured_in(evaluation: dict[str, Any]) -> str:
     """The line above a table."""
+    names = [text["name"] for text in (evaluation["data"], *evaluation.get("other_texts", ()))]
     return (
-        f"Perplexity on the first {evaluation['windows']} windows of {evaluation['data']['name']} "
+        f"Perplexity on the first {evaluation['windows']} windows of {' and '.join(names)} "
         f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most)."
     )
 

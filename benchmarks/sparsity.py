@@ -1,9 +1,10 @@
 """Compare sparsity methods under one pattern, calibrated on the same text.
 
-    python -m benchmarks.sparsity --text FILE --eval-text FILE [--patterns 2:4,4:8] [--seeds 0,1]
+    python -m benchmarks.sparsity --text FILE --eval-text FILE [--eval-text FILE] \\
+      [--patterns 2:4,4:8] [--seeds 0,1]
     python -m benchmarks.sparsity --table --out JSON
 
-A row is a method, and may change one option: `wanda++/rounds=0`, `wanda++/lr=1e-4`. Each sparsifies
+A row is a method, and may change one option: `wanda++/rounds=0`, `wanda++/lr=0.1`. Each sparsifies
 a copy of one model on the same blocks as every other row of its seed, in fp32, and is evaluated on
 the same windows as the dense model. Results are written after every row, and a second call runs
 only the missing rows.
@@ -53,27 +54,39 @@ def sparsified(model: PreTrainedModel, config: SparsifyConfig, blocks: Tensor) -
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: perplexity, mean over seeds (least to most), and over that of `wanda`."""
+    """Markdown: perplexity on each text, mean over seeds (least to most), and over `wanda`'s."""
+    texts = results["settings"]["evaluation"]
+    names = [text["name"] for text in (texts["data"], *texts.get("other_texts", ()))]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in results["rows"]:
         runs.setdefault((record["pattern"], record["row"]), []).append(record)
-    rows = [["", "dense", f"{results['dense']:.2f}", "", "", "", ""]]
+    dense = [results["dense"], *results.get("dense_other_texts", ())]
+    rows = [["", "dense", *(cell for value in dense for cell in (f"{value:.2f}", "")), "", "", ""]]
     for (pattern, name), records in runs.items():
-        wanda = {r["seed"]: r["perplexity"] for r in runs.get((pattern, "wanda"), [])}
-        paired = [r["perplexity"] / wanda[r["seed"]] for r in records if r["seed"] in wanda]
+        wanda = {r["seed"]: _values(r) for r in runs.get((pattern, "wanda"), [])}
+        found = []
+        for at in range(len(names)):
+            paired = [_values(r)[at] / wanda[r["seed"]][at] for r in records if r["seed"] in wanda]
+            found += [span([_values(r)[at] for r in records])]
+            found += [f"{mean(paired):.3f}" if paired else ""]
         rows.append(
             [
                 pattern,
                 name,
-                span([r["perplexity"] for r in records]),
-                f"{mean(paired):.3f}" if paired else "",
+                *found,
                 f"{mean(mean(r['errors']) for r in records):.3f}",
                 f"{mean(r['cpu_seconds'] for r in records):.0f}",
                 ", ".join(str(r["seed"]) for r in records),
             ]
         )
-    head = ["pattern", "row", "perplexity", "× wanda", "mean error", "CPU seconds", "seeds"]
+    columns = [cell for text in names for cell in (text, "× wanda")]
+    head = ["pattern", "row", *columns, "mean error", "CPU seconds", "seeds"]
     return f"{measured_in(results['settings']['evaluation'])}\n\n{markdown_table(head, rows)}"
+
+
+def _values(record: dict[str, Any]) -> list[float]:
+    """Perplexity on each text."""
+    return [record["perplexity"], *record.get("other_texts", ())]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 errors = sparsified(model, config, blocks)
                 seconds = time.process_time() - began
                 record = {"row": name, "pattern": pattern, "seed": seed}
-                record |= {"perplexity": bench.score(model), "errors": errors}
+                value, *others = bench.scores(model)
+                record |= {"perplexity": value, "other_texts": others, "errors": errors}
                 bench.add(record | {"cpu_seconds": round(seconds, 1)})
     print(table(results))
 

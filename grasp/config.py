@@ -48,6 +48,7 @@ PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults 
     "scale_decay": 0.0,
 }
 PUBLISHED_WIDTHS = {"ffn_multiple": 1}
+FITTING_SAMPLES = 3  # the least that criteria which fit weights can divide
 RATE, LORA_RATE = 1e-4, 1e-3  # of recovery
 KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
 SEEDS = (0, 1, 2)
@@ -149,6 +150,11 @@ class PruneConfig:
                 f"`compensate` must be none with {self.method}, which fits weights as it chooses, "
                 f"got {self.compensate!r}"
             )
+        if updates and self.samples < FITTING_SAMPLES:
+            raise GraspError(
+                f"`samples` must be at least {FITTING_SAMPLES} with {self.method}, which scores, "
+                f"fits and checks on different ones, got {self.samples}"
+            )
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -202,7 +208,7 @@ class PruneConfig:
 class SparsifyConfig:
     """The options of `grasp sparsify`, with their defaults. Raises GraspError on impossible values.
 
-    `rounds` and `lr` are those of Wanda++'s regional optimisation.
+    `rounds` and `lr` are those of Wanda++'s regional optimisation (see `by_wanda_plus_plus`).
     """
 
     model: str
@@ -213,7 +219,9 @@ class SparsifyConfig:
     samples: int = option(128, "Blocks of calibration text.")
     seq_len: int = option(512, "Tokens per block.")
     rounds: int = option(5, "Rounds of Wanda++'s regional optimisation.", LEARNING)
-    lr: float = option(3e-7, "Learning rate of Wanda++'s regional optimisation.", LEARNING)
+    lr: float = option(
+        1e-2, "Size of a step of it, relative to the output of each matrix.", LEARNING
+    )
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)

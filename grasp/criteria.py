@@ -104,7 +104,7 @@ OURS = (
     Criterion(
         "greedy-output-approximation",
         "grasp.select.greedy_output_approximation:greedy_output_approximation",
-        "as output-approximation, but each module is refitted before it is scored",
+        "as output-approximation, module by module, each fitted after its cut",
         GREEDY,
         per_budget=True,
         updates_weights=True,

@@ -98,6 +98,10 @@ def damaged(tiny, folder, value):
             "--compensate must be none with",
         ),
         (
+            ["--samples=2", "--method=greedy-output-approximation"],
+            "--samples must be at least 3 with greedy-output-approximation",
+        ),
+        (
             ["--as-published", "--init-scores=fisher"],
             "--as-published sets --init-scores to 'equal', got 'fisher'",
         ),

@@ -24,7 +24,13 @@ from grasp.errors import GraspError
 from grasp.journal import Journal
 from grasp.sparsity import methods
 from grasp.sparsity.blocks import linears_of, sparsify_blocks
-from grasp.sparsity.methods import by_magnitude, by_sparsegpt, by_wanda, by_wanda_plus_plus
+from grasp.sparsity.methods import (
+    by_magnitude,
+    by_sparsegpt,
+    by_wanda,
+    by_wanda_plus_plus,
+    step_sizes,
+)
 from grasp.sparsity.sparsegpt import DAMPING, sparsegpt
 
 BLOCKS = torch.randint(3, 250, (8, 24), generator=torch.Generator().manual_seed(3))
@@ -33,7 +39,7 @@ METHODS = {
     "magnitude": by_magnitude,
     "wanda": by_wanda,
     "sparsegpt": by_sparsegpt,
-    "wanda++": partial(by_wanda_plus_plus, rounds=1, lr=1e-4),
+    "wanda++": partial(by_wanda_plus_plus, rounds=1, lr=1e-2),
 }
 
 
@@ -166,13 +172,48 @@ def test_scores_are_those_of_the_papers_on_the_sparse_prefix(family):
 def test_regional_optimisation_brings_outputs_closer_and_weights_back():
     dense = tiny_model("llama")
     scored, before = sparsified(dense, partial(by_wanda_plus_plus, rounds=0, lr=1.0))
-    optimised, after = sparsified(dense, partial(by_wanda_plus_plus, rounds=3, lr=1e-3))
+    optimised, after = sparsified(dense, partial(by_wanda_plus_plus, rounds=3, lr=0.1))
     assert all(b < 0.9 * a for a, b in zip(before, after, strict=True))
     name = "model.layers.0.mlp.down_proj.weight"
     masks = [model.get_parameter(name) != 0 for model in (scored, optimised)]
     assert 0 < (masks[0] != masks[1]).float().mean() < 0.2
-    other, _ = sparsified(dense, partial(by_wanda_plus_plus, rounds=3, lr=1e-3, drawn=4), seed=1)
+    other, _ = sparsified(dense, partial(by_wanda_plus_plus, rounds=3, lr=0.1, drawn=4), seed=1)
     assert not torch.equal(other.get_parameter(name), optimised.get_parameter(name))
+
+
+@pytest.mark.parametrize("factor", [16.0, 1 / 16])
+def test_a_step_follows_the_scale_of_the_weights(factor):
+    """The same model in other units, up_proj times a factor and down_proj over it."""
+    dense, scaled = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        for layer in scaled.model.layers:
+            layer.mlp.up_proj.weight *= factor
+            layer.mlp.down_proj.weight /= factor
+    # gradients of a weight and its norm scale apart, so the choice is by norms alone
+    method = partial(by_wanda_plus_plus, rounds=3, lr=0.03, alpha=0.0)
+    (first, errors), (second, same) = (sparsified(model, method) for model in (dense, scaled))
+    assert same == pytest.approx(errors, rel=2e-3)
+    ups = [model.model.layers[0].mlp.up_proj.weight for model in (first, second)]
+    assert ((ups[0] != 0) == (ups[1] != 0)).float().mean() > 0.99
+    change = (ups[1] / factor - ups[0]).norm() / ups[0].norm()
+    assert change < 0.01
+
+
+@pytest.mark.parametrize(
+    ("inputs", "scale", "step"),
+    [(4096, 0.02, 3e-6), (11008, 0.02, 2e-6), (576, 0.19, 8e-5), (1536, 0.19, 5e-5)],
+)
+def test_one_rate_suits_the_shapes_of_a_7b_and_of_a_135m(inputs, scale, step):
+    """In a 7B an `lr` of 1e-3 is the published 3e-7, within a factor of two."""
+    weight = torch.randn(8, inputs, generator=torch.Generator().manual_seed(0)) * scale
+    (found,) = step_sizes([weight], SparsifyConfig.lr)
+    assert found == pytest.approx(step, rel=0.1)
+    published = 3e-7 if scale == 0.02 else step / 10
+    assert step_sizes([weight], 1e-3)[0] == pytest.approx(published, rel=0.5)
+    # against it: signs that all agree with the input's move the output by `lr` of its size
+    x = torch.randn(inputs, generator=torch.Generator().manual_seed(1))
+    moved, output = found * x.abs().sum(), (weight @ x).square().mean().sqrt()
+    assert moved < 2 * SparsifyConfig.lr * output
 
 
 def test_a_learning_rate_too_large():

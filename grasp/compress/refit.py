@@ -120,25 +120,26 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
     dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     dropped[kept] = False
     lost = known[:, dropped].double() @ linear.weight[:, dropped].T.double()
-    taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost).T
+    taken_over = ridge_solve(known[:, kept].double(), gram.diagonal().mean(), lost, RIDGE).T
     columns = tensor_from_first((linear.weight[:, kept].double() + taken_over).float())
     linear.weight.zero_()
     linear.weight[:, kept] = columns.to(linear.weight.dtype)
     return columns
 
 
-def ridge_solve(gram: Tensor, power: Tensor, target: Tensor) -> Tensor:
-    """Solve (gram + D)^-1 target, fp64 [in, out], with ridge D; overwrites gram, fp64 [in, in].
+def ridge_solve(gram: Tensor, power: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """Solve (gram + D)^-1 target, fp64 [in, out]; overwrites gram, fp64 [in, in].
 
-    `power` is the mean of the diagonal over all channels, also dropped ones. A factorisation that
-    fails is tried again with ten times the ridge, twice. Raises GraspError if all fail.
+    D is `ridge` times the diagonal of gram; `power` is the mean of that over all channels, also
+    dropped ones. A factorisation that fails is tried again with ten times the ridge, twice. Raises
+    GraspError if all fail.
     """
     # a channel that is never active keeps its weight, because the solution is the change
     known = gram.diagonal().clone()
     own = known.clamp(min=power * 1e-9 + torch.finfo(torch.float32).tiny)
-    for ridge in (RIDGE, 10 * RIDGE, 100 * RIDGE):
-        gram.diagonal().copy_(known + ridge * own)
-        factor, failed = torch.linalg.cholesky_ex(gram)
+    for factor in (1, 10, 100):
+        gram.diagonal().copy_(known + factor * ridge * own)
+        triangle, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
-            return torch.cholesky_solve(target, factor)
+            return torch.cholesky_solve(target, triangle)
     raise GraspError("refit found no solution: use more `samples` or `compensate='none'`")

@@ -53,7 +53,7 @@ from grasp.journal import Journal
 from grasp.model.header import from_config
 from grasp.model.load import cast, load_model, pick_device, processor
 from grasp.model.units import UnitSpace
-from grasp.planning.plan import learning_memory
+from grasp.planning.memory import learning_memory
 from grasp.select.learned import TAU, LearnSettings, learn_scores
 
 WHOLE_RUN = 512 * 512 * 4  # tokens of the published run

@@ -391,6 +391,7 @@ def test_only_what_was_given_reaches_python(call, tiny, monkeypatch):
     monkeypatch.setattr(planning, "plan", fake)
     code, _, err = call("plan", tiny, "--keep=0.7,0.5", "--layout=per-layer", "--as-published")
     own = dict(dtype="bf16", memory="fast", tokens_per_second=None)
+    own |= dict(gpus=None, gpu_memory=None, nodes=1)
     assert code == 1 and seen == dict(keep=[0.7, 0.5], layout="per-layer", as_published=True, **own)
     said = "use --layout uniform, not --layout alone, `model` or --as-published"
     assert err == f"error: {said}\n"

@@ -19,7 +19,7 @@ from grasp.evaluate import perplexity as evaluate
 from grasp.evaluate.perplexity import perplexity
 from grasp.model.header import read_header
 from grasp.model.load import load_model
-from grasp.planning.plan import evaluation_memory
+from grasp.planning.memory import evaluation_memory
 
 
 def corpus_of(tokens: int, seed: int = 0) -> Corpus:

@@ -21,7 +21,7 @@ from grasp.gates.scales import scale_count, scaled
 from grasp.journal import Journal
 from grasp.model.header import from_config
 from grasp.model.units import UnitSpace
-from grasp.planning.plan import LOGITS_AT_ONCE, learning_memory, refit_memory
+from grasp.planning.memory import LOGITS_AT_ONCE, learning_memory, refit_memory
 from grasp_kernels import cross_entropy
 
 MODES = ("fast", "balanced", "low")

@@ -28,7 +28,8 @@ from grasp.model.header import FAMILIES as HEADER_FAMILIES
 from grasp.model.header import from_config, read_header
 from grasp.model.modeling_grasp import classes_of
 from grasp.model.units import LayerUnits, UnitSpace
-from grasp.planning.plan import learning_memory, obtained, params_left, plan
+from grasp.planning.memory import learning_memory
+from grasp.planning.plan import obtained, params_left, plan
 
 DEMO = "demo:smollm2-135m"
 SMOLLM2 = {

@@ -7,6 +7,7 @@ A page asks for it by a comment on a line of its own:
     <!-- api: grasp -->                           the docstrings of all public names
     <!-- plan: FILE --keep 0.5 -->                what `grasp plan` prints
     <!-- plans: FILE, FILE -->                    a table of memory and time
+    <!-- gpus: FILE, FILE -->                     a table of memory over several GPUs
 
 Links to files outside of docs/ lead to the page that includes them, or to a copy in the site.
 Blocks of ```math become MathML, which browsers draw without a script.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import posixpath
 import re
 import shlex
@@ -36,7 +38,7 @@ PAGES = {  # repository path -> page of the site that shows it
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "results.md",
 }
-REQUEST = re.compile(r"^<!-- (include|cli|api|plan|plans)(?:: (.+))? -->$", re.MULTILINE)
+REQUEST = re.compile(r"^<!-- (include|cli|api|plan|plans|gpus)(?:: (.+))? -->$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 FOREIGN = re.compile(
     r"<(?:script|img)\b[^>]*\bsrc=[\"']?https?:|<link\b[^>]*stylesheet[^>]*https?:"
@@ -91,7 +93,7 @@ def _answer(what: str, about: str, page: Page) -> str:
         from grasp.cli.main import as_options
 
         return "```text\n" + as_options(str(_plan(*shlex.split(about)))) + "\n```"
-    return _plans(about.split(", "))
+    return (_gpus if what == "gpus" else _plans)(about.split(", "))
 
 
 def _links(markdown: str, own: str, page: Page) -> str:
@@ -142,7 +144,7 @@ def _plan(config: str, *options: str) -> Any:
     from grasp.planning.plan import plan
 
     names = [option.removeprefix("--").replace("-", "_") for option in options[::2]]
-    values = [float(v) if re.fullmatch(r"[\d.]+", v) else v for v in options[1::2]]
+    values = [json.loads(v) if re.fullmatch(r"[\d.]+", v) else v for v in options[1::2]]
     return plan(
         str((ROOT / config).relative_to(Path.cwd())), **dict(zip(names, values, strict=True))
     )
@@ -165,6 +167,23 @@ def _plans(configs: list[str]) -> str:
         lines.append("| " + " | ".join(row) + " |")
     tokens = f"{first.learning_tokens:,}"
     return "\n".join([*lines, "", f"Learning takes {tokens} tokens, forward and backward."])
+
+
+def _gpus(configs: list[str]) -> str:
+    """The best way that fits on GPUs of 80 GB, or the one that takes the least, and its peak."""
+    machines = [(1, 1), (2, 1), (8, 1), (8, 2)]
+    names = [f"{nodes} × {each} GPUs" if nodes > 1 else f"{each} GPUs" for each, nodes in machines]
+    lines = [f"| model | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for config in configs:
+        row = [Path(config).stem]
+        for each, nodes in machines:
+            given = f"--gpus {each} --nodes {nodes} --gpu-memory 80"
+            ways = _plan(config, *given.split()).gpus.ways
+            best = next((way for way in ways if way.fits), ways[-1])
+            fits = f"`{best.shard}`" if best.fits else "no"
+            row.append(f"{fits}, {best.peak / 1e9:.1f} GB")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
 def _math(source: str, *_: Any, **__: Any) -> str:

@@ -13,8 +13,11 @@ from grasp.config import PlannedDtype, PlannedMemory, PruneConfig
 from grasp.options import MACHINE
 
 OPTIONS = PruneConfig.options()
-# A plan may be for another machine, so it names what "auto" finds out about this one.
-PLANNED = {name: option for name, option in OPTIONS.items() if name not in ("dtype", "memory")}
+# A plan may be for another machine, so it names what "auto" finds out about this one, and every
+# way to lay weights over its GPUs.
+PLANNED = {
+    name: option for name, option in OPTIONS.items() if name not in ("dtype", "memory", "shard")
+}
 
 
 @app.command("plan")
@@ -35,13 +38,32 @@ def plan_command(
         float | None,
         typer.Option(help="Speed of your machine, for a time estimate.", rich_help_panel=MACHINE),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="GPUs of a machine, to plan for.", rich_help_panel=MACHINE),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GB of each of them.", rich_help_panel=MACHINE)
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option(help="Machines with so many GPUs.", rich_help_panel=MACHINE)
+    ] = 1,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """What pruning with the same options will give and take, from config.json alone."""
     from grasp.planning.plan import plan
 
-    result = plan(model, tokens_per_second=tokens_per_second, dtype=dtype, memory=memory, **options)
+    result = plan(
+        model,
+        tokens_per_second=tokens_per_second,
+        dtype=dtype,
+        memory=memory,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        nodes=nodes,
+        **options,
+    )
     if as_json:
         print_json(result.to_json())
     else:

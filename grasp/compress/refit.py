@@ -42,7 +42,7 @@ def refit(
 
     blocks: int64 [samples, seq_len]; the first are used, up to `TOKENS_PER_CHANNEL` tokens per
     channel of the widest FFN. Returns the kept columns of down_proj and o_proj, layer by layer, in
-    fp32 on the CPU, before the model's dtype rounds them. `planning.plan.refit_memory` estimates
+    fp32 on the CPU, before the model's dtype rounds them. `planning.memory.refit_memory` estimates
     the peak memory. Raises GraspError if activations are not finite.
     """
     if not any(modules.outputs for modules in decoder_layers(model)):

@@ -14,7 +14,7 @@ from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig, RecoverConfig
 from grasp.distributed import everywhere
 from grasp.machine import memory_errors
 from grasp.model.header import Header, of_model
-from grasp.planning.plan import learning_memory
+from grasp.planning.memory import learning_memory
 from grasp.planning.recovery import OPTIMISER, learned_values, saved_activations
 
 MODES: tuple[MemoryMode, ...] = ("fast", "balanced", "low")  # by the memory that each needs

@@ -11,22 +11,15 @@ from typing import Any, NamedTuple
 
 from grasp import criteria
 from grasp.budget.budget import NAMES, Budget, UnitKind
-from grasp.config import (
-    RECOMPUTE_EVERY,
-    TOKENS_PER_CHANNEL,
-    MemoryMode,
-    PlannedDtype,
-    PlannedMemory,
-    PruneConfig,
-    ScaleKind,
-)
+from grasp.config import RECOMPUTE_EVERY, PlannedDtype, PlannedMemory, PruneConfig
 from grasp.errors import GraspError
 from grasp.model.header import STATIC_ROPE, Header
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check
+from grasp.planning.memory import Memory, evaluation_memory, learning_memory, refit_memory
+from grasp.planning.ranks import Gpus, Spread, spread
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-LOGITS_AT_ONCE = 2**25  # as in grasp_kernels.linear_cross_entropy
 
 
 class Range(NamedTuple):
@@ -46,36 +39,6 @@ class Size(NamedTuple):
 
     before: int
     after: Range
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated peak bytes while gates learn, on top of the memory of the runtime itself.
-
-    Assumes frozen weights without gradients, the loss in chunks, and every gate open, as in the
-    first step.
-
-    `activations` are saved for the backward pass, for all tokens of a batch. A layer saves two FFN
-    widths (four with GeGLU, which is not fused), queries, keys, values and attention output in the
-    model's dtype, and the input of each norm in fp32. A recomputed layer saves only its input,
-    until its backward pass. Attention is flash-style, unless its scores have a softcap: then they
-    are saved for all pairs of tokens. Channel scales save the tensors that they multiply, at both
-    ends of all linear layers. The scales before q, k, v and the FFN are part of the norm, which
-    then saves its input in the model's dtype.
-
-    `workspace` is temporary memory of the loss or of an FFN's backward pass, whichever gives the
-    higher total. `gates` are the scores and the scales trained with them, with the state of AdamW
-    and of the projection.
-    """
-
-    weights: int
-    activations: int
-    workspace: int
-    gates: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.activations + self.workspace + self.gates
 
 
 @dataclass(frozen=True)
@@ -113,6 +76,7 @@ class Plan:
     learning_tokens: int  # forward and backward, for gates and for the scales after the mask
     learning_seconds: float | None
     runtimes: tuple[Runtime, ...]
+    gpus: Spread | None  # over several GPUs, if asked
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -154,11 +118,11 @@ class Plan:
             ("memory", f"about {peaks} (estimates){teacher}"),
             ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
         ]
-        lines = [f"{name:<12}{text}" for name, text in facts]
         for runtime in self.runtimes:
             answer = "yes" if runtime.loads else "no "
-            lines.append(f"{'loads in':<12}{answer} {runtime.name}: {runtime.why}")
-        return "\n".join(lines)
+            facts.append(("loads in", f"{answer} {runtime.name}: {runtime.why}"))
+        facts += self.gpus.lines() if self.gpus else []
+        return "\n".join(f"{name:<12}{text}" for name, text in facts)
 
     def _protected(self) -> str:
         whole = sorted(self.budget.protected(self.layers))
@@ -175,12 +139,16 @@ def plan(
     tokens_per_second: float | None = None,
     dtype: PlannedDtype = "bf16",
     memory: PlannedMemory = "fast",
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
+    nodes: int = 1,
     **options: Any,
 ) -> Plan:
     """Plan `grasp prune` with the same options, those of `PruneConfig.of`.
 
-    `spec` is anything that `grasp.model.source.resolve` accepts, or a config.json. Raises
-    GraspError wherever `prune` would, at its start (see `check`).
+    `spec` is anything that `grasp.model.source.resolve` accepts, or a config.json. `gpus` on each
+    of `nodes` machines, with `gpu_memory` GB each, are planned for, too. Raises GraspError wherever
+    `prune` would, at its start (see `check`).
     """
     if dtype not in DTYPE_BYTES:
         raise GraspError(f"`dtype` of a plan must be {' or '.join(DTYPE_BYTES)}, got {dtype!r}")
@@ -188,6 +156,7 @@ def plan(
         raise GraspError(f"`memory` of a plan must be fast, balanced or low, got {memory!r}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
+    over = _gpus(gpus, nodes, gpu_memory)
     config = PruneConfig.of(spec, **options)
     header = check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
@@ -228,7 +197,17 @@ def plan(
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
         runtimes=tuple(_runtimes(header, budget)),
+        gpus=spread(header, config, width, over) if over else None,
     )
+
+
+def _gpus(each: int | None, nodes: int, memory: float | None) -> Gpus | None:
+    """The GPUs that are planned for, if any. Raises GraspError."""
+    if each is None and memory is None and nodes == 1:
+        return None
+    if each is None or memory is None:
+        raise GraspError("`gpus` and `gpu_memory` belong together: give both")
+    return Gpus(each, nodes, round(memory * 1e9))
 
 
 def _whole(header: Header, budget: Budget) -> tuple[str, ...]:
@@ -293,65 +272,6 @@ def _plus(term: int, values: Range) -> Range:
 
 def _times(factor: int, values: Range) -> Range:
     return Range(factor * values.least, factor * values.most)
-
-
-def learning_memory(
-    header: Header, tokens: int, seq_len: int, width: int, mode: MemoryMode, scales: ScaleKind
-) -> Memory:
-    """Estimate for a batch of `tokens`, in sequences of `seq_len` and a dtype of `width` bytes."""
-    space, facts, saved, learned = header.space, header.facts, [], header.space.size
-    for layer in space.layers:
-        keys = layer.kv_groups * layer.head_dim
-        queries = layer.group_size * keys
-        ends, norms = 0, facts.norms
-        if scales == "channel":
-            ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
-        learned += ends
-        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
-        # input, gate, up, product and output of each expert that a token visits: those of its
-        # router, and those that it would visit if all were open
-        visited = 2 * layer.experts_per_token
-        own += width * visited * (4 * layer.expert_width + 3 * space.hidden_size)
-        if facts.softcap:  # keys and values repeated; scores after tanh and softmax
-            own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
-        else:  # values are a view of a fused output, all of which is kept
-            own += width * (2 + facts.fused_qkv) * (queries + keys)
-        saved.append(own + width * ends + 4 * (queries + keys) * facts.qk_norm)
-    kept = list(saved)
-    if every := RECOMPUTE_EVERY.get(mode):
-        kept[::every] = [width * space.hidden_size] * len(kept[::every])
-    logits = tokens * header.vocab_size * (width + 8)  # all at once, if the head caps them
-    if not facts.softcap:  # one chunk, with its gradient computed in place
-        held = min(tokens * header.vocab_size, max(LOGITS_AT_ONCE, header.vocab_size))
-        logits = held * width
-    in_loss = tokens * sum(kept), logits
-    widest = 6 * max(layer.ffn for layer in space.layers) + space.hidden_size
-    in_layer = (
-        tokens * max(sum(kept[:index]) + own for index, own in enumerate(saved)),
-        tokens * width * widest,
-    )
-    activations, workspace = max(in_loss, in_layer, key=sum)
-    return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
-
-
-def refit_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
-    """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes.
-
-    Assumes that nearly all of the widest FFN is kept. Counts weights, hidden states of the text, a
-    Gram matrix and its rows of kept channels. In fp64: the Gram matrix of the kept channels, its
-    factor twice, the right-hand side and the solutions.
-    """
-    space, widest = header.space, header.space.widest
-    tokens = seq_len * min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
-    hidden = width * tokens * space.hidden_size
-    return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
-
-
-def evaluation_memory(header: Header, tokens: int) -> int:
-    """Estimate for a window of `tokens`: stored weights, fp32 logits, the head cast to fp32."""
-    weights = header.stored_bytes * header.space.total_params
-    cast = header.space.hidden_size if header.stored_bytes < 4 else 0
-    return weights + 4 * header.vocab_size * (tokens + cast)
 
 
 def _runtimes(header: Header, budget: Budget) -> list[Runtime]:

@@ -8,7 +8,7 @@ from typing import Any
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, RecoverConfig
 from grasp.model.header import Header
 from grasp.model.units import LayerUnits, UnitSpace
-from grasp.planning.plan import LOGITS_AT_ONCE
+from grasp.planning.memory import LOGITS_AT_ONCE
 
 MASTER = 4  # bytes of a value that learns
 OPTIMISER = 3 * MASTER  # of each: its gradient and AdamW's two moments

@@ -1,0 +1,156 @@
+"""What a rank holds with `--shard full`, against one process and against the plan.
+
+    python -m benchmarks.sharding [--shape tinyllama-1.1b] [--ranks 4] [--out JSON]
+
+A model with random weights in bf16 is written, and read by one process and by N CPU ranks. Each
+takes the gradient of gates on a block of text, while PyTorch's allocations are counted. What one
+process needs beside the weights (activations, workspace) a rank needs too, so the weights' part of
+a rank's peak is the peak less that. Counted are bytes, not time: any machine gives the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from grasp import distributed
+from grasp.config import PruneConfig
+from grasp.gates.gating import gated
+from grasp.gates.objective import next_token_loss
+from grasp.model.header import from_config
+from grasp.model.sharding import load_sharded, own_part
+from grasp.model.units import UnitSpace
+from grasp.planning.ranks import Gpus, spread
+
+SEQ_LEN = 16
+SHAPES: dict[str, dict[str, Any]] = {
+    "tinyllama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rank-of", metavar="FOLDER", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.rank_of:
+        found = distributed.everywhere(_peak(asked.rank_of))
+        if distributed.is_first():
+            print(json.dumps(found))
+        distributed.leave()
+        return
+    result = compare(asked.shape, asked.ranks)
+    print(json.dumps(result, indent=2))
+    if asked.out:
+        asked.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def compare(shape: str, ranks: int) -> dict[str, Any]:
+    """Peak bytes of one process and of each of N ranks, and what the plan says."""
+    config = AutoConfig.for_model("llama", **SHAPES[shape], dtype="bfloat16")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        (whole,) = _measured(folder, 1)
+        split = _measured(folder, ranks)
+    beside = whole["peak"] - whole["held"]
+    weights = max(rank["peak"] for rank in split) - beside
+    planned = PruneConfig.of(
+        "model",
+        seq_len=SEQ_LEN,
+        eval_seq_len=SEQ_LEN,
+        accumulate=ranks,
+        scales="unit",
+        compensate="none",
+    )
+    (_, full) = spread(from_config(config.to_dict()), planned, 2, Gpus(ranks, 1, 1 << 40)).ways
+    return {
+        "command": f"python -m benchmarks.sharding --shape {shape} --ranks {ranks}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "shape": {"name": shape, **SHAPES[shape]},
+        "tokens": SEQ_LEN,
+        "one_process": whole,
+        "ranks": split,
+        "weights_part": {"one_process": whole["held"], "rank": weights},
+        "ratio": round(weights / whole["held"], 3),
+        "planned": {**asdict(full.learning), "gathered": full.gathered},
+        "planned_over_measured": round((full.learning.weights + full.gathered) / weights, 3),
+    }
+
+
+def _measured(folder: str, ranks: int) -> list[dict[str, int]]:
+    words = [sys.executable, "-m"]
+    if ranks > 1:
+        words += ["torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
+    words += ["benchmarks.sharding", f"--rank-of={folder}"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    found: list[dict[str, int]] = json.loads(done.stdout)
+    return found
+
+
+def _peak(folder: str) -> dict[str, int]:
+    """Bytes of the weights that this rank holds, and the most that a step adds to them."""
+    distributed.join()
+    model: PreTrainedModel
+    if distributed.ranks() > 1:
+        model = load_sharded(Path(folder), "full", None, "cpu")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").requires_grad_(False)
+    ids = torch.randint(3, 500, (1, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    space = UnitSpace.of(model)
+
+    def step() -> None:
+        z = torch.ones(space.size, requires_grad=True)
+        gates.set(z)
+        torch.autograd.grad(next_token_loss(model, ids), z)
+
+    with gated(model, space) as gates:
+        step()
+        adds = _most(step)
+    held = sum(own_part(p).nbytes for p in model.parameters())
+    return {"held": held, "step": adds, "peak": held + adds}
+
+
+def _most(run: Callable[[], None]) -> int:
+    """The most that PyTorch held at one time of what it has allocated since the call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(held.cumsum(0).max())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Estimates of the peak memory of each stage of a run, from a header alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grasp.config import RECOMPUTE_EVERY, TOKENS_PER_CHANNEL, MemoryMode, ScaleKind
+from grasp.model.header import Header
+
+LOGITS_AT_ONCE = 2**25  # as in grasp_kernels.linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated peak bytes while gates learn, on top of the memory of the runtime itself.
+
+    Assumes frozen weights without gradients, the loss in chunks, and every gate open, as in the
+    first step.
+
+    `activations` are saved for the backward pass, for all tokens of a batch. A layer saves two FFN
+    widths (four with GeGLU, which is not fused), queries, keys, values and attention output in the
+    model's dtype, and the input of each norm in fp32. A recomputed layer saves only its input,
+    until its backward pass. Attention is flash-style, unless its scores have a softcap: then they
+    are saved for all pairs of tokens. Channel scales save the tensors that they multiply, at both
+    ends of all linear layers. The scales before q, k, v and the FFN are part of the norm, which
+    then saves its input in the model's dtype.
+
+    `workspace` is temporary memory of the loss or of an FFN's backward pass, whichever gives the
+    higher total. `gates` are the scores and the scales trained with them, with the state of AdamW
+    and of the projection.
+    """
+
+    weights: int
+    activations: int
+    workspace: int
+    gates: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.workspace + self.gates
+
+
+def learning_memory(
+    header: Header, tokens: int, seq_len: int, width: int, mode: MemoryMode, scales: ScaleKind
+) -> Memory:
+    """Estimate for a batch of `tokens`, in sequences of `seq_len` and a dtype of `width` bytes."""
+    space, facts, saved, learned = header.space, header.facts, [], header.space.size
+    for layer in space.layers:
+        keys = layer.kv_groups * layer.head_dim
+        queries = layer.group_size * keys
+        ends, norms = 0, facts.norms
+        if scales == "channel":
+            ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
+        learned += ends
+        own = width * (4 if facts.geglu else 2) * layer.ffn + 4 * norms * space.hidden_size
+        # input, gate, up, product and output of each expert that a token visits: those of its
+        # router, and those that it would visit if all were open
+        visited = 2 * layer.experts_per_token
+        own += width * visited * (4 * layer.expert_width + 3 * space.hidden_size)
+        if facts.softcap:  # keys and values repeated; scores after tanh and softmax
+            own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
+        else:  # values are a view of a fused output, all of which is kept
+            own += width * (2 + facts.fused_qkv) * (queries + keys)
+        saved.append(own + width * ends + 4 * (queries + keys) * facts.qk_norm)
+    kept = list(saved)
+    if every := RECOMPUTE_EVERY.get(mode):
+        kept[::every] = [width * space.hidden_size] * len(kept[::every])
+    logits = tokens * header.vocab_size * (width + 8)  # all at once, if the head caps them
+    if not facts.softcap:  # one chunk, with its gradient computed in place
+        held = min(tokens * header.vocab_size, max(LOGITS_AT_ONCE, header.vocab_size))
+        logits = held * width
+    in_loss = tokens * sum(kept), logits
+    widest = 6 * max(layer.ffn for layer in space.layers) + space.hidden_size
+    in_layer = (
+        tokens * max(sum(kept[:index]) + own for index, own in enumerate(saved)),
+        tokens * width * widest,
+    )
+    activations, workspace = max(in_loss, in_layer, key=sum)
+    return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
+
+
+def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, ranks: int = 1) -> int:
+    """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes.
+
+    Assumes that nearly all of the widest FFN is kept. Counts weights, hidden states of the text,
+    which `ranks` share, a Gram matrix and its rows of kept channels. In fp64: the Gram matrix of
+    the kept channels, its factor twice, the right-hand side and the solutions.
+    """
+    space, widest = header.space, header.space.widest
+    blocks = min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
+    tokens = seq_len * -(-blocks // ranks)
+    hidden = width * tokens * space.hidden_size
+    return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
+
+
+def evaluation_memory(header: Header, tokens: int) -> int:
+    """Estimate for a window of `tokens`: stored weights, fp32 logits, the head cast to fp32."""
+    weights = header.stored_bytes * header.space.total_params
+    cast = header.space.hidden_size if header.stored_bytes < 4 else 0
+    return weights + 4 * header.vocab_size * (tokens + cast)

@@ -1,0 +1,206 @@
+"""Plan a run over several GPUs: what each rank holds, and what the ranks send each other.
+
+The frozen weights lie on each rank, or in parts over those of a machine or over all, as
+`grasp.model.sharding` lays them. Bytes are estimates, like those of a plan.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from grasp.config import PlannedMemory, PruneConfig
+from grasp.errors import GraspError
+from grasp.model.header import Header
+from grasp.model.load import ShardMode
+from grasp.planning.check import check_shard
+from grasp.planning.memory import Memory, evaluation_memory, learning_memory, refit_memory
+
+USABLE = 0.9  # of a GPU, as for `memory="auto"`: runtimes and fragments take the rest
+GATHERED = 2  # layers that are whole at once: the one that runs, and the one that arrives
+GATHERS = 2  # of a layer in a step: for the forward and for the backward pass
+MODES: tuple[PlannedMemory, ...] = ("fast", "balanced", "low")
+MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """`each` GPUs of `memory` bytes on every one of `nodes` machines. Raises GraspError."""
+
+    each: int
+    nodes: int
+    memory: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("gpus", self.each), ("nodes", self.nodes)):
+            if value < 1:
+                raise GraspError(f"`{name}` must be at least 1, got {value}")
+        if self.memory <= 0:
+            raise GraspError(f"`gpu_memory` must be above 0 GB, got {self.memory / 1e9:g}")
+
+    @property
+    def all(self) -> int:
+        return self.each * self.nodes
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to lay the weights over ranks: peak bytes of a rank, and bytes sent in a step.
+
+    `learning` is by part, with the fastest memory mode that fits; its weights are the rank's rows
+    of the layers' matrices and all that is not split. `gathered` are the layers that are whole at
+    once while they run. `received` is what a rank gets from others in a step, `network` the part of
+    it that comes from other machines, over rings of ranks.
+    """
+
+    shard: ShardMode
+    memory: PlannedMemory
+    learning: Memory
+    gathered: int
+    refit: int | None
+    evaluation: int
+    received: int
+    network: int
+    fits: bool
+
+    @property
+    def peak(self) -> int:
+        return max(self.learning.total + self.gathered, self.refit or 0, self.evaluation)
+
+    def __str__(self) -> str:
+        own = self.learning
+        parts = {"weights": own.weights, "gathered layers": self.gathered}
+        parts |= {"activations": own.activations, "workspace": own.workspace, "gates": own.gates}
+        said = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items() if size)
+        stages = {"learning": own.total + self.gathered, "refit": self.refit}
+        stages["evaluation"] = self.evaluation
+        peaks = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in stages.items() if size)
+        network = f", {self.network / 1e9:,.2f} over the network" if self.network else ""
+        return (
+            f"{'fits' if self.fits else 'too much'}: {self.peak / 1e9:,.1f} GB a rank ({peaks}); "
+            f"learning is {said} in `memory={self.memory!r}`; a step receives "
+            f"{self.received / 1e9:,.2f} GB{network}"
+        )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A run over GPUs: every way to lay the weights, and the command of the best one that fits.
+
+    `refused` says why only whole weights are possible. Without a way that fits, `command` is None,
+    and `needed` the GPUs with which `shard="full"` would, as powers of two times those given.
+    """
+
+    gpus: Gpus
+    ways: tuple[Way, ...]
+    refused: str | None
+    command: str | None
+    needed: int | None
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The name and the text of each fact, for people."""
+        gpus, usable = self.gpus, USABLE * self.gpus.memory / 1e9
+        count = f"{gpus.nodes} times " * (gpus.nodes > 1) + str(gpus.each)
+        facts = [("GPUs", f"{count} of {gpus.memory / 1e9:g} GB, {usable:g} of them for a rank")]
+        facts += [(f"shard {way.shard}", str(way)) for way in self.ways]
+        facts += [("shard", f"none only: {self.refused}")] if self.refused else []
+        more = f"{self.needed} such GPUs would do" if self.needed else "more GPUs do not help"
+        return [*facts, ("command", self.command or f"none fits: {more}")]
+
+
+def spread(header: Header, config: PruneConfig, width: int, gpus: Gpus) -> Spread:
+    """Plan a run on `gpus`, in a dtype of `width` bytes."""
+    refused = None
+    try:
+        check_shard(replace(config, shard="full"), header)
+    except GraspError as error:
+        refused = str(error)
+    shards: list[ShardMode] = ["none"]
+    if refused is None and gpus.all > 1:
+        shards += ["node", "full"] if gpus.nodes > 1 else ["full"]
+    ways = tuple(_way(shard, header, config, width, gpus) for shard in shards)
+    best = next((way for way in ways if way.fits), None)
+    needed = None
+    if best is None and refused is None:
+        needed = _needed(header, config, width, gpus)
+    command = _command(best, config, gpus) if best else None
+    return Spread(gpus, ways, refused, command, needed)
+
+
+def _way(shard: ShardMode, header: Header, config: PruneConfig, width: int, gpus: Gpus) -> Way:
+    """The way with the fastest memory mode that fits, or else with the least memory."""
+    tried = [_in_mode(mode, shard, header, config, width, gpus) for mode in MODES]
+    return next((way for way in tried if way.fits), tried[-1])
+
+
+def _in_mode(
+    mode: PlannedMemory,
+    shard: ShardMode,
+    header: Header,
+    config: PruneConfig,
+    width: int,
+    gpus: Gpus,
+) -> Way:
+    space, of = header.space, {"none": 1, "node": gpus.each, "full": gpus.all}[shard]
+    split = space.prunable_params  # the matrices of the layers
+    held = space.total_params - split + math.ceil(split / of)
+    whole = space.hidden_size * max(layer.cost for layer in space.layers) if of > 1 else 0
+    less = space.total_params - held - whole  # of one layer at a time
+    blocks = config.batch_size * _accumulate(config, gpus)
+    at_once = min(config.batch_size, math.ceil(blocks / gpus.all))
+    turns = math.ceil(blocks / at_once / gpus.all)
+    tokens = at_once * config.seq_len
+    memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
+    gradients = memory.gates // 10  # fp32, of 40 bytes that a gate or scale takes
+    exchanged = gradients * (gpus.all - 1) * turns
+    moved = GATHERS * turns * width * split * (of - 1) // of
+    learning = replace(
+        memory,
+        weights=width * held,
+        gates=memory.gates + gradients * gpus.all * (gpus.all > 1),
+    )
+    refit = None
+    if config.compensation == "refit":
+        refit = refit_memory(header, config.samples, config.seq_len, width, ranks=gpus.all)
+        refit -= width * less
+    way = Way(
+        shard,
+        mode,
+        learning,
+        GATHERED * width * whole,
+        refit,
+        evaluation_memory(header, config.eval_seq_len) - header.stored_bytes * less,
+        received=moved + exchanged,
+        network=(moved * (shard == "full") + exchanged) * (gpus.nodes > 1),
+        fits=True,
+    )
+    return replace(way, fits=way.peak <= USABLE * gpus.memory)
+
+
+def _accumulate(config: PruneConfig, gpus: Gpus) -> int:
+    """`accumulate`, or as much as gives each rank a block."""
+    return max(config.accumulate, math.ceil(gpus.all / config.batch_size))
+
+
+def _needed(header: Header, config: PruneConfig, width: int, gpus: Gpus) -> int | None:
+    """The GPUs with which the weights fit in parts over all; None if no number does."""
+    more = gpus
+    while more.all < MOST_GPUS:
+        more = replace(more, each=2 * more.each)
+        if _way("full", header, config, width, more).fits:
+            return more.all
+    return None
+
+
+def _command(way: Way, config: PruneConfig, gpus: Gpus) -> str:
+    words = ["grasp prune", config.model, "--out OUT"]
+    if gpus.all > 1:
+        words[0] = f"torchrun --nproc-per-node {gpus.each} -m grasp prune"
+        if gpus.nodes > 1:
+            hosts = f"--nnodes {gpus.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+            words[0] = words[0].replace("torchrun", f"torchrun {hosts}")
+    if way.shard != "none":
+        words.append(f"--shard {way.shard}")
+    if (steps := _accumulate(config, gpus)) != 1:
+        words.append(f"--accumulate {steps}")
+    return " ".join(words)

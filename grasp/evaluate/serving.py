@@ -38,7 +38,7 @@ START = 600.0  # seconds at most until the server answers
 STOP = 20.0  # seconds until a server that does not end is killed
 PAGE = 128  # tokens; vLLM's largest block
 SERVED = "model"  # as requests name it
-FAILED = re.compile(r"(?:\w*Error|Exception): (.+)")
+FAILED = re.compile(r"^(?!.*WARNING).*?(?:\w*Error|Exception): (.+)", re.MULTILINE)
 open_url = build_opener(ProxyHandler({})).open  # no proxy for a local server
 
 

@@ -93,6 +93,7 @@ def gap(model, prompts, answers):
 
     Zero for equal greedy tokens; rounding may exchange two tokens that are as likely.
     """
+    model.set_attn_implementation("eager")  # older releases' SDPA leaves out the softcap
     gaps = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer])
@@ -128,7 +129,7 @@ def test_tokens_are_those_of_transformers(plugin, in_vllm, tmp_path):
         assert not isinstance(came[name], str), (name, came[name])
         for found in came[name]:
             assert gap(model, PROMPTS, found["tokens"]) < ROUNDING, name
-        slides = "sliding_attention" in (model.config.layer_types or ())
+        slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
         assert slides or came[name][1]["cached"][3] >= 32, name
 
 
@@ -218,7 +219,13 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     model = pruned(tiny_model("llama"))  # heads of 16
     job(model, tmp_path / "model")
     with pytest.raises(GraspError, match=r"^vLLM cannot serve .*[Hh]ead.size"):
-        Server(str(tmp_path / "model"), "cpu", "--dtype=float32", "--enforce-eager")
+        Server(
+            str(tmp_path / "model"),
+            "cpu",
+            "--dtype=float32",
+            "--enforce-eager",
+            f"--kv-cache-memory-bytes={1 << 26}",
+        )
 
 
 def test_two_processes_with_tensor_parallelism(tmp_path):
@@ -257,6 +264,6 @@ def test_bench(half):
     assert ours.cache_tokens > 1.5 * theirs.cache_tokens >= 4 * 21
     for found in (ours, theirs):
         assert found.kv_bytes_per_token == pytest.approx(found.kv_bytes_per_token_planned, rel=0.1)
-    assert all(len(case.decode.speedup) for case in result.cases)
+    assert all(case.decode.speedup is not None for case in result.cases)
     assert re.search(r"vllm\S* \d", result.measured_on())
     assert any(row[0].startswith("KV cache, with weights") for row in result.rows())

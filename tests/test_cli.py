@@ -132,7 +132,7 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
             ["prune", "MODEL", "--out=x", "--keep=half"],
             "Invalid value for '--keep': expected a number or a list such as",
         ),
-        (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option"),
+        (["prune", "MODEL", "--out=x", "--kep=0.5"], "No such option: --kep"),
         (
             ["plan", "MODEL", "--params=7X"],
             "expected a number such as 3500000000, 3.5B or 120M, got '7X'",

@@ -68,7 +68,7 @@ def test_tables_and_costs(found):
 
 def test_every_method_in_one_table(tiny, text, tmp_path):
     """The big table in small: one seed, all methods, three budgets."""
-    options = dict(SMALL, samples=2, seq_len=16, lr=0.3, lm_weight=1.0, eval_windows=1, seeds=(0,))
+    options = dict(SMALL, samples=3, seq_len=16, lr=0.3, lm_weight=1.0, eval_windows=1, seeds=(0,))
     options |= dict(calibration=text)
     methods = (*comparison.all_methods(mixture=False), "flap+bias")
     result = grasp.compare(tiny, tmp_path / "out", methods=methods, **options)

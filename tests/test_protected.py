@@ -10,7 +10,7 @@ from grasp.checkpoint.record import Record
 from grasp.criteria import OURS
 from grasp.errors import GraspError
 
-SMALL = dict(samples=2, seq_len=16, epochs=1, scale_epochs=0, eval_windows=1, device="cpu")
+SMALL = dict(samples=3, seq_len=16, epochs=1, scale_epochs=0, eval_windows=1, device="cpu")
 ENDS = dict(protect_first=1, protect=[2])  # of three layers; the widths are 96 and 4
 
 

@@ -44,7 +44,6 @@ CROWDED = dict(
 COMMON = list(range(5, 45))
 PROMPTS = [[*COMMON, 60, 61], [7, 8, 9], [*COMMON, 70], list(range(100, 190)), [200] * 20]
 TOKENS = 12
-ROUNDING = 1e-3  # of the logits' standard deviation
 
 
 @pytest.fixture
@@ -88,19 +87,15 @@ def job(model, folder):
     return {"folder": str(folder), "prompts": PROMPTS, "options": CROWDED}
 
 
-def gap(model, prompts, answers):
-    """How far the tokens of vLLM are from the likeliest of transformers: logits, in their std.
-
-    Zero for equal greedy tokens; rounding may exchange two tokens that are as likely.
-    """
+def likeliest(model, prompts, answers):
+    """Whether each token of vLLM is the one that transformers gives: then all greedy tokens are."""
     model.set_attn_implementation("eager")  # older releases' SDPA leaves out the softcap
-    gaps = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer])
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        chosen = logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        gaps.append(((logits.amax(-1) - chosen) / logits.std(-1)).max().item())
-    return max(gaps)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        if logits.argmax(-1).tolist() != answer:
+            return False
+    return True
 
 
 def greedy(model, prompts, tokens=TOKENS):
@@ -128,7 +123,7 @@ def test_tokens_are_those_of_transformers(plugin, in_vllm, tmp_path):
     for name, model in models.items():
         assert not isinstance(came[name], str), (name, came[name])
         for found in came[name]:
-            assert gap(model, PROMPTS, found["tokens"]) < ROUNDING, name
+            assert likeliest(model, PROMPTS, found["tokens"]), name
         slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
         assert slides or came[name][1]["cached"][3] >= 32, name
 
@@ -147,7 +142,7 @@ def test_models_that_people_bring(in_vllm, tmp_path):
     came = in_vllm(jobs)
     for name in BROUGHT:
         same, found = "no", came.get(name)
-        if isinstance(found, list) and gap(models[name], PROMPTS, found[0]["tokens"]) < ROUNDING:
+        if isinstance(found, list) and likeliest(models[name], PROMPTS, found[0]["tokens"]):
             same = "yes"
         print(name, same, found)
         ran.check(name, "per-layer", vLLM=same)
@@ -216,16 +211,9 @@ def test_chat_uses_the_template_of_the_checkpoint(server, half):
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
-    model = pruned(tiny_model("llama"))  # heads of 16
-    job(model, tmp_path / "model")
-    with pytest.raises(GraspError, match=r"^vLLM cannot serve .*[Hh]ead.size"):
-        Server(
-            str(tmp_path / "model"),
-            "cpu",
-            "--dtype=float32",
-            "--enforce-eager",
-            f"--kv-cache-memory-bytes={1 << 26}",
-        )
+    job(pruned(tiny_model("llama")), tmp_path / "model")
+    with pytest.raises(GraspError, match="^vLLM cannot serve .* memory for the cache"):
+        Server(str(tmp_path / "model"), "cpu", "--enforce-eager", "--kv-cache-memory-bytes=4096")
 
 
 def test_two_processes_with_tensor_parallelism(tmp_path):
@@ -254,7 +242,7 @@ def test_two_processes_with_tensor_parallelism(tmp_path):
     finally:
         server.stop()
     answers = [choice["token_ids"] for choice in found["choices"]]
-    assert gap(model, PROMPTS, answers) < ROUNDING
+    assert likeliest(model, PROMPTS, answers)
 
 
 def test_bench(half):

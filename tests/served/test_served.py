@@ -212,7 +212,7 @@ def test_chat_uses_the_template_of_the_checkpoint(server, half):
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
     job(pruned(tiny_model("llama")), tmp_path / "model")
-    with pytest.raises(GraspError, match="^vLLM cannot serve .* memory for the cache"):
+    with pytest.raises(GraspError, match=r"^vLLM cannot serve .* memory for the cache"):
         Server(str(tmp_path / "model"), "cpu", "--enforce-eager", "--kv-cache-memory-bytes=4096")
 
 

@@ -12,7 +12,7 @@ import typer
 
 from grasp import distributed
 from grasp.cli import checkpoint, measure, plan, prune  # noqa: F401  they add their verbs
-from grasp.cli.app import as_options, verbs
+from grasp.cli.app import app, as_options, verbs  # noqa: F401  typer documents `app`
 from grasp.errors import GraspError
 
 RESUMABLE = ("prune", "compare", "sparsify", "recover")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -82,6 +83,10 @@ def load_sharded(
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=others)
     fully_shard(decoder, mesh=mesh, ignored_params=others)  # the root: layers share its streams
+    # gathers the next layer while one runs, and never holds a third, as FSDP2 does left to itself
+    for layer, following in pairwise(decoder.layers):
+        layer.set_modules_to_forward_prefetch([following])
+    decoder._set_unshard_async_op(True)
     _read(model, folder, torch.device(device))
     return model
 

@@ -83,8 +83,8 @@ def compare(shape: str, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        (whole,) = _measured(folder, 1)
-        split = _measured(folder, ranks)
+        (whole,) = on_ranks(1, "benchmarks.sharding", f"--rank-of={folder}")
+        split = on_ranks(ranks, "benchmarks.sharding", f"--rank-of={folder}")
     beside = whole["peak"] - whole["held"]
     weights = min(rank["peak"] for rank in split) - beside
     planned = PruneConfig.of(
@@ -111,14 +111,15 @@ def compare(shape: str, ranks: int) -> dict[str, Any]:
     }
 
 
-def _measured(folder: str, ranks: int) -> list[dict[str, int]]:
+def on_ranks(ranks: int, module: str, *arguments: str) -> list[dict[str, Any]]:
+    """What a module prints as JSON, started as one process or by torchrun, a thread a rank."""
     words = [sys.executable, "-m"]
     if ranks > 1:
         words += ["torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
-    words += ["benchmarks.sharding", f"--rank-of={folder}"]
+    words += [module, *arguments]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    found: list[dict[str, int]] = json.loads(done.stdout)
+    found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
 
 

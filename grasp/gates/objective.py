@@ -119,7 +119,7 @@ def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _head(model: PreTrainedModel) -> Tensor:
-    """The weight of the head: [vocabulary, hidden]; if sharded, gathered for as long as it lives."""
+    """The weight of the head, [vocabulary, hidden]; if sharded, gathered while it is in use."""
     return whole(model.get_output_embeddings().weight)
 
 

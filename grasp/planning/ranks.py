@@ -50,8 +50,8 @@ class Way:
 
     `learning` is by part, with the fastest memory mode that fits; its weights are the rank's rows
     of the matrices and all that is not split. `gathered` is what is whole at once while it runs:
-    two layers, or the embedding, or the head. `received` is what a rank gets from others in a step, `network` the part of
-    it that comes from other machines, over rings of ranks.
+    two layers, or the embedding, or the head. `received` is what a rank gets from others in a step,
+    `network` the part of it that comes from other machines, over rings of ranks.
     """
 
     shard: ShardMode

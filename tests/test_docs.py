@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import typer
 from families import SPECIAL_TOKENS, save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -134,7 +133,7 @@ def test_a_page_runs_as_written(page, workplace, pruned, call, monkeypatch):
 
 @with_pages(("sh", "console"))
 def test_commands_that_need_more_than_this_machine_still_parse(page):
-    verbs = typer.main.get_command(cli.app).commands
+    verbs = cli.verbs().commands
     for block in blocks(page):
         for program, *words in block.commands() if block.kind in ("sh", "console") else ():
             if program == "grasp":

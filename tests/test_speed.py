@@ -21,7 +21,7 @@ import grasp
 from grasp.checkpoint.export import export
 from grasp.errors import GraspError
 from grasp.evaluate import bench as speed
-from grasp.evaluate import runtimes
+from grasp.evaluate import runtimes, serving
 from grasp.evaluate.bench import Spread, _phase, bench
 from grasp.model.load import load_model
 
@@ -284,6 +284,27 @@ def test_a_file_that_llama_cpp_does_not_take(files, tmp_path):
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) * 3 // 4])
     with pytest.raises(GraspError, match=r"cut\.gguf"):
         bench(str(tmp_path / "cut.gguf"), **FAST)
+
+
+# --- vLLM, which tests/served runs ---
+
+
+def test_no_vllm(refused, tiny):
+    message = refused("bench", tiny, "--runtime=vllm", "--device=cpu")
+    assert message.startswith("vLLM is not installed here: install grasp in the environment of")
+
+
+def test_gguf_files_do_not_run_in_vllm(refused, files, monkeypatch):
+    monkeypatch.setattr(serving, "find_spec", lambda name: name)
+    message = refused("bench", files[0], "--runtime=vllm")
+    assert message == f"{files[0]} runs in llama.cpp: name a folder, or leave --runtime out"
+
+
+def test_both_servers_get_the_memory_that_the_larger_model_needs(small, tiny):
+    room = serving.room_for([str(small), str(tiny)], "bf16", "cpu", (3, 200))
+    params = sum(p.numel() for p in load_model(tiny, dtype=torch.float32)[0].parameters())
+    blocks = 3 * 2 + 1  # 201 tokens in blocks of 128, and one that vLLM keeps
+    assert room == (3, 201, 2 * params + blocks * 128 * 3 * 4 * 2 * 16 * 2)
 
 
 # --- the command ---

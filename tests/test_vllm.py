@@ -1,6 +1,6 @@
 """Checkpoints have what vLLM's Transformers backend reads, and the plugin registers them.
 
-vLLM itself is not installed here: docs/runtimes.md says what was run with it.
+vLLM itself is not installed here: tests/served runs it.
 """
 
 from __future__ import annotations

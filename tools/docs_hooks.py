@@ -121,9 +121,10 @@ def _target(link: str, own: str) -> str:
 def _cli() -> str:
     command = [sys.executable, "-m", "typer", "grasp.cli.main", "utils", "docs", "--name", "grasp"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise PluginError(done.stderr)
-    return done.stdout.partition("\n## ")[1] + done.stdout.partition("\n## ")[2]
+    _, head, verbs = done.stdout.partition("\n## ")
+    if not head:
+        raise PluginError(done.stderr or "typer finds no verbs in grasp.cli.main")
+    return head + verbs
 
 
 def _api(package: str) -> str:

@@ -11,8 +11,8 @@ from contextlib import redirect_stdout
 import typer
 
 from grasp import distributed
-from grasp.cli import checkpoint, measure, plan, prune  # noqa: F401  they add their verbs to `app`
-from grasp.cli.app import app, as_options
+from grasp.cli import checkpoint, measure, plan, prune  # noqa: F401  they add their verbs
+from grasp.cli.app import app, as_options, verbs  # noqa: F401  typer documents `app`
 from grasp.errors import GraspError
 
 RESUMABLE = ("prune", "compare", "sparsify", "recover")
@@ -39,7 +39,7 @@ def main() -> None:
 def _run() -> tuple[str, int]:
     """Run the command line; return what is to be said on stderr, and the exit code."""
     try:
-        code = app(standalone_mode=False) or 0  # that of typer.Exit
+        code = verbs()(standalone_mode=False) or 0  # that of typer.Exit
     except GraspError as error:
         _settle()
         return f"error: {as_options(str(error))}", 1

@@ -23,7 +23,7 @@ from grasp.cli.options import (
 )
 from grasp.cli.output import print_json, print_line, print_table
 from grasp.cli.progress import progress, steps_of
-from grasp.config import EVAL_WINDOWS, TEXT_FIELD, Dtype, PruneConfig
+from grasp.config import EVAL_WINDOWS, TEXT_FIELD, Dtype, PruneConfig, Runtime
 from grasp.distributed import from_first
 from grasp.options import MACHINE
 from grasp.planning.check import check_reading
@@ -121,6 +121,9 @@ def bench_command(
     compile: Annotated[
         bool, typer.Option("--compile", help="Decode through torch.compile, with a static cache.")
     ] = False,
+    runtime: Annotated[
+        Runtime, typer.Option(help="vllm serves both models, prompts arriving at once.")
+    ] = "auto",
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write a plot of tokens/s.")
     ] = None,
@@ -151,6 +154,7 @@ def bench_command(
             repetitions=repetitions,
             dtype=dtype,
             compile=compile,
+            runtime=runtime,
             plot=plot,
             record=record,
             progress=steps_of("bench", show),

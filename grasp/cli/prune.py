@@ -32,9 +32,6 @@ from grasp.config import (
     RecoverConfig,
     SparsifyConfig,
 )
-from grasp.model.load import pick_device
-from grasp.planning.recovery import plan_recovery
-from grasp.run.ready import check_recovery, check_run, ready
 
 OPTIONS = PruneConfig.options()
 PRUNED = OPTIONS | {
@@ -62,6 +59,8 @@ COMPARED = {
 @with_options(PRUNED)
 def prune_command(model: Model, out: Out, *, as_json: Json = False, **options: Any) -> None:
     """Select, refit, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
+    from grasp.run.ready import ready
+
     keep = options.pop("keep", None)
     ready(model, out, keep, **options)  # before torch is imported, which takes seconds
     from grasp.report.summary import measured_on, size_rows
@@ -99,6 +98,8 @@ def compare_command(
     **options: Any,
 ) -> None:
     """Every method at every budget with every seed: tables and a plot in --out."""
+    from grasp.run.ready import ready
+
     check_tasks(tasks, tasks_data, limit)
     options |= {"seeds": parse_counts(seeds)}
     shared = {name: value for name, value in options.items() if name in OPTIONS}
@@ -123,6 +124,8 @@ def compare_command(
 @with_options(SparsifyConfig.options())
 def sparsify_command(model: Model, out: Out, *, as_json: Json = False, **options: Any) -> None:
     """Zeros in a pattern such as 2:4, stored dense: the same model, sparse, in --out."""
+    from grasp.run.ready import check_run
+
     check_run(SparsifyConfig.of(model, **options), out)  # before torch is imported
     from grasp.report.summary import measured_on, size_rows
     from grasp.run.sparsify import sparsify
@@ -153,9 +156,14 @@ def recover_command(
     **options: Any,
 ) -> None:
     """Distillation after pruning: the same widths, better weights, in --out."""
+    from grasp.run.ready import check_recovery
+
     config = RecoverConfig.of(folder, teacher=teacher, calibration=calibration, **options)
     headers = check_recovery(config, out)  # before torch is imported
     if plan:
+        from grasp.model.load import pick_device
+        from grasp.planning.recovery import plan_recovery
+
         if config.device == "auto":
             config = replace(config, device=pick_device("auto"))
         planned = plan_recovery(config, *headers)

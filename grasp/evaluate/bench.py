@@ -12,9 +12,17 @@ from typing import Any
 import torch
 
 from grasp import __version__
-from grasp.config import Dtype
+from grasp.config import Dtype, Runtime
 from grasp.errors import GraspError
-from grasp.evaluate.runtimes import Benched, LlamaCpp, Run, Transformers, is_for_llama_cpp
+from grasp.evaluate.runtimes import (
+    Benched,
+    LlamaCpp,
+    Run,
+    Runner,
+    Transformers,
+    is_for_llama_cpp,
+)
+from grasp.evaluate.serving import Room, Vllm, check_vllm, room_for
 from grasp.journal import Progress
 from grasp.machine import disk_errors, memory_errors
 from grasp.model.load import pick_device, processor
@@ -87,8 +95,11 @@ class Bench:
         ]
         rows = []
         for what, values in sizes:
-            ratio = [f"{values[0] / values[1]:.2%}"] if len(values) > 1 else []
-            rows.append((what, *(f"{value:,.0f} B" for value in values), *ratio))
+            rows.append((what, *(f"{value:,.0f} B" for value in values), *_ratio(values)))
+        room = [model.cache_tokens for model in self.models if model.cache_tokens]
+        if room:
+            what = f"KV cache, with weights {self.settings['memory_bytes']:,} B"
+            rows.append((what, *(f"{tokens:,} tokens" for tokens in room), *_ratio(room)))
         for name in ("prefill", "decode"):
             for case in self.cases:
                 phase: Phase = getattr(case, name)
@@ -128,6 +139,7 @@ def bench(
     repetitions: int = 5,
     dtype: Dtype = "auto",
     compile: bool = False,
+    runtime: Runtime = "auto",
     device: str = "auto",
     plot: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -140,12 +152,15 @@ def bench(
     through the model's own forward and cache. After one warm-up each, the models take turns in
     alternating order. Both are in memory at the same time. `dtype` applies to models in
     transformers (auto: bf16 on a GPU, fp32 on a CPU); a GGUF file has its own, with a cache in f16.
+    With `runtime="vllm"` each model has a vLLM server, `batch_sizes` are requests that arrive at
+    once, and both servers have as much memory for weights and KV cache together as the larger
+    model needs for the largest batch: the result tells how many tokens each cache holds.
     `compile` decodes through torch.compile with a static cache, compiled during the warm-up;
     prefill is not compiled. `plot` names a PNG file for tokens per second. `record` adds the result
     to the files of `model`, which must be a grasp checkpoint.
 
     Raises GraspError if a model does not load or does not support the numbers, its KV cache changes
-    its outputs, llama.cpp is missing for a .gguf file, torch cannot compile the model on this
+    its outputs, llama.cpp or vLLM is missing or refuses the model, torch cannot compile it on this
     machine, or memory runs out.
     """
     _check_counts(
@@ -158,19 +173,18 @@ def bench(
     if record:
         check_record(Path(model))
     names = [model] if against is None else [model, against]
-    for name in names if compile else ():
-        if is_for_llama_cpp(name):
+    for name in names:
+        if runtime == "vllm":
+            check_vllm(name)
+        elif compile and is_for_llama_cpp(name):
             raise GraspError(f"`compile` is for torch, and {name} runs in llama.cpp: leave it out")
     device = pick_device(device)
     largest, longest = max(batch_sizes), max(prompt_lens)
     fix = "lower `batch_sizes`, `prompt_lens` or `tokens`, or use `dtype='bf16'`"
     with memory_errors(f"device {device}", fix):
-        runners = [
-            LlamaCpp(name, device, largest, longest + tokens)
-            if is_for_llama_cpp(name)
-            else Transformers(name, dtype, device, trust_remote_code, compile)
-            for name in names
-        ]
+        runners, room = _runners(
+            names, runtime, dtype, device, trust_remote_code, compile, (largest, longest + tokens)
+        )
         _check_lengths(runners, longest, tokens)
         shapes = [(b, p) for b in dict.fromkeys(batch_sizes) for p in dict.fromkeys(prompt_lens)]
         cases, cache = [], [0.0 for _ in runners]
@@ -192,6 +206,7 @@ def bench(
         "device": device,
         "machine": processor(torch.device(device)),
         "threads": torch.get_num_threads(),
+        "memory_bytes": room.memory if room else None,
     }
     result = Bench(
         models=tuple(runner.describe(kv) for runner, kv in zip(runners, cache, strict=True)),
@@ -207,6 +222,27 @@ def bench(
     return result
 
 
+def _runners(
+    names: Sequence[str],
+    runtime: Runtime,
+    dtype: Dtype,
+    device: str,
+    trust_remote_code: bool,
+    compile: bool,
+    largest: tuple[int, int],
+) -> tuple[list[Runner], Room | None]:
+    """Return what runs each model; the largest case has (sequences, tokens of each)."""
+    if runtime == "vllm":
+        room = room_for(names, dtype, device, largest)
+        return [Vllm(n, dtype, device, trust_remote_code, compile, room) for n in names], room
+    return [
+        LlamaCpp(name, device, *largest)
+        if is_for_llama_cpp(name)
+        else Transformers(name, dtype, device, trust_remote_code, compile)
+        for name in names
+    ], None
+
+
 def _check_counts(**counts: Sequence[int]) -> None:
     for name, given in counts.items():
         if not given or min(given) < 1:
@@ -214,9 +250,7 @@ def _check_counts(**counts: Sequence[int]) -> None:
             raise GraspError(f"`{name}` must be at least 1, got {said}")
 
 
-def _check_lengths(
-    runners: Sequence[Transformers | LlamaCpp], prompt_len: int, tokens: int
-) -> None:
+def _check_lengths(runners: Sequence[Runner], prompt_len: int, tokens: int) -> None:
     for runner in runners:
         if prompt_len + tokens > runner.limit:
             raise GraspError(
@@ -232,7 +266,7 @@ def _reporter(progress: Progress | None, total: int) -> Callable[[], None]:
 
 
 def _in_turns(
-    runners: Sequence[Transformers | LlamaCpp],
+    runners: Sequence[Runner],
     batch: int,
     prompt: int,
     tokens: int,
@@ -269,6 +303,10 @@ def _phase(seconds: list[list[float]], tokens: int) -> Phase:
         repetitions=tuple(map(tuple, seconds)),
         speedup=Spread.of(ratios) if ratios else None,
     )
+
+
+def _ratio(values: Sequence[float]) -> list[str]:
+    return [f"{values[0] / values[1]:.2%}"] if len(values) > 1 else []
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Runtimes that are timed: transformers, or llama.cpp for a .gguf file.
+"""Runtimes that are timed in this process: transformers, or llama.cpp for a .gguf file.
 
 Each runs the same prompts through one prefill, with the head on the last token only, then decodes
 greedily from its KV cache, token by token. Both check what they ran before they report a time.
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -25,7 +25,7 @@ from grasp.config import Dtype
 from grasp.errors import GraspError, install, reason
 from grasp.model.header import read_header
 from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, packed_errors
-from grasp.model.source import resolve
+from grasp.model.source import Source, resolve
 
 WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph on its second call
 
@@ -42,6 +42,7 @@ class Benched:
     kv_dtype: str
     kv_bytes_per_token: float  # of the cache itself, after the largest case
     kv_bytes_per_token_planned: int  # by config.json or the GGUF header
+    cache_tokens: int | None = None  # that the KV cache has room for, if a server limits it
 
 
 class Run(NamedTuple):
@@ -49,6 +50,21 @@ class Run(NamedTuple):
 
     prefill: float  # seconds until every sequence of the batch has its first token
     decode: float  # seconds per step, which adds one token to each sequence
+
+
+class Runner(Protocol):
+    """What runs and times one model."""
+
+    name: str
+    limit: int  # tokens of a sequence
+    vocabulary: int
+
+    @property
+    def packages(self) -> tuple[str, ...]: ...  # whose versions matter
+    def warm_up(self, ids: Tensor, tokens: int) -> None: ...
+    def run(self, ids: Tensor, tokens: int) -> Run: ...
+    def cache_bytes_per_token(self) -> float: ...
+    def describe(self, kv_bytes: float) -> Benched: ...
 
 
 class Transformers:
@@ -157,7 +173,7 @@ class Transformers:
             model=self.name,
             runtime=f"torch {version('torch')} and transformers {version('transformers')}",
             dtype=kind,
-            disk_bytes=sum(file.stat().st_size for file in self._files()),
+            disk_bytes=weight_files_bytes(self.source),
             memory_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             kv_dtype=kind,
             kv_bytes_per_token=kv_bytes,
@@ -165,18 +181,6 @@ class Transformers:
                 self.model.dtype.itemsize
             ),
         )
-
-    def _files(self) -> list[Path]:
-        location = self.source.location
-        if self.source.kind == "gguf":
-            return [Path(location)]
-        if self.source.kind == "hub":
-            from huggingface_hub import snapshot_download
-
-            location = snapshot_download(
-                location, allow_patterns="*.safetensors", local_files_only=True
-            )
-        return list(Path(location).glob("*.safetensors"))
 
 
 class LlamaCpp:
@@ -292,6 +296,20 @@ class LlamaCpp:
             raise GraspError(f"llama.cpp refused to run {self.name}: {reason}") from None
         except OSError as error:
             raise GraspError(f"llama.cpp stopped while it ran {self.name}: {error}") from None
+
+
+def weight_files_bytes(source: Source) -> int:
+    """Return the bytes of the files that hold a model's weights; a hub model is on disk already."""
+    location = source.location
+    if source.kind == "gguf":
+        return Path(location).stat().st_size
+    if source.kind == "hub":
+        from huggingface_hub import snapshot_download
+
+        location = snapshot_download(
+            location, allow_patterns="*.safetensors", local_files_only=True
+        )
+    return sum(file.stat().st_size for file in Path(location).glob("*.safetensors"))
 
 
 def is_for_llama_cpp(name: str) -> bool:

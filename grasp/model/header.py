@@ -221,9 +221,9 @@ def _from_gguf(path: Path) -> Header:
             scalar = self.gguf_scalar_to_np.get(GGUFValueType(item_type))
             if scalar is not None:
                 return offset + count * np.dtype(scalar).itemsize
-            read_length = struct.Struct("<Q").unpack_from
+            data, read_length = self.data.data, struct.Struct("<Q").unpack_from
             for _ in range(count):
-                offset += 8 + read_length(self.data.data, offset)[0]
+                offset += 8 + read_length(data, offset)[0]
             return offset
 
     try:

@@ -16,6 +16,7 @@ from benchmarks import (
     published,
     quantisation,
     rows,
+    sharding,
 )
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
@@ -207,3 +208,11 @@ def test_calibration_text_measures_each_text_with_each_amount(tmp_path, capsys):
     ]
     assert epochs == [2, 1]
     assert capsys.readouterr().out.count("| rivers.txt |") == 2
+
+
+def test_a_rank_holds_its_part_of_every_matrix_as_planned():
+    found = sharding.compare("tiny", 2)
+    assert {rank["held"] for rank in found["ranks"]} == {found["planned"]["weights"]}
+    norms = 2 * 256 * (2 * 8 + 1)
+    assert found["planned"]["weights"] == (found["one_process"]["held"] + norms) / 2
+    assert found["planned_over_measured"] < 1.1  # a busy machine counts too much, never too little

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from grasp.gates.gating import unpadded
+from grasp.model.sharding import whole
 from grasp_kernels import linear_cross_entropy, linear_distillation
 
 
@@ -87,8 +88,7 @@ def loss(model: PreTrainedModel, batch: Batch, lm_weight: float) -> Tensor:
     ids, teacher = batch.ids, batch.teacher
     if teacher is None or lm_weight == 1:
         return next_token_loss(model, ids)
-    weight = _plain_head(model, ids)
-    if weight is None:
+    if not _head_is_plain(model, ids):
         logits = model(input_ids=ids, attention_mask=unpadded(ids), use_cache=False).logits
         with torch.no_grad(), _decoder_gives(model, teacher):
             taught = model(input_ids=ids, use_cache=False).logits
@@ -96,7 +96,7 @@ def loss(model: PreTrainedModel, batch: Batch, lm_weight: float) -> Tensor:
         divergence = F.kl_div(own, known, log_target=True, reduction="batchmean")
         return (1 - lm_weight) * divergence + lm_weight * F.nll_loss(own, ids[:, 1:].flatten())
     hidden, known = (x[:, :-1].flatten(0, 1) for x in (_hidden(model, ids), teacher))
-    return linear_distillation(hidden, weight, known, ids[:, 1:].flatten(), lm_weight)
+    return linear_distillation(hidden, _head(model), known, ids[:, 1:].flatten(), lm_weight)
 
 
 def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -105,12 +105,11 @@ def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     If the head is frozen and a plain linear layer, logits are computed in chunks. Other models
     (capped or scaled logits, heads that train) use their own loss.
     """
-    weight = _plain_head(model, ids)
-    if weight is None:
+    if not _head_is_plain(model, ids):
         mask = unpadded(ids)
         return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
     hidden = _hidden(model, ids)[:, :-1].flatten(0, 1)
-    return linear_cross_entropy(hidden, weight, ids[:, 1:].flatten())
+    return linear_cross_entropy(hidden, _head(model), ids[:, 1:].flatten())
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -119,33 +118,36 @@ def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return hidden
 
 
-def _plain_head(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
-    """The weight of a head that is frozen and nothing but a matrix product, else None."""
-    head = model.get_output_embeddings()
-    if head is None or head.weight.requires_grad or not _head_is_plain(model, ids[:1, :2]):
-        return None
-    weight: Tensor = head.weight
-    return weight
+def _head(model: PreTrainedModel) -> Tensor:
+    """The weight of the head, [vocabulary, hidden]; if sharded, gathered while it is in use."""
+    return whole(model.get_output_embeddings().weight)
 
 
 _PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-@torch.no_grad()
 def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether logits are the decoder's output times the head's weight; tested once per model.
+    """Whether the head is frozen and nothing but a matrix product; tested once per model."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight.requires_grad:
+        return False
+    if model not in _PLAIN:
+        _PLAIN[model] = _gives_logits(model, ids[:1, :2])
+    return _PLAIN[model]
+
+
+@torch.no_grad()
+def _gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether logits are the decoder's output times the head's weight.
 
     Compares bit for bit within one pass: two passes may differ by a bit on a GPU, and a soft cap
     may differ by little more.
     """
-    if model not in _PLAIN:
-        passed: list[Any] = []
-        hook = model.get_decoder().register_forward_hook(lambda *args: passed.append(args[-1]))
-        with hook:
-            logits = model(input_ids=ids, use_cache=False).logits
-        (out,), head = passed, model.get_output_embeddings()
-        _PLAIN[model] = torch.equal(logits, F.linear(out.last_hidden_state, head.weight))
-    return _PLAIN[model]
+    passed: list[Any] = []
+    hook = model.get_decoder().register_forward_hook(lambda *args: passed.append(args[-1]))
+    with hook:
+        logits = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(logits, F.linear(passed.pop().last_hidden_state, _head(model)))
 
 
 @contextmanager

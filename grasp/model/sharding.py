@@ -1,8 +1,12 @@
 """Weights that no rank holds whole: PyTorch's FSDP2, a decoder layer per group, frozen.
 
-Only matrices of decoder layers are sharded, by their rows. Norms, biases, embeddings and the head
-are on every rank, and so are gates and scales. A layer's matrices are gathered when the layer is
-called, so what runs through `layer(...)` sees plain tensors there: gates, scales, checkpointing.
+Matrices are sharded by their rows: those of decoder layers, the embedding and the head. Norms and
+biases are on every rank, and so are gates and scales. A layer's matrices are gathered when the
+layer is called, so what runs through `layer(...)` sees plain tensors there: gates, scales,
+checkpointing.
+
+The embedding and the head may share a weight, which FSDP2 would keep gathered from the one to the
+other, so they have no group: each is a DTensor, gathered while its module runs.
 
 What changes weights gets one layer at a time, as a plain model of one layer (`one_layer`).
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -72,13 +77,48 @@ def load_sharded(
         raise GraspError(
             f"{folder} is no plain decoder, and `shard` splits nothing else: use `shard='none'`"
         )
+    _shard_ends(model, mesh)
     matrices = {p for p in decoder.layers.parameters() if p.dim() == 2}
-    whole = {*model.parameters()} - matrices
+    others = {*model.parameters()} - matrices
     for layer in decoder.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    fully_shard(decoder, mesh=mesh, ignored_params=whole)  # the root: layers share its streams
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=others)
+    fully_shard(decoder, mesh=mesh, ignored_params=others)  # the root: layers share its streams
+    # gathers the next layer while one runs, and never holds a third, as FSDP2 does left to itself
+    for layer, following in pairwise(decoder.layers):
+        layer.set_modules_to_forward_prefetch([following])
+    decoder._set_unshard_async_op(True)
     _read(model, folder, torch.device(device))
     return model
+
+
+def _shard_ends(model: PreTrainedModel, mesh: Any) -> None:
+    """Split the embedding and the head by their rows, and gather each while its module runs."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    parts: dict[Tensor, nn.Parameter] = {}  # a shared weight stays shared
+    for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        weight = module.weight
+        if weight not in parts:
+            part = distribute_tensor(weight, mesh, placements, src_data_rank=None)
+            parts[weight] = nn.Parameter(part, requires_grad=False)
+        module.weight = parts[weight]
+        _gather_in_calls(module)
+
+
+def _gather_in_calls(module: nn.Module) -> None:
+    """Between calls, `module` holds its part of the weight only."""
+    held: list[nn.Parameter] = []
+
+    def gather(module: Any, _: Any) -> None:
+        held.append(module.weight)
+        module.weight = nn.Parameter(whole(module.weight), requires_grad=False)
+
+    def part(module: Any, *_: Any) -> None:
+        module.weight = held.pop()
+
+    module.register_forward_pre_hook(gather)
+    module.register_forward_hook(part, always_call=True)
 
 
 def _mesh(mode: ShardMode, device: str) -> Any:
@@ -137,7 +177,7 @@ def _values(tensor: Tensor, name: str, stored: Stored, device: torch.device) -> 
 
 def free(model: PreTrainedModel) -> None:
     """Give up the shards of a model, even if references to it remain."""
-    for parameter in model.get_decoder().layers.parameters():
+    for parameter in model.parameters():
         own_part(parameter).untyped_storage().resize_(0)
 
 
@@ -145,6 +185,12 @@ def own_part(parameter: Tensor) -> Tensor:
     """The values of a parameter that this rank holds."""
     part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return part
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All values of a parameter; if it is sharded, gathered by all ranks at once."""
+    full: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return full
 
 
 @torch.no_grad()
@@ -157,8 +203,7 @@ def one_layer(model: PreTrainedModel, index: int) -> PreTrainedModel:
     layer: Any = copy.deepcopy(template.layers[index])
     own: Any = model.get_decoder().layers[index]
     values = {
-        name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone()
-        for name, p in own.named_parameters()
+        name: p.clone() if own_part(p) is p else whole(p) for name, p in own.named_parameters()
     }
     layer.load_state_dict(values, assign=True, strict=False)
     layer.to(next(own.parameters()).device)  # its buffers

@@ -19,6 +19,7 @@ from grasp.planning.memory import Memory, evaluation_memory, learning_memory, re
 USABLE = 0.9  # of a GPU, as for `memory="auto"`: runtimes and fragments take the rest
 GATHERED = 2  # layers that are whole at once: the one that runs, and the one that arrives
 GATHERS = 2  # of a layer in a step: for the forward and for the backward pass
+ENDS = 2  # the embedding and the head, which may be one weight: each is gathered once in a step
 MODES: tuple[PlannedMemory, ...] = ("fast", "balanced", "low")
 MOST_GPUS = 4096
 
@@ -48,9 +49,9 @@ class Way:
     """A way to lay the weights over ranks: peak bytes of a rank, and bytes sent in a step.
 
     `learning` is by part, with the fastest memory mode that fits; its weights are the rank's rows
-    of the layers' matrices and all that is not split. `gathered` are the layers that are whole at
-    once while they run. `received` is what a rank gets from others in a step, `network` the part of
-    it that comes from other machines, over rings of ranks.
+    of the matrices and all that is not split. `gathered` is what is whole at once while it runs:
+    two layers, or the embedding, or the head. `received` is what a rank gets from others in a step,
+    `network` the part of it that comes from other machines, over rings of ranks.
     """
 
     shard: ShardMode
@@ -69,7 +70,7 @@ class Way:
 
     def __str__(self) -> str:
         own = self.learning
-        parts = {"weights": own.weights, "gathered layers": self.gathered}
+        parts = {"weights": own.weights, "gathered": self.gathered}
         parts |= {"activations": own.activations, "workspace": own.workspace, "gates": own.gates}
         said = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items() if size)
         stages = {"learning": own.total + self.gathered, "refit": self.refit}
@@ -142,10 +143,12 @@ def _in_mode(
     gpus: Gpus,
 ) -> Way:
     space, of = header.space, {"none": 1, "node": gpus.each, "full": gpus.all}[shard]
-    split = space.prunable_params  # the matrices of the layers
+    table, layers = header.vocab_size * space.hidden_size, space.prunable_params
+    split = layers + table * min(ENDS, space.fixed_params // table)
     held = space.total_params - split + math.ceil(split / of)
-    whole = space.hidden_size * max(layer.cost for layer in space.layers) if of > 1 else 0
-    less = space.total_params - held - whole  # of one layer at a time
+    layer = space.hidden_size * max(layer.cost for layer in space.layers) if of > 1 else 0
+    gathered = max(GATHERED * layer, table) if of > 1 else 0
+    apart = space.total_params - held
     blocks = config.batch_size * _accumulate(config, gpus)
     at_once = min(config.batch_size, math.ceil(blocks / gpus.all))
     turns = math.ceil(blocks / at_once / gpus.all)
@@ -153,7 +156,7 @@ def _in_mode(
     memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
     gradients = memory.gates // 10  # fp32, of 40 bytes that a gate or scale takes
     exchanged = gradients * (gpus.all - 1) * turns
-    moved = GATHERS * turns * width * split * (of - 1) // of
+    moved = turns * width * (GATHERS * layers + ENDS * table) * (of - 1) // of
     learning = replace(
         memory,
         weights=width * held,
@@ -162,14 +165,14 @@ def _in_mode(
     refit = None
     if config.compensation == "refit":
         refit = refit_memory(header, config.samples, config.seq_len, width, ranks=gpus.all)
-        refit -= width * less
+        refit -= width * (apart - GATHERED * layer)
     way = Way(
         shard,
         mode,
         learning,
-        GATHERED * width * whole,
+        width * gathered,
         refit,
-        evaluation_memory(header, config.eval_seq_len) - header.stored_bytes * less,
+        evaluation_memory(header, config.eval_seq_len) - header.stored_bytes * (apart - gathered),
         received=moved + exchanged,
         network=(moved * (shard == "full") + exchanged) * (gpus.nodes > 1),
         fits=True,

@@ -34,7 +34,7 @@ from grasp.machine import disk_errors
 from grasp.model.classes import without_weights
 from grasp.model.layerwise import layer_options, runner
 from grasp.model.load import cast, environment, load_model
-from grasp.model.sharding import free, one_layer
+from grasp.model.sharding import free, one_layer, whole
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.run.folder import Run
 
@@ -166,12 +166,12 @@ def _write(
         if is_first():
             writer.add({f"{prefix}.{index}.{k}": v for k, v in layer.state_dict().items()})
 
-    def close() -> None:
-        named = model.named_parameters()
-        writer.add({name: p for name, p in named if not name.startswith(f"{prefix}.")})
-        writer.close()
-
-    from_first(close)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{prefix}."):
+            value = whole(parameter)
+            if is_first():
+                writer.add({name: value})
+    from_first(writer.close)
 
 
 def _write_configs(folder: Path, target: PreTrainedModel, tokenizer: Any) -> None:

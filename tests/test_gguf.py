@@ -231,7 +231,7 @@ def test_fewer_experts_in_every_layer(family, own, architecture, tmp_path):
 def test_experts_that_llama_cpp_weighs_otherwise(tmp_path):
     tiny_mixture("qwen3_moe", norm_topk_prob=False).save_pretrained(tmp_path / "model")
     byte_level(vocab=256).save_pretrained(tmp_path / "model")
-    with pytest.raises(GraspError, match="^norm_topk_prob False cannot be exported"):
+    with pytest.raises(GraspError, match="norm_topk_prob False cannot be exported"):
         export(tmp_path / "model", tmp_path / "model.gguf")
 
 

@@ -101,13 +101,17 @@ def test_evaluation_in_shards(tiny, text, tmp_path):
     said = tmp_path / "said"
     assert ranks(2, [*asked, "--shard=full", "--json"], said) == [0, 0], said.read_text()
     whole = grasp.evaluate_text(str(tiny), str(text), seq_len=32, windows=5, device="cpu")
-    assert json.loads(said.read_text()) == json.loads(json.dumps(whole.to_json()))
+    progress, found = said.read_text().split("\n", 1)
+    assert progress == "evaluate: 5 of 5"  # once
+    assert json.loads(found) == json.loads(json.dumps(whole.to_json()))
 
 
 def test_text_of_the_models_own_in_shards(tiny, tmp_path):
     options = dict(SMALL, calibration="self", scale_epochs=0)
     whole = grasp.prune(tiny, tmp_path / "whole", **options).summary
-    agree(in_shards(2, tiny, tmp_path / "two", **options), whole)
+    found = in_shards(2, tiny, tmp_path / "two", **options)
+    assert found["mask_sha256"] == whole["mask_sha256"]
+    assert found["calibration"] == whole["calibration"]
 
 
 def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):

@@ -60,8 +60,8 @@ def test_shards_of_each_machine(text, tmp_path):
 
 
 def test_what_else_a_run_may_have(text, tmp_path):
-    """Weights in bf16, distillation, layers that are kept, several budgets, uneven parts."""
-    model = save_tiny(tmp_path / "model")
+    """A shared embedding, bf16, distillation, layers that are kept, two budgets, uneven parts."""
+    model = save_tiny(tmp_path / "model", tied=True)
     load_model(model, dtype=torch.bfloat16)[0].save_pretrained(model)
     options = dict(SMALL, calibration=text, dtype="bf16", lm_weight=0.5, protect_first=1)
     whole = grasp.prune(model, tmp_path / "whole", keep=[0.8, 0.6], **options)

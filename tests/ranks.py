@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -37,7 +38,9 @@ def _rank(number, count, local, port, arguments, output, killed_after):
     os.environ |= {"LOCAL_RANK": str(number % local), "LOCAL_WORLD_SIZE": str(local)}
     torch.set_num_threads(1)
     run.SAVE_EVERY = 0.0
-    if killed_after is not None:
+    if isinstance(killed_after, float):
+        threading.Timer(killed_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    elif killed_after is not None:
         gather, calls = dist.all_gather, itertools.count(1)
 
         def gather_or_die(*args):
@@ -53,7 +56,7 @@ def _rank(number, count, local, port, arguments, output, killed_after):
 def ranks(count, arguments, output=os.devnull, killed=None, local=None):
     """Exit codes of `grasp ARGUMENTS` on `count` ranks, `local` (default: all) to a machine.
 
-    `killed` is (rank, after so many items).
+    `killed` is (rank, after so many items, or seconds if it is a float).
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []

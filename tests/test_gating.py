@@ -42,6 +42,21 @@ def test_open_gates_change_nothing_and_leave_nothing(family):
     assert model.config._attn_implementation == implementation
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
+def test_blocks_of_8192_tokens(family):
+    """Open gates change nothing there; positions and masks are those of a short block."""
+    model = tiny_model(family, layers=2, heads=2, kv_heads=1, max_position_embeddings=8192)
+    ids = torch.randint(3, 250, (1, 8192), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        want = logits(model, ids)
+        with gated(model, UnitSpace.of(model)) as gates:
+            gates.set(torch.ones(UnitSpace.of(model).size))
+            assert torch.equal(logits(model, ids, attention_mask=unpadded(ids)), want)
+            assert close(
+                logits(model, ids[:, :64], attention_mask=unpadded(ids[:, :64])), want[:, :64]
+            )
+
+
 def test_gates_come_off_when_the_body_fails():
     model = tiny_model("llama")
     want = logits(model)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
+import signal
 
 import pytest
 import torch
@@ -56,8 +60,8 @@ def test_shards_of_each_machine(text, tmp_path):
 
 
 def test_what_else_a_run_may_have(text, tmp_path):
-    """Weights in bf16, distillation, layers that are kept, several budgets, uneven parts."""
-    model = save_tiny(tmp_path / "model")
+    """A shared embedding, bf16, distillation, layers that are kept, two budgets, uneven parts."""
+    model = save_tiny(tmp_path / "model", tied=True)
     load_model(model, dtype=torch.bfloat16)[0].save_pretrained(model)
     options = dict(SMALL, calibration=text, dtype="bf16", lm_weight=0.5, protect_first=1)
     whole = grasp.prune(model, tmp_path / "whole", keep=[0.8, 0.6], **options)
@@ -71,14 +75,43 @@ def test_what_else_a_run_may_have(text, tmp_path):
 
 
 def test_killed_and_resumed_with_other_shards(tiny, text, tmp_path):
+    """Three kills at fixed items; with GRASP_KILLS=10, ten at random seconds."""
     options, out = dict(SMALL, calibration=text, epochs=2), tmp_path / "out"
     whole = grasp.prune(tiny, tmp_path / "whole", **options).summary
-    for after in (2, 6, 12):
-        codes = ranks(2, command("prune", tiny, out, **options, shard="full"), killed=(1, after))
-        assert 0 not in codes and not out.exists()
+    draw, moments = random.Random(0), [12, 6, 2]
+    if random_kills := int(os.environ.get("GRASP_KILLS", "0")):
+        moments = [draw.uniform(1, 40) for _ in range(random_kills)]
+    while moments:
+        killed = draw.randrange(2), moments[-1]
+        codes = ranks(2, command("prune", tiny, out, **options, shard="full"), killed=killed)
+        if random_kills and out.exists():  # too late
+            agree(made(out), whole)
+            shutil.rmtree(out)
+            moments[-1] /= 2
+            continue
+        assert codes[killed[0]] == -signal.SIGKILL and 0 not in codes and not out.exists()
+        print(f"killed rank {killed[0]} at {moments.pop()}")
     agree(in_shards(3, tiny, out, **options), whole)
     events = [json.loads(line).get("event") for line in (out / "log.jsonl").open()]
     assert "resumed" in events
+
+
+def test_evaluation_in_shards(tiny, text, tmp_path):
+    asked = ["eval", str(tiny), f"--text={text}", "--seq-len=32", "--windows=5", "--device=cpu"]
+    said = tmp_path / "said"
+    assert ranks(2, [*asked, "--shard=full", "--json"], said) == [0, 0], said.read_text()
+    whole = grasp.evaluate_text(str(tiny), str(text), seq_len=32, windows=5, device="cpu")
+    progress, found = said.read_text().split("\n", 1)
+    assert progress == "evaluate: 5 of 5"  # once
+    assert json.loads(found) == json.loads(json.dumps(whole.to_json()))
+
+
+def test_text_of_the_models_own_in_shards(tiny, tmp_path):
+    options = dict(SMALL, calibration="self", scale_epochs=0)
+    whole = grasp.prune(tiny, tmp_path / "whole", **options).summary
+    found = in_shards(2, tiny, tmp_path / "two", **options)
+    assert found["mask_sha256"] == whole["mask_sha256"]
+    assert found["calibration"] == whole["calibration"]
 
 
 def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):
@@ -100,5 +133,7 @@ def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):
         f"--shard full splits plain decoders, and {experts} is a mixture of experts: "
         "use --shard none"
     )
+    with pytest.raises(GraspError, match="start it with torchrun"):
+        grasp.evaluate_text(str(tiny), str(text), device="cpu", shard="full")
     with pytest.raises(GraspError, match="start it with torchrun"):
         grasp.prune(tiny, tmp_path / "out", **SMALL, calibration=text, shard="full")

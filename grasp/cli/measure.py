@@ -33,7 +33,7 @@ READING = {name: OPTIONS[name] for name in ("device", "trust_remote_code")}
 
 
 @app.command("eval")
-@with_options(READING)
+@with_options({**READING, "shard": OPTIONS["shard"]})
 def eval_command(
     model: Model,
     text: Annotated[
@@ -64,16 +64,21 @@ def eval_command(
     check_tasks(tasks, tasks_data, limit)
     if record and not tasks:
         raise typer.BadParameter("--record is for --tasks, which is not given")
-    device = reading.get("device", PruneConfig.device)
+    device, shard = reading.get("device", PruneConfig.device), reading.pop("shard", "none")
+    if tasks and shard != "none":
+        raise typer.BadParameter(
+            f"--tasks runs on one rank, which holds no model in --shard {shard}"
+        )
     models = [model] if against is None else [model, against]
     for name in models:  # before torch is imported, which takes seconds
-        check_reading(name, texts=text or (), seq_len=seq_len, device=device)
+        check_reading(name, texts=text or (), seq_len=seq_len, device=device, shard=shard)
     from grasp.evaluate.perplexity import evaluate_texts
     from grasp.evaluate.zero_shot import evaluate_tasks
     from grasp.machine import memory_errors
 
     fix = f"lower `batch_size` (now {batch_size}) or `seq_len`"
     on_text: Any = dict(text_field=text_field, seq_len=seq_len, windows=windows, bos=bos)
+    on_text["shard"] = shard
     on_tasks: Any = dict(against=against, tasks_data=tasks_data, limit=limit, record=record)
     with progress() as show, memory_errors(f"device {device}", fix):
         both: Any = dict(batch_size=batch_size, progress=steps_of("evaluate", show), **reading)

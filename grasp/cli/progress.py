@@ -32,6 +32,8 @@ def progress() -> Iterator[Show]:
         task = bars.add_task("loading", total=None, note="")
 
         def show(record: dict[str, Any]) -> None:
+            if not is_first():
+                return
             if "stage" in record:
                 bars.update(
                     task,

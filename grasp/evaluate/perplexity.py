@@ -17,7 +17,15 @@ from grasp.data.reading import find_source
 from grasp.distributed import in_order
 from grasp.errors import GraspError
 from grasp.journal import Progress
-from grasp.model.load import load_model, longest, packed_errors, pick_device
+from grasp.model.load import (
+    ShardMode,
+    check_launched,
+    load_model,
+    longest,
+    packed_errors,
+    pick_device,
+)
+from grasp.model.sharding import free, is_sharded
 
 DEFAULT_SEQ_LEN = 2048
 LOGIT_ROWS = 1024  # rows of logits upcast to fp32 at a time
@@ -140,9 +148,14 @@ def evaluate_texts(
     batch_size: int = 1,
     device: str = "auto",
     trust_remote_code: bool = False,
+    shard: ShardMode = "none",
     progress: Progress | None = None,
 ) -> list[Perplexity]:
-    """Measure the perplexity of a model on each text, all named as on the command line."""
+    """Measure the perplexity of a model on each text, all named as on the command line.
+
+    Ranks share the windows; with `shard`, they hold the weights in parts too.
+    """
+    check_launched(shard)
     for name in texts:
         find_source(name, "test")  # a mistyped name fails before the model is read
     loaded, tokenizer = load_model(
@@ -150,6 +163,7 @@ def evaluate_texts(
         dtype=None,
         device=pick_device(device),
         trust_remote_code=trust_remote_code,
+        shard=shard,
     )
     found = []
     for name in texts:
@@ -165,6 +179,8 @@ def evaluate_texts(
                 progress=progress,
             )
         found.append(measured)
+    if is_sharded(loaded):
+        free(loaded)
     return found
 
 

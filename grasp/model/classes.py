@@ -176,6 +176,7 @@ def without_weights(
     implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
         target = auto_class(config).from_config(config, attn_implementation=implementation)
+    target.tie_weights()  # which the context has undone
     target.generation_config = model.generation_config
     return target, note
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from grasp.distributed import join, local_rank, rank, ranks
+from grasp.distributed import join, launched, local_rank, rank, ranks
 from grasp.errors import GraspError, reason
 from grasp.model.source import (
     TOKENIZERS,
@@ -179,6 +179,12 @@ def move(model: Any, device: str) -> PreTrainedModel:
 def best_dtype(device: str) -> Literal["fp32", "bf16"]:
     """bf16 on a GPU; fp32 on a CPU, where bf16 is 5 times slower without its own instructions."""
     return "fp32" if device == "cpu" else "bf16"
+
+
+def check_launched(shard: ShardMode) -> None:
+    """Raise GraspError if weights are to be split over ranks, and torchrun has started none."""
+    if shard != "none" and not launched():
+        raise GraspError(f"`shard={shard!r}` splits the weights over ranks: start it with torchrun")
 
 
 def check_device(device: str) -> None:

@@ -68,6 +68,7 @@ def load_sharded(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if getattr(config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
+    model.tie_weights()  # which the context has undone
     model.requires_grad_(False)
     decoder = model.get_decoder()
     template = copy.deepcopy(model)

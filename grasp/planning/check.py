@@ -14,7 +14,7 @@ from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
 from grasp.errors import GraspError
 from grasp.model.header import Header, read_header
-from grasp.model.load import check_device
+from grasp.model.load import ShardMode, check_device
 from grasp.model.source import check_readable, read_config, resolve
 from grasp.planning.layouts import check_layout
 
@@ -76,13 +76,20 @@ def check_shard(config: PruneConfig, header: Header) -> None:
         )
     if config.compensation == "bias":
         raise GraspError(f"{shard} adds no biases: use `compensate='refit'`")
+    _check_splits(config.model, config.shard, header)
+
+
+def _check_splits(model: str, mode: ShardMode, header: Header) -> None:
+    """Raise GraspError if the weights of `model` cannot be split over ranks."""
+    shard = f"`shard={mode!r}`"
     if header.config is None:
-        raise GraspError(f"{shard} reads safetensors, got {config.model}: name the original folder")
+        raise GraspError(f"{shard} reads safetensors, got {model}: name the original folder")
     if header.space.experts or header.config.get("text_config"):
         kind = "a mixture of experts" if header.space.experts else "more than a text model"
         raise GraspError(
-            f"{shard} splits plain decoders, and {config.model} is {kind}: use `shard='none'`"
+            f"{shard} splits plain decoders, and {model} is {kind}: use `shard='none'`"
         )
+    check_plain(model, header, "split")
 
 
 def check_plain(model: str, header: Header, done: str = "cut") -> None:
@@ -106,13 +113,19 @@ def check_reading(
     texts: Sequence[str] = (),
     seq_len: int | None = None,
     device: str = "auto",
+    shard: ShardMode = "none",
 ) -> None:
-    """Raise GraspError if the model, a text, the sequence length or the device cannot be used."""
+    """Raise GraspError if the model, a text, the sequence length or the device cannot be used.
+
+    Or if ranks cannot hold the model in parts, with `shard` other than "none".
+    """
     check_device(device)
     for text in texts:  # first, because looking up a model on the hub takes seconds
         find_source(text, "test")
     source = resolve(model)
     check_readable(source)
+    if shard != "none":
+        _check_splits(model, shard, read_header(model))
     longest = None if source.kind == "gguf" else read_config(source).get("max_position_embeddings")
     if seq_len is not None and not 2 <= seq_len <= (longest or seq_len):
         expected = f"between 2 and {longest}" if longest else "at least 2"

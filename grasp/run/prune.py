@@ -33,7 +33,7 @@ from grasp.config import PruneConfig, RunConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
-from grasp.distributed import check_same, from_first, launched, ranks
+from grasp.distributed import check_same, from_first, ranks
 from grasp.errors import GraspError
 from grasp.evaluate.perplexity import perplexity
 from grasp.gates.fidelity import (
@@ -51,6 +51,7 @@ from grasp.model.load import (
     TORCH_NAMES,
     best_dtype,
     cast,
+    check_launched,
     environment,
     load_model,
     longest,
@@ -140,10 +141,7 @@ def on_device(config: PruneConfig) -> PruneConfig:
     device = pick_device(config.device)
     if criteria.get(config.method).learns or config.scale_epochs:
         _check_step(config)
-    if config.shard != "none" and not launched():
-        raise GraspError(
-            f"`shard={config.shard!r}` splits the weights over ranks: start it with torchrun"
-        )
+    check_launched(config.shard)
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
 
@@ -441,8 +439,7 @@ def finish(
     _release(model)
     reread, tokenizer = load_model(folder, dtype=None, device=device)
     from_first(lambda: check_saved(folder, reread, tokenizer))
-    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
-    return record.measured(**asdict(saved)).evaluated(dense, pruned)
+    return _evaluated(record, saved, reread, start, dense, run)
 
 
 def _finish_sharded(
@@ -458,10 +455,23 @@ def _finish_sharded(
     reread, tokenizer = load_model(folder, dtype=None, device=config.device, shard=config.shard)
     record = add_record(folder, reread, tokenizer, record)
     check_saved(folder, reread, tokenizer)  # on all ranks, whose layers it runs
-    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
     weight_bytes = sum((folder / name).stat().st_size for name in record.sha256)
     saved = Saved(type(model).__name__, weight_bytes, None)
+    record = _evaluated(record, saved, reread, start, dense, run)
     free(reread)
+    return record
+
+
+def _evaluated(
+    record: Record,
+    saved: Saved,
+    reread: PreTrainedModel,
+    start: Start,
+    dense: list[dict[str, Any]],
+    run: Run,
+) -> Record:
+    """The record with what was `saved`, and with the perplexities of both models."""
+    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
     return record.measured(**asdict(saved)).evaluated(dense, pruned)
 
 

@@ -16,9 +16,9 @@ test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n auto --dist worksteal
 
 # Pruned models in a real vLLM, on a CPU; its environment is made once, since vLLM pins its own torch
-# and transformers.
+# and transformers. ONLY="-k plugin" and the like run a part.
 test-vllm: .venv-vllm/made
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/served
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/served $(ONLY)
 
 lint: .venv/test
 	$(BIN)/ruff check .

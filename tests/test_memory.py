@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from grasp import criteria
 from grasp.budget.budget import Budget
-from grasp.budget.projection import Mask
+from grasp.budget.projection import Mask, Projection
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, ScaleKind
 from grasp.errors import GraspError
@@ -21,7 +21,8 @@ from grasp.gates.scales import scale_count, scaled
 from grasp.journal import Journal
 from grasp.model.header import from_config
 from grasp.model.units import UnitSpace
-from grasp.planning.memory import LOGITS_AT_ONCE, learning_memory, refit_memory
+from grasp.planning.memory import LOGITS_AT_ONCE, greedy_memory, learning_memory, refit_memory
+from grasp.select.greedy_output_approximation import prune_greedily
 from grasp_kernels import cross_entropy
 
 MODES = ("fast", "balanced", "low")
@@ -70,6 +71,16 @@ def test_the_plan_is_within_a_tenth_of_what_refit_takes(samples):
     keep[0] = False
     measured = peak_bytes(lambda: refit(model, Mask(space, keep), torch.ones(samples, 16).long()))
     assert measured == pytest.approx(planned - 4 * space.total_params, rel=0.1)
+
+
+@pytest.mark.parametrize("samples", [4, 64])
+def test_the_plan_is_within_a_tenth_of_what_the_greedy_method_takes(samples):
+    model = tiny_model("llama", hidden=64, ffn=704, layers=1)
+    planned = greedy_memory(from_config(model.config.to_dict()), samples, 16, 4)
+    projection = Projection(UnitSpace.of(model), Budget.of(keep=0.99, ffn_multiple=1))
+    blocks = torch.randint(3, 250, (samples, 16))
+    measured = peak_bytes(lambda: prune_greedily(model, projection, blocks, Journal()))
+    assert measured == pytest.approx(planned - 4 * projection.space.total_params, rel=0.1)
 
 
 def test_every_mode_computes_the_same_and_leaves_nothing():

@@ -183,6 +183,15 @@ def test_refit_is_planned_where_it_runs(tmp_path, option):
     assert "refitting" not in str(plan(spec, **option))
 
 
+def test_a_greedy_method_is_planned_where_it_chooses(tmp_path):
+    spec = write_config(tmp_path, LLAMA_2_7B)
+    greedy = plan(spec, method="greedy-head-similarity", samples=128, seq_len=128)
+    assert greedy.greedy_memory > 2 * 6_738_415_616 + 4 * 2 * 128 * 128 * 4096
+    assert "GB while choosing greedily" in str(greedy)
+    assert plan(spec).greedy_memory is None
+    assert "greedily" not in str(plan(spec))
+
+
 def test_the_demo_models_gguf_header():
     header = read_header(DEMO)
     assert header.stored_bytes == 4

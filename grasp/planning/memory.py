@@ -93,6 +93,18 @@ def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, rank
     return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
 
 
+def greedy_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
+    """Estimate of the peak bytes of the greedy methods on a GPU, in a dtype of `width` bytes.
+
+    Assumes that nearly all of the widest FFN is kept. Counts weights and four times the hidden
+    states of the text. Gram matrix and right-hand side three times in fp32 (fitted tokens, held-out
+    ones, both) and once in fp64, there with the factor twice and the solutions.
+    """
+    space, widest = header.space, header.space.widest
+    hidden = 4 * width * samples * seq_len * space.hidden_size
+    return width * space.total_params + hidden + widest * (36 * widest + 36 * space.hidden_size)
+
+
 def evaluation_memory(header: Header, tokens: int) -> int:
     """Estimate for a window of `tokens`: stored weights, fp32 logits, the head cast to fp32."""
     weights = header.stored_bytes * header.space.total_params

@@ -16,7 +16,13 @@ from grasp.errors import GraspError
 from grasp.model.header import STATIC_ROPE, Header
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check
-from grasp.planning.memory import Memory, evaluation_memory, learning_memory, refit_memory
+from grasp.planning.memory import (
+    Memory,
+    evaluation_memory,
+    greedy_memory,
+    learning_memory,
+    refit_memory,
+)
 from grasp.planning.ranks import Gpus, Spread, spread
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -70,7 +76,8 @@ class Plan:
     weight_bytes: Size
     kv_bytes_per_token: Size
     memory: Memory
-    refit_memory: int | None  # estimated peak bytes of refit, if it runs
+    greedy_memory: int | None  # estimated peak bytes of a greedy method, if it chooses
+    refit_memory: int | None  # the same of refit, if it runs
     teacher_bytes: int | None  # of the dense model's hidden states, in the host's memory
     evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
     learning_tokens: int  # forward and backward, for gates and for the scales after the mask
@@ -88,10 +95,13 @@ class Plan:
 
     def __str__(self) -> str:
         budget, memory = self.budget, self.memory
-        stages = [("gates learn", memory.total), ("evaluating", self.evaluation_memory)]
-        if self.refit_memory is not None:
-            stages.insert(1, ("refitting", self.refit_memory))
-        peaks = ", ".join(f"{size / 1e9:,.1f} GB while {stage}" for stage, size in stages)
+        stages = {
+            "choosing greedily": self.greedy_memory,
+            "gates learn": memory.total,
+            "refitting": self.refit_memory,
+            "evaluating": self.evaluation_memory,
+        }
+        peaks = ", ".join(f"{n / 1e9:,.1f} GB while {stage}" for stage, n in stages.items() if n)
         teacher = ""
         if self.teacher_bytes is not None:
             teacher = f"; {self.teacher_bytes / 1e9:,.1f} GB of the host's for the teacher"
@@ -185,6 +195,11 @@ def plan(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
+        greedy_memory=(
+            greedy_memory(header, config.samples, config.seq_len, width)
+            if config.method.startswith("greedy-")
+            else None
+        ),
         refit_memory=(
             refit_memory(header, config.samples, config.seq_len, width)
             if config.compensation == "refit"

@@ -136,7 +136,7 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron-h": ("NemotronH", {"hybrid_override_pattern": "M*", **MAMBA, **HEADS}),
     "gpt-2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     "mixtral": ("Mixtral", EXPERTS),
-    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, **HEADS}),
+    "qwen3-moe": ("Qwen3Moe", {"norm_topk_prob": True, **EXPERTS, **HEADS}),
     "gpt-oss": ("GptOss", {**EXPERTS, **HEADS}),
     "deepseek v3": ("DeepseekV3", {"n_routed_experts": 4, "n_group": 2, **LATENT, **EXPERTS}),
     "mamba": ("Mamba", {}),

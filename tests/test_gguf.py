@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xllamacpp
+from families import tiny_mixture
 from gguf import GGMLQuantizationType as Ggml
 from gguf import GGUFReader, TokenType
 from safetensors.torch import load_file, save_file
@@ -33,11 +34,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 import grasp
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Mask
 from grasp.checkpoint.export import export
 from grasp.checkpoint.gguf import _neighbours
 from grasp.cli import main as cli
+from grasp.compress.fold import fold
 from grasp.errors import GraspError
 from grasp.model.load import load_model
+from grasp.model.units import UnitSpace
+from grasp.planning.layouts import least
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXT = [
@@ -203,6 +209,30 @@ def test_uniform_widths_are_the_familys_own(family, architecture, tmp_path):
     done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
     assert done.architecture == architecture
     check_same(done.path, model)
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "architecture"),
+    [("mixtral", {}, "llama"), ("qwen3_moe", {"norm_topk_prob": True}, "qwen3moe")],
+)
+def test_fewer_experts_in_every_layer(family, own, architecture, tmp_path):
+    model = tiny_mixture(family, vocab_size=VOCAB, **own)
+    space = UnitSpace.of(model)
+    wanted = least(space, Budget.of(keep=0.7, layout="uniform"))
+    small = fold(model, Mask.first(space, wanted))
+    assert 2 <= UnitSpace.of(small).layers[0].experts < 6
+    small.save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
+    assert (done.architecture, done.note) == (architecture, None)
+    check_same(done.path, small)
+
+
+def test_experts_that_llama_cpp_weighs_otherwise(tmp_path):
+    tiny_mixture("qwen3_moe", norm_topk_prob=False).save_pretrained(tmp_path / "model")
+    byte_level(vocab=256).save_pretrained(tmp_path / "model")
+    with pytest.raises(GraspError, match="norm_topk_prob False cannot be exported"):
+        export(tmp_path / "model", tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])

@@ -33,6 +33,8 @@ LLAMA_LIKE = ("llama", "deci")
 GEMMA = ("gemma", "gemma2", "gemma3")  # their norms scale by 1 + weight
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # the last layer of a period attends to all tokens
 LARGEST = {"gemma2": 46, "gemma3": 62}
+# Their experts' weights are softmax values that sum to 1; any form beside that is refused
+MIXTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
 
 
 def write_gguf(
@@ -90,43 +92,52 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
     """Return the llama.cpp architecture that computes the same as the model. Raises GraspError."""
     config: Any = model.config
     name = config.model_type.removeprefix("grasp_")
-    if name not in FAMILIES:
-        raise GraspError(
-            f"{name} cannot be exported to GGUF by grasp: it writes {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[name]
+    if name not in (*FAMILIES, *MIXTURES):
+        written = ", ".join((*FAMILIES, *MIXTURES))
+        raise GraspError(f"{name} cannot be exported to GGUF by grasp: it writes {written}")
+    own = MIXTURES[name] if name in MIXTURES else FAMILIES[name].gguf
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation not in (("gelu_pytorch_tanh",) if family.gguf in GEMMA else ("silu", "swish")):
+    if activation not in (("gelu_pytorch_tanh",) if own in GEMMA else ("silu", "swish")):
         raise GraspError(
             f"hidden_act {activation} cannot be exported: llama.cpp computes another one for "
             f"{name}, whatever the file says"
         )
-    rope, inv_freq = _rope(model), _inv_freq(model)
-    if rope["rope_type"] not in STATIC_ROPE:
-        raise GraspError(
-            f"rope_type {rope['rope_type']} cannot be exported: llama.cpp computes one of "
-            f"{', '.join(STATIC_ROPE)} for {name}"
-        )
-    if 2 * len(inv_freq) != space.layers[0].head_dim:
-        raise GraspError(
-            f"{2 * len(inv_freq)} of {space.layers[0].head_dim} values of a head are "
-            "rotated: llama.cpp rotates all of them"
-        )
-
+    scaled = _check_rope(model, space, name) != "default"  # only LLAMA_LIKE reads rope factors
     uniform = all(layer == space.layers[0] for layer in space.layers)
-    scaled = rope["rope_type"] != "default"  # only LLAMA_LIKE reads rope factors
-    if uniform and (family.gguf in LLAMA_LIKE or not scaled):
-        if family.gguf in GEMMA:
-            _check_gemma(config, space, family.gguf)
-        return family.gguf
-    if family.deci_lacks:
-        why = f"rope_type {rope['rope_type']}" if uniform else "widths that differ by layer"
+    if uniform and (own in LLAMA_LIKE or not scaled):
+        if own in GEMMA:
+            _check_gemma(config, space, own)
+        if name in MIXTURES and not getattr(config, "norm_topk_prob", True):
+            raise GraspError(
+                f"norm_topk_prob False cannot be exported: llama.cpp computes {name} with True"
+            )
+        return own
+    lacks = "experts" if name in MIXTURES else FAMILIES[name].deci_lacks
+    if lacks:
+        why = f"rope_type {_rope(model)['rope_type']}" if uniform else "widths that differ by layer"
         fix = "" if uniform else ": prune with `layout='uniform'`"
         raise GraspError(
             f"{name} with {why} cannot be exported: that requires llama.cpp's architecture deci, "
-            f"which has no {family.deci_lacks}{fix}"
+            f"which has no {lacks}{fix}"
         )
     return "deci"
+
+
+def _check_rope(model: PreTrainedModel, space: UnitSpace, name: str) -> str:
+    """Return the type of the rotary positions. Raises GraspError if llama.cpp lacks it."""
+    kind: str = _rope(model)["rope_type"]
+    if kind not in STATIC_ROPE:
+        raise GraspError(
+            f"rope_type {kind} cannot be exported: llama.cpp computes one of "
+            f"{', '.join(STATIC_ROPE)} for {name}"
+        )
+    rotated = 2 * len(_inv_freq(model))
+    if rotated != space.layers[0].head_dim:
+        raise GraspError(
+            f"{rotated} of {space.layers[0].head_dim} values of a head are "
+            "rotated: llama.cpp rotates all of them"
+        )
+    return kind
 
 
 def _check_gemma(config: Any, space: UnitSpace, architecture: str) -> None:
@@ -181,7 +192,11 @@ def _add_config(writer: gguf.GGUFWriter, model: PreTrainedModel, space: UnitSpac
     else:
         writer.add_head_count(heads[0])
         writer.add_head_count_kv(kv_heads[0])
-        writer.add_feed_forward_length(ffn[0])
+        writer.add_feed_forward_length(ffn[0] or space.layers[0].expert_width)
+    if experts := space.layers[0].experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(space.layers[0].experts_per_token)
+        writer.add_expert_feed_forward_length(space.layers[0].expert_width)
     head_dim = space.layers[0].head_dim
     writer.add_block_count(len(space.layers))
     writer.add_embedding_length(space.hidden_size)
@@ -240,7 +255,10 @@ def _tensors(
 
 
 def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter, tied ones once; fused projections are split into separate ones."""
+    """Yield every parameter, tied ones once; fused projections are split into separate ones.
+
+    Those of experts are [experts, out, in], and named as if they were linear layers.
+    """
     parts: dict[int, list[tuple[str, Tensor]]] = {}
     for m in decoder_layers(model):
         named = {"q": m.attention.q, "k": m.attention.k, "v": m.attention.v} if m.attention else {}
@@ -250,11 +268,16 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             parts.setdefault(id(weight), []).append((f"{name}_proj.weight", rows.weight))
             if bias is not None:
                 parts.setdefault(id(bias), []).append((f"{name}_proj.bias", rows.bias))
+        if m.routed:
+            experts = m.routed.experts
+            gate, up = experts.gate_up_proj.chunk(2, dim=1)
+            parts[id(experts.gate_up_proj)] = [("gate_proj.weight", gate), ("up_proj.weight", up)]
+            parts[id(experts.down_proj)] = [("down_proj.weight", experts.down_proj)]
     for name, parameter in model.named_parameters():
         if id(parameter) not in parts:
             yield name, parameter.data
             continue
-        module = name.rsplit(".", 2)[0]
+        module = name.rsplit(".", 2 if name.endswith((".weight", ".bias")) else 1)[0]
         for part, tensor in parts[id(parameter)]:
             yield f"{module}.{part}", tensor.data
 

@@ -226,6 +226,7 @@ class SparsifyConfig:
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
+    shard: ShardMode = option("none", SHARD, MACHINE)
     device: str = option("auto", DEVICE, MACHINE)
     seed: int = option(0, SEED)
     trust_remote_code: bool = option(False, REMOTE_CODE, MACHINE)
@@ -248,7 +249,10 @@ class SparsifyConfig:
         check_device(self.device)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"eval_text": [*self.eval_text]}
+        """What decides the result: a run may go on under another `shard`."""
+        recipe = asdict(self) | {"eval_text": [*self.eval_text]}
+        del recipe["shard"]
+        return recipe
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,14 @@ def _from_gguf(path: Path) -> Header:
     class HeaderReader(GGUFReader):
         """Skips the tokenizer's long arrays, on which GGUFReader spends seconds."""
 
+        @property
+        def data(self) -> Any:
+            return self._bytes
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._bytes = np.asarray(mapped)  # each slice of an np.memmap takes far longer
+
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type == GGUFValueType.ARRAY:
                 item_type, count = struct.unpack_from("<IQ", self.data.data, orig_offs)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -210,3 +211,9 @@ def one_layer(model: PreTrainedModel, index: int) -> PreTrainedModel:
     layer.to(next(own.parameters()).device)  # its buffers
     template.model.get_decoder().layers = nn.ModuleList([layer])
     return template.model.eval().requires_grad_(False)
+
+
+def whole_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Each decoder layer with weights of its own, valid until the next; on all ranks at once."""
+    for index in range(len(model.get_decoder().layers)):
+        yield one_layer(model, index).get_decoder().layers[0]

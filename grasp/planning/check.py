@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grasp import criteria
-from grasp.config import PruneConfig, RunConfig
+from grasp.config import PruneConfig, RunConfig, SparsifyConfig
 from grasp.data.parts import find_parts
 from grasp.data.reading import find_source
 from grasp.errors import GraspError
@@ -40,6 +40,8 @@ def check_fit(config: RunConfig, header: Header) -> None:
         raise GraspError(
             f"`seq_len` must be at most {header.longest} for this model, got {config.seq_len}"
         )
+    if isinstance(config, SparsifyConfig) and config.shard != "none":
+        _check_splits(config.model, config.shard, header)
     if not isinstance(config, PruneConfig):
         return
     _check_method(config.method, header)

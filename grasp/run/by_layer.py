@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
@@ -64,7 +64,7 @@ def write_pruned(
         run.log(event="note", text=note)
     layers = _cut_layers(model, mask, scales, blocks, config, run)
     cut = folder / "cut" if config.scale_epochs else folder
-    _write(cut, model, target, tokenizer, layers)
+    write_layers(cut, model, target, tokenizer, layers)
     if last:
         free(model)
     if config.scale_epochs:
@@ -73,7 +73,8 @@ def write_pruned(
         with memory_mode(pruned, config):
             journal = run.stage("calibrate")
             learned = learn_scales(pruned, config.scales, blocks, settings, journal, teacher)
-        _write(folder, pruned, target, tokenizer, _scaled_layers(pruned, config.scales, learned))
+        layers = _scaled_layers(pruned, config.scales, learned)
+        write_layers(folder, pruned, target, tokenizer, layers)
         free(pruned)
         from_first(lambda: shutil.rmtree(cut))
     return target
@@ -100,8 +101,8 @@ def _cut_layers(
     blocks: Tensor,
     config: PruneConfig,
     run: Run,
-) -> Iterator[PreTrainedModel]:
-    """Each layer scaled, refitted and cut, as a model of one layer."""
+) -> Iterator[nn.Module]:
+    """Each layer, scaled, refitted and cut."""
     options = layer_options(model, blocks[:1])
     hidden = Hidden.of(model, text_of_refit(mask, blocks))
     for index, (one, own) in enumerate(_with_scales(model, config.scales, scales)):
@@ -120,16 +121,14 @@ def _cut_layers(
             run.log(stage="refit", step=index + 1, steps=len(options))
         for edit in edits:
             edit.apply(one)
-        yield one
+        yield one.get_decoder().layers[0]
 
 
-def _scaled_layers(
-    model: PreTrainedModel, kind: ScaleKind, scales: Tensor
-) -> Iterator[PreTrainedModel]:
+def _scaled_layers(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> Iterator[nn.Module]:
     for one, own in _with_scales(model, kind, scales):
         assert own is not None
         Scale(kind, own).apply(one)
-        yield one
+        yield one.get_decoder().layers[0]
 
 
 def _with_scales(
@@ -149,20 +148,19 @@ def _with_scales(
         done_units, done = done_units + own, done + more
 
 
-def _write(
+def write_layers(
     folder: Path,
     model: PreTrainedModel,
     target: PreTrainedModel,
     tokenizer: Any,
-    layers: Iterator[PreTrainedModel],
+    layers: Iterator[nn.Module],
 ) -> None:
     """Write `layers`, and what `model` has beside its layers, as a checkpoint of `target`."""
     from_first(partial(_write_configs, folder, target, tokenizer))
     writer = ShardWriter(folder)
     decoder = target.get_decoder().layers
     prefix = next(name for name, module in target.named_modules() if module is decoder)
-    for index, one in enumerate(layers):  # all ranks gather, the first writes
-        (layer,) = one.get_decoder().layers
+    for index, layer in enumerate(layers):  # all ranks gather, the first writes
         if is_first():
             writer.add({f"{prefix}.{index}.{k}": v for k, v in layer.state_dict().items()})
 

@@ -29,7 +29,7 @@ from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.fold import check_fold
 from grasp.compress.refit import refit
-from grasp.config import PruneConfig, RunConfig
+from grasp.config import PruneConfig, RunConfig, SparsifyConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
@@ -60,6 +60,8 @@ from grasp.model.load import (
     widened,
 )
 from grasp.model.sharding import free, is_sharded, own_part
+from grasp.model.source import read_json
+from grasp.model.stored import INDEX
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
 from grasp.planning.layouts import least
@@ -208,7 +210,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
                 pruned = move(copy.deepcopy(model), config.device) if name else model
                 pruned = apply_mask(pruned, mask, *made, start.stored_dtype, part)
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
-            ending = partial(_finish_sharded, own) if is_sharded(model) else finish
+            ending = partial(finish_sharded, own) if is_sharded(model) else finish
             record = ending(pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
             from_first(partial(_write, run.checkpoint, record, part))
@@ -442,8 +444,8 @@ def finish(
     return _evaluated(record, saved, reread, start, dense, run)
 
 
-def _finish_sharded(
-    config: PruneConfig,
+def finish_sharded(
+    config: PruneConfig | SparsifyConfig,
     model: PreTrainedModel,
     record: Record,
     start: Start,
@@ -451,11 +453,11 @@ def _finish_sharded(
     run: Run,
     folder: Path,
 ) -> Record:
-    """`finish` for the checkpoint of `model` that `write_pruned` has written."""
+    """`finish` for the checkpoint of `model` that has been written layer by layer."""
     reread, tokenizer = load_model(folder, dtype=None, device=config.device, shard=config.shard)
     record = add_record(folder, reread, tokenizer, record)
     check_saved(folder, reread, tokenizer)  # on all ranks, whose layers it runs
-    weight_bytes = sum((folder / name).stat().st_size for name in record.sha256)
+    weight_bytes = read_json(folder / INDEX)["metadata"]["total_size"]
     saved = Saved(type(model).__name__, weight_bytes, None)
     record = _evaluated(record, saved, reread, start, dense, run)
     free(reread)

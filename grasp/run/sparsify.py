@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from grasp.budget.pattern import Pattern
@@ -19,18 +21,22 @@ from grasp.config import SparsifyConfig
 from grasp.distributed import from_first
 from grasp.gates.fidelity import check_layers
 from grasp.machine import disk_errors, memory_errors
-from grasp.model.load import pick_device
+from grasp.model.classes import without_weights
+from grasp.model.load import cast, check_launched, pick_device
+from grasp.model.sharding import free, is_sharded, whole, whole_layers
 from grasp.model.units import UnitSpace
+from grasp.run.by_layer import write_layers
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.prune import (
     finish,
+    finish_sharded,
     load_dense,
     measure_dense,
     read_texts,
     run_record,
 )
 from grasp.run.ready import check_run
-from grasp.sparsity.blocks import linears_of, sparsify_blocks
+from grasp.sparsity.blocks import linears_of, sparse_layers, sparsify_blocks
 from grasp.sparsity.methods import method_of
 
 
@@ -63,6 +69,7 @@ def sparsify(
     """
     config = SparsifyConfig.of(model, **options)
     check_run(config, out)
+    check_launched(config.shard)
     config = replace(config, device=pick_device(config.device))
     fix = (
         f"lower `samples` (now {config.samples}) or `seq_len` (now {config.seq_len}); other "
@@ -77,7 +84,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     pattern, linears = Pattern.parse(config.pattern), linears_of(model)
     for name, linear in linears.items():
         pattern.check(name, linear.in_features)
-    sparsity = {
+    sparsity: dict[str, Any] = {
         "pattern": config.pattern,
         "weights": sum(linear.weight.numel() for linear in linears.values()),
         "zeros_before": _zeros(model),
@@ -90,23 +97,46 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
         run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
 
-    sparsity["errors"] = sparsify_blocks(
-        model,
-        pattern,
-        method_of(config),
-        start.blocks(config),
-        seed=config.seed,
-        stage=run.stage,
-    )
-    sparsity["zeros_after"] = _zeros(model)
+    how: Any = (pattern, method_of(config), start.blocks(config))
+    more: Any = {"seed": config.seed, "stage": run.stage}
+    if is_sharded(model):
+        model, written = _write_sparse(model, tokenizer, run, *how, **more)
+        sparsity |= written
+    else:
+        sparsity["errors"] = sparsify_blocks(model, *how, **more)
+        sparsity["zeros_after"] = _zeros(model)
     everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
     record = run_record(config, start, everything, model, sparsity=sparsity)
-    record = finish(model, record, start, dense, run, run.checkpoint)
+    ending = partial(finish_sharded, config) if config.shard != "none" else finish
+    record = ending(model, record, start, dense, run, run.checkpoint)
     record = record.measured(seconds=run.seconds())
     from_first(partial(_write, run.checkpoint, record))
     run.log(event="finished", folder=str(run.out), **record.results)
     run.publish()
     return SparsifyResult(run.out, Record.read(run.out))
+
+
+def _write_sparse(
+    model: PreTrainedModel, tokenizer: Any, run: Run, *how: Any, **more: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Write the sparse layers of a sharded model one by one; returns it without weights.
+
+    And the error of each layer and their zeros. `model` cannot be used afterwards.
+    """
+    target, _ = without_weights(model, UnitSpace.of(model))
+    cast(target, model.dtype)
+    found: dict[str, Any] = {"errors": [], "zeros_after": 0}
+
+    def sparse() -> Iterator[nn.Module]:
+        for layer, error in sparse_layers(model, whole_layers(model), *how, **more):
+            found["errors"].append(error)
+            linears = [m for m in layer.modules() if type(m) is nn.Linear]
+            found["zeros_after"] += sum(int((m.weight == 0).sum()) for m in linears)
+            yield layer
+
+    write_layers(run.checkpoint, model, target, tokenizer, sparse())
+    free(model)
+    return target, found
 
 
 def _write(folder: Path, record: Record) -> None:
@@ -115,4 +145,4 @@ def _write(folder: Path, record: Record) -> None:
 
 
 def _zeros(model: PreTrainedModel) -> int:
-    return sum(int((linear.weight == 0).sum()) for linear in linears_of(model).values())
+    return sum(int(whole((m.weight == 0).sum())) for m in linears_of(model).values())

@@ -7,7 +7,7 @@ model: one block in fp32 with its statistics, and all hidden states before and a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -99,26 +99,33 @@ def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return found
 
 
+def sparsify_blocks(model: PreTrainedModel, *args: Any, **options: Any) -> list[float]:
+    """`sparse_layers` of a model, in place; return the error of each block."""
+    layers = model.get_decoder().layers
+    return [error for _, error in sparse_layers(model, layers, *args, **options)]
+
+
 @torch.no_grad()
-def sparsify_blocks(
+def sparse_layers(
     model: PreTrainedModel,
+    layers: Iterable[Any],
     pattern: Pattern,
     method: Method,
     blocks: Tensor,
     *,
     seed: int,
     stage: Callable[[str], Journal],
-) -> list[float]:
-    """Sparsify `model` in place; return the error of each block. blocks: int64 [samples, seq_len].
+) -> Iterator[tuple[Any, float]]:
+    """Sparsify `layers`, those of `model`, in place; yield each with its error.
 
-    `stage(name)` returns a journal. The journal `block N` stores the finished block, so that a
-    resumed run ends with the same bits. Raises GraspError if activations are not finite.
+    blocks: int64 [samples, seq_len]. `stage(name)` returns a journal. The journal `block N` stores
+    the finished block, so that a resumed run ends with the same bits. Raises GraspError if
+    activations are not finite.
     """
-    layers, dtype, progress = model.get_decoder().layers, model.dtype, stage("sparsify")
+    dtype, progress = model.dtype, stage("sparsify")
     options = layer_options(model, blocks[:1])
     hidden = first_hidden(model, blocks).float()
     dense = torch.empty_like(hidden)
-    errors: list[float] = []
     for index, (layer, kwargs) in enumerate(zip(layers, options, strict=True)):
         journal, run = stage(f"block {index}"), runner(layer, tree_map(fp32, kwargs))
         cast(layer, torch.float32)
@@ -142,9 +149,8 @@ def sparsify_blocks(
             done = {"error": torch.tensor(error, dtype=torch.float64)}
             done |= {name: linear.weight for name, linear in linears.items()}
             journal.save(partial(dict, done), final=True)
-            progress.progress(index + 1, len(layers), error, blocks.numel())
-        errors.append(done["error"].item())
-    return errors
+            progress.progress(index + 1, len(options), error, blocks.numel())
+        yield layer, done["error"].item()
 
 
 def fp32(value: Any) -> Any:

@@ -437,7 +437,11 @@ def test_prune_json(call, tiny, text, tmp_path):
 def test_progress_is_one_line_that_changes(call, tiny, text, tmp_path, monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(progress, "err_console", console)
+
+    def of_stream(stderr=False):
+        return console if stderr else Console()
+
+    monkeypatch.setattr("rich.console.Console", of_stream)
     options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *SMALL]
     assert call("prune", tiny, *options)[0] == 0
     shown = screen.getvalue()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from grasp.cli.app import app
 from grasp.cli.options import Folder, Json
@@ -18,6 +17,8 @@ from grasp.cli.progress import progress, steps_of
 @app.command("verify")
 def verify_command(folder: Folder, as_json: Json = False) -> None:
     """Is this checkpoint what it says it is? Exit code 1 if not."""
+    from rich.text import Text
+
     from grasp.checkpoint.verify import verify
 
     report = verify(folder)

@@ -6,28 +6,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-
 from grasp.cli.app import as_options
 from grasp.distributed import is_first
 
 Show = Callable[[dict[str, Any]], None]
-err_console = Console(stderr=True)
 
 
 @contextmanager
 def progress() -> Iterator[Show]:
     """One line that follows log records: stage, bar, loss, kept, tokens/s, time left."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description:16}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
-        console=err_console,
+        console=console,
         transient=True,
-        disable=not (err_console.is_terminal and is_first()),
+        disable=not (console.is_terminal and is_first()),
     ) as bars:
         task = bars.add_task("loading", total=None, note="")
 

@@ -102,9 +102,9 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
             f"hidden_act {activation} cannot be exported: llama.cpp computes another one for "
             f"{name}, whatever the file says"
         )
-    scaled = _check_rope(model, space, name) != "default"  # only LLAMA_LIKE reads rope factors
+    rope = _check_rope(model, space, name)
     uniform = all(layer == space.layers[0] for layer in space.layers)
-    if uniform and (own in LLAMA_LIKE or not scaled):
+    if uniform and (own in LLAMA_LIKE or rope == "default"):  # only those read rope factors
         if own in GEMMA:
             _check_gemma(config, space, own)
         if name in MIXTURES and not getattr(config, "norm_topk_prob", True):
@@ -114,7 +114,7 @@ def _architecture(model: PreTrainedModel, space: UnitSpace) -> str:
         return own
     lacks = "experts" if name in MIXTURES else FAMILIES[name].deci_lacks
     if lacks:
-        why = f"rope_type {_rope(model)['rope_type']}" if uniform else "widths that differ by layer"
+        why = f"rope_type {rope}" if uniform else "widths that differ by layer"
         fix = "" if uniform else ": prune with `layout='uniform'`"
         raise GraspError(
             f"{name} with {why} cannot be exported: that requires llama.cpp's architecture deci, "

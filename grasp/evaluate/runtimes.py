@@ -27,6 +27,7 @@ from grasp.model.header import read_header
 from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, packed_errors
 from grasp.model.source import Source, resolve
 
+open_url = build_opener(ProxyHandler({})).open  # no proxy for a local server
 WARM_STEPS = 3  # at least: a compiled step becomes a CUDA graph on its second call
 
 
@@ -226,7 +227,6 @@ class LlamaCpp:
             self._server = xllamacpp.Server(params)
         except Exception as error:  # its message holds the reason
             raise GraspError(f"llama.cpp cannot load {name}: {reason(error)}") from error
-        self._open = build_opener(ProxyHandler({})).open  # no proxy for a local server
         self._meta = self._ask("/v1/models")["data"][0]["meta"]
         self._slots: list[int] = []
         self.vocabulary, self.limit = self._meta["n_vocab"], self._meta["n_ctx_train"]
@@ -287,7 +287,7 @@ class LlamaCpp:
         head = {"Content-Type": "application/json"}
         data = json.dumps(body).encode() if body else None
         try:
-            with self._open(Request(self._server.listening_address + path, data, head)) as answer:
+            with open_url(Request(self._server.listening_address + path, data, head)) as answer:
                 return json.load(answer)
         except HTTPError as error:
             reason = error.read().decode()

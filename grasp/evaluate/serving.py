@@ -22,14 +22,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import Request
 
 import torch
 from torch import Tensor
 
 from grasp.config import Dtype
 from grasp.errors import GraspError
-from grasp.evaluate.runtimes import Benched, Run, weight_files_bytes
+from grasp.evaluate.runtimes import Benched, Run, open_url, weight_files_bytes
 from grasp.model.header import Header, read_header
 from grasp.model.load import TORCH_NAMES, best_dtype, load_model
 from grasp.model.source import resolve
@@ -39,7 +39,6 @@ STOP = 20.0  # seconds until a server that does not end is killed
 PAGE = 128  # tokens; vLLM's largest block
 SERVED = "model"  # as requests name it
 FAILED = re.compile(r"^(?!.*WARNING).*?(?:\w*Error|Exception): (.+)", re.MULTILINE)
-open_url = build_opener(ProxyHandler({})).open  # no proxy for a local server
 
 
 class Room(NamedTuple):

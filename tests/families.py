@@ -207,6 +207,15 @@ BROUGHT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Dense families that nothing else here names, to show that a new one needs no code.
+FOUR = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+UNTRIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cwm": ("Cwm", {**FOUR, **HEADS, **PLAIN_ROPE}),
+    "granite_swa": ("GraniteSWA", {**FOUR, "sliding_window": 9}),
+    "hyperclovax": ("HyperCLOVAX", {**FOUR, "embedding_multiplier": 2.0}),
+    "jais2": ("Jais2", FOUR),
+}
 # Mixtures whose experts are units: six experts in each of two layers, of which a token visits two.
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 6, **HEADS}),
@@ -345,8 +354,8 @@ def save_tiny(folder: Path, family: str = "llama", **options: Any) -> Path:
 
 
 def brought_model(name: str, **more: Any) -> PreTrainedModel:
-    """A model of `BROUGHT` in eval mode; norms and biases are random, too."""
-    prefix, settings = BROUGHT[name]
+    """A model of `BROUGHT` or `UNTRIED` in eval mode; norms and biases are random, too."""
+    prefix, settings = (BROUGHT | UNTRIED)[name]
     settings = {**settings, **more}
     tokens = {"vocab_size": 256, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
     if "text_config" in settings:
@@ -365,7 +374,7 @@ def brought_model(name: str, **more: Any) -> PreTrainedModel:
 
 
 def save_brought(folder: Path, name: str) -> Path:
-    """Write a model of `BROUGHT`, with random weights as its class draws them, and a tokenizer."""
+    """Write a model of `BROUGHT` or `UNTRIED`, and a tokenizer."""
     brought_model(name).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -14,7 +14,7 @@ import sys
 import pytest
 import ran
 import torch
-from families import BROUGHT, brought_model, save_brought
+from families import BROUGHT, UNTRIED, brought_model, save_brought
 from safetensors.torch import save_file
 from test_gguf import llama_cpp, log_probabilities
 
@@ -158,6 +158,31 @@ print(json.dumps(said))
 """
 
 
+def keep_answers(model, folder):
+    """What READ_WITHOUT_GRASP expects of the model in that folder."""
+    ids = torch.arange(3, 43)[None]
+    greedy = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8, use_cache=False)
+    kept = {
+        "ids": ids,
+        "logits": model(ids, use_cache=False).logits,
+        "tokens": model.generate(ids, attention_mask=torch.ones_like(ids), **greedy),
+    }
+    save_file({key: value.contiguous() for key, value in kept.items()}, folder / "kept.pt")
+
+
+def read_without_grasp(folders, cache):
+    """name -> "yes", or what differs in a process that cannot import grasp."""
+    run = subprocess.run(
+        [sys.executable, "-c", READ_WITHOUT_GRASP],
+        input="\n".join(f"{name}\t{folder}" for name, folder in folders.items()),
+        env={**os.environ, "HF_MODULES_CACHE": str(cache / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def test_widths_by_layer_load_without_grasp(tmp_path, monkeypatch):
     """All families in one process: its start takes longer than a model."""
 
@@ -175,30 +200,31 @@ def test_widths_by_layer_load_without_grasp(tmp_path, monkeypatch):
         except GraspError:
             said[name] = "no"
             continue
-        folded.save_pretrained(tmp_path / name)
-        ids = torch.arange(3, 43)[None]
-        greedy = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8, use_cache=False)
-        kept = {
-            "ids": ids,
-            "logits": folded(ids, use_cache=False).logits,
-            "tokens": folded.generate(ids, attention_mask=torch.ones_like(ids), **greedy),
-        }
-        save_file(
-            {key: value.contiguous() for key, value in kept.items()}, tmp_path / name / "kept.pt"
-        )
         folders[name] = tmp_path / name
-    run = subprocess.run(
-        [sys.executable, "-c", READ_WITHOUT_GRASP],
-        input="\n".join(f"{name}\t{folder}" for name, folder in folders.items()),
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said |= json.loads(run.stdout.splitlines()[-1])
+        folded.save_pretrained(folders[name])
+        keep_answers(folded, folders[name])
+    said |= read_without_grasp(folders, tmp_path)
     assert {*said.values()} <= {"yes", "no"}, said
     for name, cell in said.items():
         ran.check(name, "per-layer", remote=cell)
+
+
+def test_a_family_that_nothing_names_needs_no_code(tried, text, tmp_path):
+    """From the command line to a process without grasp, in layers of different widths."""
+    source = "".join(file.read_text() for file in (ran.ROOT / "grasp").rglob("*.py")).lower()
+    folders = {}
+    for name, (prefix, _) in UNTRIED.items():
+        assert name not in source and prefix.lower() not in source
+        dense, folder = save_brought(tmp_path / f"dense-{name}", name), tmp_path / name
+        options = (*WIDTHS, *QUICK, "--protect-first", 1, "--calibration", text)
+        assert tried("prune", dense, "--out", folder, *options) is None
+        assert tried("eval", folder, "--text", text, "--seq-len", 16, "--windows", 1) is None
+        assert tried("verify", folder) is None
+        model, _ = load_model(folder, dtype=torch.float32)
+        assert type(model).__name__ == f"Grasp{prefix}ForCausalLM"
+        keep_answers(model, folder)
+        folders[name] = folder
+    assert read_without_grasp(folders, tmp_path) == dict.fromkeys(UNTRIED, "yes")
 
 
 @names

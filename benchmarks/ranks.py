@@ -10,7 +10,6 @@ work on the machine makes steps slower, never faster. CPU seconds are of all ran
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -21,7 +20,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.sharding import on_ranks
+from benchmarks import torchrun
 from grasp import distributed
 from grasp.gates.gating import gated
 from grasp.gates.objective import Batch
@@ -47,19 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shard", choices=("none", "full"), default="none")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--rank-of", metavar="FOLDER", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.rank_of:
-        found = distributed.everywhere(_steps(Path(asked.rank_of), asked.shard))
-        if distributed.is_first():
-            print(json.dumps(found))
-        distributed.leave()
-        return
-    result = compare(asked.rounds, asked.shard)
-    print(json.dumps(result, indent=2))
-    if asked.out:
-        asked.out.write_text(json.dumps(result, indent=2) + "\n")
+    torchrun.main(
+        parser,
+        compare=lambda asked: compare(asked.rounds, asked.shard),
+        of_rank=lambda asked: _steps(asked.rank_of, asked.shard),
+    )
 
 
 def compare(rounds: int, shard: str) -> dict[str, Any]:
@@ -92,17 +83,15 @@ def compare(rounds: int, shard: str) -> dict[str, Any]:
 
 def _run(ranks: int, folder: str, shard: str) -> list[dict[str, float]]:
     """Seconds of the slowest rank, and CPU seconds of all, for each step."""
-    asked = f"--rank-of={folder}", f"--shard={shard}"
-    found = [rank["steps"] for rank in on_ranks(ranks, "benchmarks.ranks", *asked)]
+    found = torchrun.on_ranks(ranks, "benchmarks.ranks", folder, f"--shard={shard}")
     return [
         {"seconds": max(wall for wall, _ in each), "cpu_seconds": sum(cpu for _, cpu in each)}
-        for each in zip(*found, strict=True)
+        for each in zip(*(rank["steps"] for rank in found), strict=True)
     ]
 
 
 def _steps(folder: Path, shard: str) -> dict[str, Any]:
     """Wall and CPU seconds of each step on this rank."""
-    distributed.join()
     model: Any
     if shard == "full":
         model = load_sharded(folder, "full", None, "cpu")

@@ -11,10 +11,6 @@ a rank's peak is the peak less that. Counted are bytes, not time: any machine gi
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,6 +22,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks import torchrun
 from grasp import distributed
 from grasp.config import PruneConfig
 from grasp.gates.gating import gated
@@ -62,19 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--rank-of", metavar="FOLDER", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.rank_of:
-        found = distributed.everywhere(_peak(asked.rank_of))
-        if distributed.is_first():
-            print(json.dumps(found))
-        distributed.leave()
-        return
-    result = compare(asked.shape, asked.ranks)
-    print(json.dumps(result, indent=2))
-    if asked.out:
-        asked.out.write_text(json.dumps(result, indent=2) + "\n")
+    torchrun.main(
+        parser,
+        compare=lambda asked: compare(asked.shape, asked.ranks),
+        of_rank=lambda asked: _peak(asked.rank_of),
+    )
 
 
 def compare(shape: str, ranks: int) -> dict[str, Any]:
@@ -83,8 +72,8 @@ def compare(shape: str, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        (whole,) = on_ranks(1, "benchmarks.sharding", f"--rank-of={folder}")
-        split = on_ranks(ranks, "benchmarks.sharding", f"--rank-of={folder}")
+        (whole,) = torchrun.on_ranks(1, "benchmarks.sharding", folder)
+        split = torchrun.on_ranks(ranks, "benchmarks.sharding", folder)
     beside = whole["peak"] - whole["held"]
     weights = min(rank["peak"] for rank in split) - beside
     planned = PruneConfig.of(
@@ -111,24 +100,11 @@ def compare(shape: str, ranks: int) -> dict[str, Any]:
     }
 
 
-def on_ranks(ranks: int, module: str, *arguments: str) -> list[dict[str, Any]]:
-    """What a module prints as JSON, started as one process or by torchrun, a thread a rank."""
-    words = [sys.executable, "-m"]
-    if ranks > 1:
-        words += ["torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
-    words += [module, *arguments]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
-
-
-def _peak(folder: str) -> dict[str, int]:
+def _peak(folder: Path) -> dict[str, int]:
     """Bytes of the weights that this rank holds, and the most that a step adds to them."""
-    distributed.join()
     model: PreTrainedModel
     if distributed.ranks() > 1:
-        model = load_sharded(Path(folder), "full", None, "cpu")
+        model = load_sharded(folder, "full", None, "cpu")
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").requires_grad_(False)
     ids = torch.randint(3, 500, (1, SEQ_LEN), generator=torch.Generator().manual_seed(0))

@@ -39,6 +39,14 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def free_memory(gpu: str) -> int:
+    """Bytes of a GPU that this process may allocate: what is free, and what PyTorch has cached."""
+    import torch
+
+    cached = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + cached
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn errors of a full or unwritable disk into one line."""

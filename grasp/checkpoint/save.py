@@ -32,6 +32,7 @@ from grasp.checkpoint.verify import check_saved, not_finite
 from grasp.errors import GraspError, reason
 from grasp.model.classes import as_saved, without_weights
 from grasp.model.load import environment, load_model, quiet
+from grasp.model.places import places_of
 from grasp.model.source import copy_processor
 from grasp.model.units import LayerUnits, UnitSpace
 
@@ -74,7 +75,7 @@ def save(
     try:
         beside.mkdir(parents=True)
         _, record = save_checkpoint(model, tokenizer, beside, record)
-        reread, read_tokenizer = load_model(beside, dtype=None, device=str(model.device))
+        reread, read_tokenizer = load_model(beside, dtype=None, device=places_of(model))
         check_saved(beside, reread, read_tokenizer)
         os.rename(beside, out)
     finally:

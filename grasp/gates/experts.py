@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
+from grasp.model.places import device_of
 from grasp.model.units import decoder_layers
 
 
@@ -71,8 +72,9 @@ def closed_experts(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
     with ExitStack() as stack:
         for modules, (_, experts) in layers:
             if modules.routed is not None:
-                kept = mask.keep[experts].to(model.device, torch.float32)
-                stack.enter_context(gated_router(modules.routed.router, kept.detach))
+                router = modules.routed.router
+                kept = mask.keep[experts].to(device_of(router), torch.float32)
+                stack.enter_context(gated_router(router, kept.detach))
         yield
 
 

@@ -23,6 +23,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
 from grasp.gates.experts import gated_router
+from grasp.model.places import device_of
 from grasp.model.sharding import own_part
 from grasp.model.units import FFN, UnitSpace, decoder_layers
 from grasp_kernels import gated_attention, gated_swiglu_ffn
@@ -60,18 +61,22 @@ class Gates:
         counts = iter(self._sizes if open_counts is None else open_counts)
         for modules in self._layers:
             for part in (modules.ffn, modules.attention):
-                gate = Gate(next(pieces), next(counts), self._site)
+                piece, count = next(pieces), next(counts)
                 if part is not None:
-                    part.module.grasp_gate = gate
+                    _set(part.module, piece, count, self._site)
         for modules in self._layers:
-            gate = Gate(next(pieces), next(counts), self._site)
+            piece, count = next(pieces), next(counts)
             if modules.routed is not None:
-                modules.routed.router.grasp_gate = gate
+                _set(modules.routed.router, piece, count, self._site)
 
     def count(self, values: Tensor) -> list[int]:
         """The number of nonzero gates of each of `UnitSpace.sizes`; waits for a GPU once."""
         upto = F.pad((values != 0).cumsum(0), (1, 0))[self._ends]
         return upto.diff(prepend=upto.new_zeros(1)).tolist()
+
+
+def _set(module: Any, values: Tensor, open_count: int, site: GateSite) -> None:
+    module.grasp_gate = Gate(values.to(device_of(module)), open_count, site)
 
 
 @contextmanager

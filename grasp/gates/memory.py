@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
-import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig, RecoverConfig
 from grasp.distributed import everywhere
-from grasp.machine import memory_errors
+from grasp.machine import free_memory, memory_errors
 from grasp.model.header import Header, of_model
+from grasp.model.places import device_of
 from grasp.planning.memory import learning_memory
 from grasp.planning.recovery import OPTIMISER, learned_values, saved_activations
 
@@ -54,22 +54,27 @@ def choose(model: PreTrainedModel, config: PruneConfig | RecoverConfig) -> Memor
     """The fastest mode that fits in free GPU memory, "low" if none does; "fast" on a CPU."""
     if model.device.type != "cuda":
         return "fast"
-    cached = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = SLACK * (torch.cuda.mem_get_info(model.device)[0] + cached)
+    gpus = [str(device_of(layer)) for layer in model.get_decoder().layers]
+    free = {gpu: SLACK * free_memory(gpu) for gpu in (str(model.device), *gpus)}
     header = of_model(model)
     for mode in MODES[:-1]:
-        if _needed(model, header, config, mode) <= free:
+        of_layers, beside = _needed(model, header, config, mode)
+        part = of_layers / len(gpus)
+        if all(gpus.count(gpu) * part + beside <= free[gpu] for gpu in free):
             return mode
     return MODES[-1]
 
 
 def _needed(
     model: PreTrainedModel, header: Header, config: PruneConfig | RecoverConfig, mode: MemoryMode
-) -> int:
-    """Estimated bytes that learning takes besides the weights, which are there already."""
+) -> tuple[int, int]:
+    """Estimated bytes that learning takes besides the weights, which are there already.
+
+    Those of all decoder layers together, and others.
+    """
     if isinstance(config, RecoverConfig):  # computes in bf16, whatever the weights are
         learned = learned_values(header, config.lora_rank)
-        return OPTIMISER * learned + saved_activations(config, header, mode, 2)
+        return OPTIMISER * learned, saved_activations(config, header, mode, 2)
     tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
     memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
-    return memory.total - memory.weights
+    return memory.activations, memory.workspace + memory.gates

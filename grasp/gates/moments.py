@@ -15,6 +15,7 @@ from grasp.distributed import in_order
 from grasp.gates.objective import next_token_loss
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
+from grasp.model.places import device_of, joined
 from grasp.model.units import UnitSpace, decoder_layers
 
 Tap = tuple[nn.Linear, Literal["input", "output"]]
@@ -66,7 +67,7 @@ def channel_moments(
         def of_block(block: Tensor) -> Tensor:  # variances, means, the loss
             loss = next_token_loss(model, block[None].to(model.device))
             parts = zip(*(seen[place] for place in range(len(taps))), strict=True)
-            return torch.cat([part for kind in parts for part in kind] + [loss[None]])
+            return joined([mean[:0], *(part for kind in parts for part in kind), loss[None]])
 
         for step, found in enumerate(in_order(of_block, blocks[start:]), start + 1):
             block_var, block_mean, losses = found.split([len(var), len(mean), 1])
@@ -77,7 +78,8 @@ def channel_moments(
             journal.progress(step, len(blocks), loss, blocks.shape[1])
             state = {"mean": mean, "var": var, "step": torch.tensor(step)}
             journal.save(state.copy, final=step == len(blocks))
-    return [Moments(*pair) for pair in zip(mean.split(sizes), var.split(sizes), strict=True)]
+    found_of = zip(taps, mean.split(sizes), var.split(sizes), strict=True)
+    return [Moments(*(x.to(device_of(tap[0])) for x in pair)) for tap, *pair in found_of]
 
 
 def column_moments(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from grasp.config import GateSite, ScaleKind
 from grasp.gates.gating import Gates, gated
 from grasp.gates.norms import norms_before
+from grasp.model.places import device_of
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp_kernels import channel_scale
 
@@ -45,13 +46,15 @@ class Scales:
     def __init__(self, gates: Gates, units: int, places: list[End]) -> None:
         self._gates, self._units = gates, units
         self._sizes = [end.channels for end in places]
+        self._devices = [device_of(end.linears[0]) for end in places]
         self._pieces: tuple[Tensor, ...] = ()
 
     def set(self, values: Tensor, open_counts: list[int] | None = None) -> None:
         """Set [units + channels]: gates in the order of UnitSpace, scales in that of `ends`."""
         gates, scales = values.split([self._units, sum(self._sizes)])
         self._gates.set(gates, open_counts)
-        self._pieces = scales.split(self._sizes)
+        pieces = zip(scales.split(self._sizes), self._devices, strict=True)
+        self._pieces = tuple(piece.to(device) for piece, device in pieces)
 
     def at(self, place: int) -> Tensor:
         """The scales of one of the `ends`, [channels]."""

@@ -20,6 +20,7 @@ from grasp.errors import GraspError, reason
 from grasp.gates.compiled import compiled
 from grasp.gates.objective import Batch, loss
 from grasp.journal import Journal
+from grasp.model.places import places_of
 from grasp.model.sharding import is_sharded
 
 READ_EVERY = 10  # steps between reads of the loss from an accelerator
@@ -116,7 +117,8 @@ def train_gates(
         settings.lm_weight,
     )
     run_step: Callable[[Batch, Tensor], Tensor] = one_step
-    alone = distributed.ranks() == 1 and not is_sharded(model)  # a graph holds no collectives
+    # a graph holds no collectives, and lies on one GPU
+    alone = distributed.ranks() == 1 and not is_sharded(model) and isinstance(places_of(model), str)
     if on_gpu and small and alone:
         run_step = CapturedStep(one_step, journal.note)
     elif on_gpu:

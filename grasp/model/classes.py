@@ -22,6 +22,7 @@ from grasp.model.experts import COUNTED, SHARED_WIDTH
 from grasp.model.header import FAMILIES, from_config
 from grasp.model.load import auto_class, move
 from grasp.model.modeling_grasp import PREFIX, WIDTHS, classes_of
+from grasp.model.places import places_of
 from grasp.model.units import LayerUnits, UnitSpace
 
 # Config keys that a class or save_pretrained sets itself.
@@ -191,7 +192,7 @@ def as_saved(
     target, note = without_weights(model, space, stock_only=stock_only)
     target.load_state_dict(model.state_dict(), assign=True)
     target.tie_weights()
-    return move(target, str(model.device)).train(model.training), note
+    return move(target, places_of(model)).train(model.training), note
 
 
 def _expert_counts(config: Mapping[str, Any], space: UnitSpace) -> dict[str, int]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from grasp.model.places import Places
+
 ShardMode = Literal["none", "node", "full"]
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 LOADER = "transformers.modeling_utils"
@@ -54,21 +56,21 @@ def load_model(
     spec: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None,
-    device: str = "cpu",
+    device: Places = "cpu",
     trust_remote_code: bool = False,
     shard: ShardMode = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be pruned or evaluated.
 
     The model is frozen and in eval mode, in `dtype` (None: as stored) on `device` (see
-    `pick_device`). It uses SDPA attention, or eager if it has a softcap. A GGUF model is
-    dequantised (to fp32 if `dtype` is None) and gets the plain config of its family. Other weights
-    must be safetensors. A checkpoint's own code runs only with `trust_remote_code`. `shard` other
-    than "none" splits the weights over ranks (see `load_sharded`). Raises GraspError.
+    `pick_device` and `Places`). It uses SDPA attention, or eager if it has a softcap. A GGUF model
+    is dequantised (to fp32 if `dtype` is None) and gets the plain config of its family. Other
+    weights must be safetensors. A checkpoint's own code runs only with `trust_remote_code`. `shard`
+    other than "none" splits the weights over ranks (see `load_sharded`). Raises GraspError.
     """
     source = resolve(spec)
     check_readable(source)
-    device = pick_device(device)
+    device = pick_device(device) if isinstance(device, str) else device
 
     import torch
 
@@ -81,9 +83,10 @@ def load_model(
                 with _parsed_once():
                     model, tokenizer = _load_gguf(Path(source.location), dtype or torch.float32)
             elif shard != "none":
-                model, tokenizer = _load_shards(source, shard, dtype, device, trust_remote_code)
+                own = str(device)
+                model, tokenizer = _load_shards(source, shard, dtype, own, trust_remote_code)
             else:
-                model, tokenizer = _load_safetensors(source, dtype, trust_remote_code)
+                model, tokenizer = _load_safetensors(source, dtype, device, trust_remote_code)
     except GraspError:
         raise
     except Exception as error:  # a damaged or foreign checkpoint may raise anything
@@ -94,7 +97,7 @@ def load_model(
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):  # Gemma's, rounded in a narrow dtype
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
-    model = model if shard != "none" else model.to(device)
+    model = model if shard != "none" else move(model, device)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -170,9 +173,15 @@ def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
                 parameter.data = parameter.data.to(own)
 
 
-def move(model: Any, device: str) -> PreTrainedModel:
-    """`model.to(device)`, which transformers declares for dtypes only."""
-    moved: PreTrainedModel = model.to(device)
+def move(model: Any, device: Places) -> PreTrainedModel:
+    """Move a model, in place, to one device or to several places."""
+    if isinstance(device, str):
+        model.to(device)
+    else:
+        from grasp.model.places import place
+
+        place(model, device)
+    moved: PreTrainedModel = model
     return moved
 
 
@@ -262,17 +271,30 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _load_safetensors(
-    source: Source, dtype: torch.dtype | None, trust_remote_code: bool
+    source: Source, dtype: torch.dtype | None, device: Places, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from accelerate import init_empty_weights
     from transformers import AutoConfig
+
+    from grasp.model.places import device_map
 
     location = source.location
     options = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
         options["local_files_only"] = not hub_answers()
-    auto = auto_class(AutoConfig.from_pretrained(location, **options))
+    config = AutoConfig.from_pretrained(location, **options)
+    auto, places = auto_class(config), None
+    if not isinstance(device, str):  # each part is read where it belongs, not by the host first
+        with init_empty_weights():
+            empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+        places = device_map(empty, device)
     model, loading = auto.from_pretrained(
-        location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+        location,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        device_map=places,
+        **options,
     )
     for problem, keys in (("lack", "missing_keys"), ("hold, unused by it,", "unexpected_keys")):
         # transformers would continue with random weights, or without the unexpected ones

@@ -7,12 +7,16 @@ The frozen weights lie on each rank, or in parts over those of a machine or over
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from grasp.config import PlannedMemory, PruneConfig
 from grasp.errors import GraspError
 from grasp.model.header import Header
 from grasp.model.load import ShardMode
+from grasp.model.units import SHARED
 from grasp.planning.check import check_shard
 from grasp.planning.memory import Memory, evaluation_memory, learning_memory, refit_memory
 
@@ -128,6 +132,48 @@ def spread(header: Header, config: PruneConfig, width: int, gpus: Gpus) -> Sprea
     return Spread(gpus, ways, refused, command, needed)
 
 
+def over_layers(
+    header: Header,
+    config: PruneConfig,
+    width: int,
+    gpus: Sequence[str],
+    free: Callable[[str], int],
+) -> tuple[tuple[str, ...], str] | None:
+    """Where a model lies that the first of `gpus` cannot hold, in one process, and a note on it.
+
+    The first GPU gets all but the decoder layers, and each GPU as many adjacent layers as its
+    `free` bytes allow in proportion: `grasp.model.places`. None if the model fits on the first.
+    Raises GraspError if its weights do not fit on all together.
+    """
+    alone = _way("none", header, config, width, Gpus(1, 1, free(gpus[0])))
+    tied = any(SHARED in why for why in header.whole)  # a layer reads tensors of another
+    if alone.fits or len(gpus) == 1 or tied:
+        return None
+    room = [free(gpu) for gpu in gpus]
+    weights = header.stored_bytes * header.space.total_params
+    if weights > USABLE * sum(room):
+        raise GraspError(
+            f"the weights of {config.model} are {weights / 1e9:,.1f} GB, and {len(gpus)} GPUs have "
+            f"{sum(room) / 1e9:,.1f} GB free: use more of them"
+        )
+    total, layers = header.space.total_params, len(header.space.layers)
+    ends, each = _ends(header), (total - _ends(header)) / layers
+    upto = [part * total / sum(room) for part in accumulate(room)]
+    own = [gpus[bisect_left(upto, ends + (n + 0.5) * each)] for n in range(layers)]
+    note = (
+        f"the model is too large for {gpus[0]} (it takes {alone.peak / 1e9:,.1f} GB, "
+        f"{room[0] / 1e9:,.1f} are free): its layers lie on {len({*own})} GPUs, which work in turns"
+    )
+    faster = spread(header, config, width, Gpus(len(gpus), 1, min(room))).command
+    return (gpus[0], *own), note + (f"; faster, all at once: {faster}" if faster else "")
+
+
+def _ends(header: Header) -> int:
+    """Parameters of the embedding and of a head of its own."""
+    table = header.vocab_size * header.space.hidden_size
+    return table * min(ENDS, header.space.fixed_params // table)
+
+
 def _way(shard: ShardMode, header: Header, config: PruneConfig, width: int, gpus: Gpus) -> Way:
     """The way with the fastest memory mode that fits, or else with the least memory."""
     tried = [_in_mode(mode, shard, header, config, width, gpus) for mode in MODES]
@@ -144,7 +190,7 @@ def _in_mode(
 ) -> Way:
     space, of = header.space, {"none": 1, "node": gpus.each, "full": gpus.all}[shard]
     table, layers = header.vocab_size * space.hidden_size, space.prunable_params
-    split = layers + table * min(ENDS, space.fixed_params // table)
+    split = layers + _ends(header)
     held = space.total_params - split + math.ceil(split / of)
     layer = space.hidden_size * max(layer.cost for layer in space.layers) if of > 1 else 0
     gathered = max(GATHERED * layer, table) if of > 1 else 0

@@ -32,6 +32,7 @@ from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
 from grasp.model.load import cast, move
+from grasp.model.places import places_of
 from grasp.planning.check import check_fit
 from grasp.report.comparison import figure, page
 from grasp.run.folder import Run, Show
@@ -244,6 +245,7 @@ class _Grid:
     ) -> None:
         self._run, self._start, self._score = run, start, score
         self._perplexities = perplexities  # of the dense model, on each text
+        self._places = places_of(dense)
         self._dense = move(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Selection, Cost]] = {}
         self._taught: tuple[Any, Tensor] | None = None  # a seed and dtype, and what they gave
@@ -263,7 +265,7 @@ class _Grid:
         if cell.rewrites or cell.selection not in self._chosen:
             part = self._run.part(cell.selection)
             reset_peak_memory()
-            move(model, cell.config.device)
+            move(model, self._places)
             with memory_mode(model, cell.config):
                 selection = select(model, projection, blocks, cell.config, part.stage, teacher)
             move(self._dense, "cpu")
@@ -278,15 +280,15 @@ class _Grid:
             return None
         key = config.seed, dense.dtype
         if self._taught is None or self._taught[0] != key:
-            self._taught = key, last_hidden(move(dense, config.device), blocks)
+            self._taught = key, last_hidden(move(dense, self._places), blocks)
         return self._taught[1]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
         """Copy the dense model in the cell's dtype; load it again if it has another dtype."""
         dtype = working_dtype(config)
         if self._dense.dtype == dtype:
-            return move(copy.deepcopy(self._dense), config.device)
-        return cast(load_dense(config)[0], dtype)
+            return move(copy.deepcopy(self._dense), self._places)
+        return cast(load_dense(config, self._places)[0], dtype)
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         config, run, part = cell.config, self._run, self._run.part(cell.name)

@@ -45,8 +45,8 @@ from grasp.gates.fidelity import (
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
 from grasp.gates.training import TrainSettings
-from grasp.machine import disk_errors, memory_errors
-from grasp.model.header import of_model
+from grasp.machine import disk_errors, free_memory, memory_errors
+from grasp.model.header import of_model, read_header
 from grasp.model.load import (
     TORCH_NAMES,
     best_dtype,
@@ -59,12 +59,14 @@ from grasp.model.load import (
     pick_device,
     widened,
 )
+from grasp.model.places import Places, places_of
 from grasp.model.sharding import free, is_sharded, own_part
 from grasp.model.source import read_json
 from grasp.model.stored import INDEX
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check_fit
 from grasp.planning.layouts import least
+from grasp.planning.ranks import over_layers
 from grasp.report.results import add_reports
 from grasp.run.by_layer import add_record, write_pruned
 from grasp.run.folder import Run, Show, open_run
@@ -191,6 +193,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         teacher = teacher_of(model, blocks, config)
         projection = start.projection(config)
         selection = select(model, projection, blocks, config, run.stage, teacher)
+    places = places_of(model)
     if "" not in budgets and not is_sharded(model):
         move(model, "cpu")  # the device holds the copy that is pruned
     results = []
@@ -207,7 +210,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
                 to = start.tokenizer, part, run.checkpoint
                 pruned = write_pruned(model, mask, *made, *to, last=last)
             else:
-                pruned = move(copy.deepcopy(model), config.device) if name else model
+                pruned = move(copy.deepcopy(model), places) if name else model
                 pruned = apply_mask(pruned, mask, *made, start.stored_dtype, part)
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
             ending = partial(finish_sharded, own) if is_sharded(model) else finish
@@ -248,7 +251,7 @@ class Start:
 
 def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """Load the model as stored, and the texts; refuse here what must fail after the long work."""
-    model, tokenizer = load_dense(config)
+    model, tokenizer = load_dense(config, where(config, run))
     check_budget(config, model)
     if is_sharded(model) and working_dtype(config) != model.dtype:
         raise GraspError(
@@ -273,12 +276,30 @@ def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
         )
 
 
-def load_dense(config: RunConfig) -> tuple[PreTrainedModel, Any]:
+def where(config: PruneConfig, run: Run) -> Places:
+    """Where the model goes: over all GPUs if "cuda" means one process and a GPU too small for it.
+
+    Raises GraspError if they are too small together.
+    """
+    if config.device != "cuda" or ranks() > 1:
+        return config.device
+    own, count = torch.cuda.current_device(), torch.cuda.device_count()
+    gpus = [f"cuda:{(own + other) % count}" for other in range(count)]
+    width = getattr(torch, TORCH_NAMES[config.dtype]).itemsize
+    found = over_layers(read_header(config.model), config, width, gpus, free_memory)
+    if found is None:
+        return config.device
+    places, note = found
+    run.log(event="note", text=note)
+    return places
+
+
+def load_dense(config: RunConfig, places: Places | None = None) -> tuple[PreTrainedModel, Any]:
     """Load the model as stored, and its tokenizer. Raises GraspError if it cannot be pruned."""
     model, tokenizer = load_model(
         config.model,
         dtype=None,
-        device=config.device,
+        device=places or config.device,
         trust_remote_code=config.trust_remote_code,
         shard=getattr(config, "shard", "none"),
     )
@@ -408,8 +429,9 @@ def apply_mask(
         last = [Scale(config.scales, scales)]
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
         # the working dtype has rounded the weights: apply all edits again, to the stored ones
+        places = places_of(model)
         _release(model)
-        model = load_dense(config)[0]
+        model = load_dense(config, places)[0]
         last = [*edits, *last]
     for found in last:
         found.apply(model)
@@ -429,7 +451,7 @@ def finish(
     Returns the record with the results, beside those of `dense`. `model` cannot be used afterwards.
     Raises GraspError if `grasp verify` would fail.
     """
-    device = str(model.device)
+    places = places_of(model)
 
     def save() -> tuple[Saved, Record]:
         folder.mkdir(parents=True)
@@ -439,7 +461,7 @@ def finish(
     if saved.note:
         run.log(event="note", text=saved.note)
     _release(model)
-    reread, tokenizer = load_model(folder, dtype=None, device=device)
+    reread, tokenizer = load_model(folder, dtype=None, device=places)
     from_first(lambda: check_saved(folder, reread, tokenizer))
     return _evaluated(record, saved, reread, start, dense, run)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from grasp.gates.moments import column_moments
 from grasp.journal import Journal
+from grasp.model.places import joined
 from grasp.model.units import UnitSpace
 
 
@@ -28,4 +29,4 @@ def flap_scores(
         columns = x.var * weight.float().square().sum(0)
         spread = columns.std().clamp(min=torch.finfo(columns.dtype).tiny)
         scores.append(((columns - columns.mean()) / spread).view(count, -1).mean(1))
-    return torch.cat(scores)
+    return joined(scores)

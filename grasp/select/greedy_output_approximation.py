@@ -31,6 +31,7 @@ from grasp.compress.refit import ridge_solve
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
+from grasp.model.places import device_of
 from grasp.model.units import FFN, decoder_layers
 from grasp.select.head_similarity import distance_to_nearest_later, returning_maps
 from grasp.select.output_approximation import column_norms
@@ -86,7 +87,7 @@ def prune_greedily(
     def cut(linear: nn.Linear, raw: Tensor, module: int) -> Tensor:
         """Zero the columns of the lowest units; return the columns of the others."""
         order = raw.argsort(stable=True)
-        scores[module][order] = ladder.split(sizes)[module]
+        scores[module][order.to(ladder.device)] = ladder.split(sizes)[module]
         dropped, kept = order.tensor_split([len(order) - count[module]])
         width = linear.in_features // len(raw)
         linear.weight[:, expand(dropped, width)] = 0
@@ -95,7 +96,8 @@ def prune_greedily(
     with returning_maps(model) if similar_heads else nullcontext():
         options = layer_options(model, blocks[:1])
         for index, (layer, modules) in enumerate(zip(layers, decoder_layers(model), strict=True)):
-            run = runner(layer, options[index])
+            run, device = runner(layer, options[index]), device_of(layer)
+            dense, pruned = dense.to(device), pruned.to(device)
             own = Module.of(run, modules.outputs, pruned, dense)
             if (attention := modules.attention) is not None:
                 out, groups = attention.out, space.layers[index].kv_groups

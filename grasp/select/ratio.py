@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grasp.model.places import joined
+
 
 def uniform_ratio(modules: Sequence[Tensor]) -> Tensor:
     """Turn raw scores into ranks [units], so that one threshold keeps the same ratio everywhere.
@@ -20,4 +22,4 @@ def uniform_ratio(modules: Sequence[Tensor]) -> Tensor:
         ordered = raw.sort().values
         below, up_to = (torch.searchsorted(ordered, raw, right=right) for right in (False, True))
         parts.append((below + up_to) / (2 * len(raw)))
-    return torch.cat(parts)
+    return joined(parts)

@@ -95,10 +95,11 @@ class _Watch:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, index, weights = [*args, *kwargs.values()]  # [tokens, hidden], [tokens, k] twice
-        self._tokens.zero_()
-        self._norms.zero_()
+        tokens, norms = torch.zeros(2, len(self._tokens), device=hidden.device)
         for own, weight in zip(index.split(1, 1), weights.split(1, 1), strict=True):
             output = type(module).forward(module, hidden, own, torch.ones_like(weight))
             norm = output.float().norm(dim=1) * weight[:, 0].float()
-            self._tokens.index_add_(0, own[:, 0], torch.ones_like(norm))
-            self._norms.index_add_(0, own[:, 0], norm)
+            tokens.index_add_(0, own[:, 0], torch.ones_like(norm))
+            norms.index_add_(0, own[:, 0], norm)
+        self._tokens.copy_(tokens)
+        self._norms.copy_(norms)

@@ -17,6 +17,7 @@ from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options, runner
 from grasp.model.load import cast
+from grasp.model.places import device_of
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.select.ratio import uniform_ratio
 from grasp.sparsity.blocks import Block, fp32
@@ -43,6 +44,7 @@ def wanda_plus_plus_scores(
     for index, (layer, kwargs, modules) in enumerate(zip(layers, options, modules_of, strict=True)):
         run = runner(layer, tree_map(fp32, kwargs))
         cast(layer, torch.float32)
+        hidden, dense = hidden.to(device_of(layer)), dense.to(device_of(layer))
         linears = {str(place): linear for place, linear in enumerate(modules.outputs)}
         block = Block(linears, run, hidden, dense)
         factors = regional_factors(block)

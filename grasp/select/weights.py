@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.model.places import joined
 from grasp.model.units import FFN_COST, Rows, UnitSpace, decoder_layers
 
 
@@ -45,4 +46,4 @@ def unit_means(
         if (routed := modules.routed) is not None:
             parts = [value(weight).flatten(1).sum(1) for weight in routed.matrices]
             pieces += [torch.stack(parts).sum(0) / layer.expert_cost]
-    return torch.cat(pieces) / space.hidden_size
+    return joined(pieces) / space.hidden_size

@@ -20,6 +20,8 @@ from ranks import command, ranks
 
 import grasp
 from grasp import distributed
+from grasp.errors import GraspError
+from grasp.model import load
 from grasp.run import folder as run
 
 SMALL = dict(samples=8, seq_len=32, epochs=2, eval_windows=3, device="cpu", accumulate=4)
@@ -127,3 +129,21 @@ def test_one_process_asks_nobody():
     assert distributed.summed(items) is items
     assert distributed.from_first(lambda: 7) == 7
     distributed.check_same("what", {"a": 1})
+
+
+def test_a_rank_has_the_gpu_of_its_number(monkeypatch):
+    """A model is read again where it lies, which is cuda:1 on rank 1."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(load, "ranks", lambda: 2)
+    monkeypatch.setattr(load, "local_rank", lambda: 1)
+    assert [load.pick_device(name) for name in ("auto", "cuda", "cuda:1")] == [
+        "cuda",
+        "cuda",
+        "cuda:1",
+    ]
+    with pytest.raises(GraspError, match="which gives each rank its own GPU, got cuda:0"):
+        load.pick_device("cuda:0")
+    monkeypatch.setattr(load, "local_rank", lambda: 2)
+    with pytest.raises(GraspError, match="has no GPU: this machine has 2"):
+        load.pick_device("cuda")

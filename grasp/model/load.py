@@ -231,7 +231,7 @@ def pick_device(device: str) -> str:
 
 def _check_gpu_of_rank(asked: int | None, gpus: int) -> None:
     """Raise GraspError unless each rank of this machine has a GPU of its own."""
-    if asked is not None:
+    if asked not in (None, local_rank()):  # its own is where its model lies
         raise GraspError(
             f"`device` must be cuda under torchrun, which gives each rank its own GPU, got "
             f"cuda:{asked}"

@@ -12,12 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from families import FAMILIES
+from families import FAMILIES, brought_model
 from test_checkpoint import IDS, UNEVEN, pruned, save
+from test_structure import random_mask
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grasp.compress.fold import fold
 from grasp.model.modeling_grasp import classes_of
+from grasp.model.units import UnitSpace
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,6 +46,16 @@ def test_each_layer_says_its_heads(family, tmp_path, monkeypatch):
     assert [seen[i] for i in range(3)] == layers
     assert decoder.is_backend_compatible()
     assert decoder.tp_plan == model.model.tp_plan != {}
+
+
+@pytest.mark.parametrize("name", ["falcon-h1", "qwen3.5"])
+def test_layers_with_states_are_refused_where_none_are_kept(name):
+    """Falcon-H1 has attention in every layer, so that vLLM itself misses the mixer beside it."""
+    model = brought_model(name)
+    config = fold(model, random_mask(UnitSpace.of(model))).config
+    config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match=r"^vLLM's Transformers backend keeps no states"):
+        AutoModel.from_config(config)
 
 
 def test_the_plugin_names_every_class(monkeypatch):

@@ -153,6 +153,11 @@ class PerLayerWidths(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         whole = config.as_built()
+        if whole._attn_implementation == "vllm" and self._is_stateful:
+            raise ValueError(
+                f"vLLM's Transformers backend keeps no states of {type(self).__name__} from one "
+                "token to the next, only keys and values: its answers would be wrong"
+            )
         super().__init__(whole, *args, **kwargs)
         config._attn_implementation = whole._attn_implementation
         decoder: Any = self.get_decoder()

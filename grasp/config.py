@@ -54,7 +54,7 @@ RATE, LORA_RATE = 1e-4, 1e-3  # of recovery
 KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
 SEEDS = (0, 1, 2)
 COMPARED_WIDTHS = {"ffn_multiple": 1}
-SET_BY_COMPARE = {"params", "kv_cache", "method", "compensate", "seed", "as_published", "shard"}
+SET_BY_COMPARE = {"params", "kv_cache", "method", "compensate", "seed", "as_published"}
 CALIBRATION = (
     "Text, JSON-lines, CSV or Parquet file, hub data set, self, or builtin; several as "
     "a.txt,b.jsonl:0.3, with weights."

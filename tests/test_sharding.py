@@ -108,6 +108,22 @@ def test_evaluation_in_shards(tiny, text, tmp_path):
     assert json.loads(found) == json.loads(json.dumps(whole.to_json()))
 
 
+def test_cells_of_a_comparison_in_shards(tiny, text, tmp_path):
+    options = dict(SMALL, calibration=text, keep=0.5, epochs=1, scale_epochs=1)
+    methods = ["random", "learned+refit"]
+    whole = grasp.compare(tiny, tmp_path / "whole", methods=methods, seeds=[0], **options).summary
+    said, out = tmp_path / "said", tmp_path / "two"
+    split = dict(options, methods=",".join(methods), seeds=0, shard="full")
+    assert ranks(2, command("compare", tiny, out, **split), said) == [0, 0], said.read_text()
+    found = json.loads((out / "compare.json").read_text())
+    assert found["dense"] == whole["dense"] and found["config"] == whole["config"]
+    for own, known in zip(found["cells"], whole["cells"], strict=True):
+        for same in ("method", "kept", "parameters", "mask_sha256"):
+            assert own[same] == known[same]
+        assert own["perplexity"]["nll"] == pytest.approx(known["perplexity"]["nll"], 1e-4)
+    assert {*os.listdir(out)} == {"README.md", "compare.json", "compare.png", "log.jsonl"}
+
+
 def test_sparse_weights_in_shards(text, tmp_path):
     model = save_tiny(tmp_path / "model", tied=True)
     options = dict(calibration=text, samples=4, seq_len=32, rounds=1, eval_windows=3, device="cpu")
@@ -151,5 +167,7 @@ def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):
     )
     with pytest.raises(GraspError, match="start it with torchrun"):
         grasp.evaluate_text(str(tiny), str(text), device="cpu", shard="full")
+    with pytest.raises(GraspError, match="`tasks` runs on one rank, which holds no model in"):
+        grasp.compare(tiny, tmp_path / "out", **SMALL, calibration=text, shard="full", tasks="piqa")
     with pytest.raises(GraspError, match="start it with torchrun"):
         grasp.prune(tiny, tmp_path / "out", **SMALL, calibration=text, shard="full")

@@ -31,19 +31,20 @@ from grasp.evaluate.zero_shot import evaluate_tasks
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
-from grasp.model.load import cast, move
-from grasp.model.places import places_of
+from grasp.model.load import ShardMode, cast, move
+from grasp.model.places import Places, places_of
+from grasp.model.sharding import is_sharded
 from grasp.planning.check import check_fit
 from grasp.report.comparison import figure, page
 from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
-    apply_mask,
     begin,
     check_budget,
     check_fidelity,
     finish,
     load_dense,
+    make,
     measure_dense,
     on_device,
     open_job,
@@ -124,10 +125,14 @@ def compare(
             f"`{min(own)}` is set for each cell of compare: use `keep`, `methods` and `seeds`"
         )
     base = PruneConfig.of(model, keep=parts[0], **COMPARED_WIDTHS | options)
+    if base.shard != "none" and tasks:
+        raise GraspError(
+            f"`tasks` runs on one rank, which holds no model in `shard={base.shard!r}`"
+        )
     header = check_run(base, out)
     base = on_device(base)
     if methods is None:
-        methods = all_methods(mixture=bool(header.space.experts))
+        methods = all_methods(mixture=bool(header.space.experts), shard=base.shard)
     cells = _cells(base, parts, methods, seeds)
     for cell in cells:
         check_fit(cell.config, header)
@@ -193,9 +198,10 @@ def _score(
     return from_first(lambda: evaluate().to_json())
 
 
-def all_methods(*, mixture: bool) -> tuple[str, ...]:
-    """Our criteria that score what can go, and the best two with refit."""
-    ours = (c.name for c in criteria.OURS if criteria.suits(c.name, mixture=mixture))
+def all_methods(*, mixture: bool, shard: ShardMode = "none") -> tuple[str, ...]:
+    """Our criteria that score what can go, where the weights lie so; the best two with refit."""
+    able = [c for c in criteria.OURS if c.shardable or shard == "none"]
+    ours = (c.name for c in able if criteria.suits(c.name, mixture=mixture))
     return (*ours, "learned+refit", "fisher+refit")
 
 
@@ -246,7 +252,7 @@ class _Grid:
         self._run, self._start, self._score = run, start, score
         self._perplexities = perplexities  # of the dense model, on each text
         self._places = places_of(dense)
-        self._dense = move(dense, "cpu")  # the device holds the model in use
+        self._dense = _moved(dense, "cpu")  # the device holds the model in use
         self._chosen: dict[str, tuple[Selection, Cost]] = {}
         self._taught: tuple[Any, Tensor] | None = None  # a seed and dtype, and what they gave
 
@@ -265,10 +271,10 @@ class _Grid:
         if cell.rewrites or cell.selection not in self._chosen:
             part = self._run.part(cell.selection)
             reset_peak_memory()
-            move(model, self._places)
+            _moved(model, self._places)
             with memory_mode(model, cell.config):
                 selection = select(model, projection, blocks, cell.config, part.stage, teacher)
-            move(self._dense, "cpu")
+            _moved(self._dense, "cpu")
             self._chosen[cell.selection] = selection, part.remember("cost", partial(_cost, part))
         return self._chosen[cell.selection]
 
@@ -280,12 +286,17 @@ class _Grid:
             return None
         key = config.seed, dense.dtype
         if self._taught is None or self._taught[0] != key:
-            self._taught = key, last_hidden(move(dense, self._places), blocks)
+            self._taught = key, last_hidden(_moved(dense, self._places), blocks)
         return self._taught[1]
 
     def _own_model(self, config: PruneConfig) -> PreTrainedModel:
-        """Copy the dense model in the cell's dtype; load it again if it has another dtype."""
+        """A copy of the dense model in the cell's dtype; loaded again if it has another dtype.
+
+        A sharded model is no copy, since its layers are cut one by one as they are written.
+        """
         dtype = working_dtype(config)
+        if is_sharded(self._dense):
+            return self._dense
         if self._dense.dtype == dtype:
             return move(copy.deepcopy(self._dense), self._places)
         return cast(load_dense(config, self._places)[0], dtype)
@@ -301,20 +312,12 @@ class _Grid:
             model = self._own_model(config)
         mask = projection.mask(selection.scores)
         reset_peak_memory()
-        pruned = apply_mask(
-            model,
-            mask,
-            selection.scales,
-            blocks,
-            teacher,
-            config,
-            self._start.stored_dtype,
-            part,
-        )
-        making = part.remember("cost", partial(_cost, part))
         folder = run.checkpoint / "cell"
+        how = mask, selection.scales, blocks, teacher, config, self._start, part, folder
+        pruned = make(model, *how, last=False)
+        making = part.remember("cost", partial(_cost, part))
         record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
-        record = finish(pruned, record, self._start, self._perplexities, run, folder)
+        record = finish(config, pruned, record, self._start, self._perplexities, run, folder)
         tasks = self._score(str(folder))
         from_first(lambda: shutil.rmtree(run.checkpoint))
         perplexity, *others = [pruned for _, pruned in record.perplexities]
@@ -333,6 +336,11 @@ class _Grid:
             "making": making,
             "mask_sha256": record.mask_sha256,
         }
+
+
+def _moved(model: PreTrainedModel, places: Places) -> PreTrainedModel:
+    """`move`, for a model that no rank holds in part."""
+    return model if is_sharded(model) else move(model, places)
 
 
 def _cost(part: Run) -> Cost:

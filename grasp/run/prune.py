@@ -29,7 +29,7 @@ from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
 from grasp.compress.fold import check_fold
 from grasp.compress.refit import refit
-from grasp.config import PruneConfig, RunConfig, SparsifyConfig
+from grasp.config import PruneConfig, RunConfig
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
@@ -49,6 +49,7 @@ from grasp.machine import disk_errors, free_memory, memory_errors
 from grasp.model.header import of_model, read_header
 from grasp.model.load import (
     TORCH_NAMES,
+    ShardMode,
     best_dtype,
     cast,
     check_launched,
@@ -194,7 +195,8 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         projection = start.projection(config)
         selection = select(model, projection, blocks, config, run.stage, teacher)
     places = places_of(model)
-    if "" not in budgets and not is_sharded(model):
+    copied = "" not in budgets and not is_sharded(model)
+    if copied:
         move(model, "cpu")  # the device holds the copy that is pruned
     results = []
     for name, budget in budgets.items():
@@ -204,17 +206,12 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         folder = run.finished(name) if name else run.checkpoint
         if not from_first(folder.exists):
             part = run.part(name) if name else run
-            made = selection.scales, blocks, teacher, own
-            if is_sharded(model):
-                last = budget is [*budgets.values()][-1]
-                to = start.tokenizer, part, run.checkpoint
-                pruned = write_pruned(model, mask, *made, *to, last=last)
-            else:
-                pruned = move(copy.deepcopy(model), places) if name else model
-                pruned = apply_mask(pruned, mask, *made, start.stored_dtype, part)
+            how = mask, selection.scales, blocks, teacher, own, start, part, run.checkpoint
+            last = budget is [*budgets.values()][-1]
+            source = move(copy.deepcopy(model), places) if copied else model
+            pruned = make(source, *how, last=last)
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
-            ending = partial(finish_sharded, own) if is_sharded(model) else finish
-            record = ending(pruned, record, start, dense, part, run.checkpoint)
+            record = finish(own, pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
             from_first(partial(_write, run.checkpoint, record, part))
             part.log(event="finished", folder=str(run.out / name), **record.results)
@@ -385,6 +382,29 @@ def working_dtype(config: PruneConfig) -> torch.dtype:
     return dtype
 
 
+def make(
+    model: PreTrainedModel,
+    mask: Mask,
+    joint_scales: Tensor | None,
+    blocks: Tensor,
+    teacher: Tensor | None,
+    config: PruneConfig,
+    start: Start,
+    run: Run,
+    folder: Path,
+    *,
+    last: bool,
+) -> PreTrainedModel:
+    """The pruned model, as `apply_mask` gives it.
+
+    If `model` is sharded, by `write_pruned`, which writes the weights into the new `folder`.
+    """
+    how = mask, joint_scales, blocks, teacher, config
+    if is_sharded(model):
+        return write_pruned(model, *how, start.tokenizer, run, folder, last=last)
+    return apply_mask(model, *how, start.stored_dtype, run)
+
+
 def apply_mask(
     model: PreTrainedModel,
     mask: Mask,
@@ -439,6 +459,7 @@ def apply_mask(
 
 
 def finish(
+    config: RunConfig,
     model: PreTrainedModel,
     record: Record,
     start: Start,
@@ -446,11 +467,31 @@ def finish(
     run: Run,
     folder: Path,
 ) -> Record:
-    """Save the pruned model in the new `folder`; check and measure the model read back from there.
+    """Check and measure the checkpoint of the pruned `model`, as it is read back from `folder`.
 
-    Returns the record with the results, beside those of `dense`. `model` cannot be used afterwards.
-    Raises GraspError if `grasp verify` would fail.
+    With `config.shard`, it has been written there; else it is saved now. Returns the record with
+    the results, beside those of `dense`. `model` cannot be used afterwards. Raises GraspError if
+    `grasp verify` would fail.
     """
+    shard: ShardMode = getattr(config, "shard", "none")
+    if shard == "none":
+        saved, record, reread = _save(model, record, start, run, folder)
+    else:
+        reread, tokenizer = load_model(folder, dtype=None, device=config.device, shard=shard)
+        record = add_record(folder, reread, tokenizer, record)
+        check_saved(folder, reread, tokenizer)  # on all ranks, whose layers it runs
+        weight_bytes = read_json(folder / INDEX)["metadata"]["total_size"]
+        saved = Saved(type(model).__name__, weight_bytes, None)
+    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
+    if is_sharded(reread):
+        free(reread)
+    return record.measured(**asdict(saved)).evaluated(dense, pruned)
+
+
+def _save(
+    model: PreTrainedModel, record: Record, start: Start, run: Run, folder: Path
+) -> tuple[Saved, Record, PreTrainedModel]:
+    """Save `model` in the new `folder`, where its record is, and check what is read back."""
     places = places_of(model)
 
     def save() -> tuple[Saved, Record]:
@@ -463,40 +504,7 @@ def finish(
     _release(model)
     reread, tokenizer = load_model(folder, dtype=None, device=places)
     from_first(lambda: check_saved(folder, reread, tokenizer))
-    return _evaluated(record, saved, reread, start, dense, run)
-
-
-def finish_sharded(
-    config: PruneConfig | SparsifyConfig,
-    model: PreTrainedModel,
-    record: Record,
-    start: Start,
-    dense: list[dict[str, Any]],
-    run: Run,
-    folder: Path,
-) -> Record:
-    """`finish` for the checkpoint of `model` that has been written layer by layer."""
-    reread, tokenizer = load_model(folder, dtype=None, device=config.device, shard=config.shard)
-    record = add_record(folder, reread, tokenizer, record)
-    check_saved(folder, reread, tokenizer)  # on all ranks, whose layers it runs
-    weight_bytes = read_json(folder / INDEX)["metadata"]["total_size"]
-    saved = Saved(type(model).__name__, weight_bytes, None)
-    record = _evaluated(record, saved, reread, start, dense, run)
-    free(reread)
-    return record
-
-
-def _evaluated(
-    record: Record,
-    saved: Saved,
-    reread: PreTrainedModel,
-    start: Start,
-    dense: list[dict[str, Any]],
-    run: Run,
-) -> Record:
-    """The record with what was `saved`, and with the perplexities of both models."""
-    pruned = _measure(start.evaluation_sets, reread, "pruned", run)
-    return record.measured(**asdict(saved)).evaluated(dense, pruned)
+    return saved, record, reread
 
 
 def _release(model: PreTrainedModel) -> None:

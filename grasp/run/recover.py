@@ -88,7 +88,7 @@ def _recover(config: RecoverConfig, run: Run) -> RecoverResult:
         "recipe": config.to_json(),
     }
     record = replace(record, recovery=[*(record.recovery or ()), entry], results={})
-    record = finish(model, record, start, dense, run, run.checkpoint)
+    record = finish(config, model, record, start, dense, run, run.checkpoint)
     record = record.measured(seconds=run.seconds())
     with disk_errors(run.checkpoint):
         record.write(run.checkpoint)

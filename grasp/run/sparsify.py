@@ -29,7 +29,6 @@ from grasp.run.by_layer import write_layers
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.prune import (
     finish,
-    finish_sharded,
     load_dense,
     measure_dense,
     read_texts,
@@ -107,8 +106,7 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
         sparsity["zeros_after"] = _zeros(model)
     everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
     record = run_record(config, start, everything, model, sparsity=sparsity)
-    ending = partial(finish_sharded, config) if config.shard != "none" else finish
-    record = ending(model, record, start, dense, run, run.checkpoint)
+    record = finish(config, model, record, start, dense, run, run.checkpoint)
     record = record.measured(seconds=run.seconds())
     from_first(partial(_write, run.checkpoint, record))
     run.log(event="finished", folder=str(run.out), **record.results)

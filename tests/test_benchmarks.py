@@ -13,6 +13,7 @@ from benchmarks import (
     ablation,
     budgets,
     calibration_text,
+    documents,
     published,
     quantisation,
     rows,
@@ -216,3 +217,14 @@ def test_a_rank_holds_its_part_of_every_matrix_as_planned():
     norms = 2 * 256 * (2 * 8 + 1)
     assert found["planned"]["weights"] == (found["one_process"]["held"] + norms) / 2
     assert found["planned_over_measured"] < 1.1  # a busy machine counts too much, never too little
+
+
+def test_documents_kept_apart_compute_what_each_does_alone():
+    model, block = tiny_model("llama"), torch.tensor([[1, 5, 6, 7, 1, 9, 8]])
+    decoder = model.get_decoder()
+    alone = [decoder(part, use_cache=False).last_hidden_state for part in block.split([4, 3], 1)]
+    with documents.apart(model, 1):
+        found = decoder(block, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, torch.cat(alone, 1))
+    joined = decoder(block, use_cache=False).last_hidden_state
+    assert not torch.allclose(found, joined)

@@ -104,14 +104,14 @@ def test_methods_that_fit_weights_run_in_fp32(tiny, text, tmp_path):
 def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
     """The same cells come out, those that were there are not measured again, and others may be
     asked for. What it takes to load the model again is no cell's cost."""
-    out, apply_mask, left = tmp_path / "out", comparison.apply_mask, [3]
+    out, make, left = tmp_path / "out", comparison.make, [3]
     begin, now, loaded = comparison.begin, time.time, []
 
-    def stop(*args):
+    def stop(*args, **more):
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return apply_mask(*args)
+        return make(*args, **more)
 
     def begin_in_an_hour(*args):
         loaded.append(3600)
@@ -119,7 +119,7 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(comparison, "begin", begin_in_an_hour)
     monkeypatch.setattr(time, "time", lambda: now() + sum(loaded))
-    monkeypatch.setattr(comparison, "apply_mask", stop)
+    monkeypatch.setattr(comparison, "make", stop)
     with pytest.raises(KeyboardInterrupt):
         grasp.compare(tiny, out, calibration=text, **GRID, **SMALL)
     assert not out.exists()

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grasp.compress.fold import fold
 from grasp.model.modeling_grasp import classes_of
 from grasp.model.units import UnitSpace
+from grasp.planning.plan import plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,9 +50,12 @@ def test_each_layer_says_its_heads(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["falcon-h1", "qwen3.5"])
-def test_layers_with_states_are_refused_where_none_are_kept(name):
+def test_layers_with_states_are_refused_where_none_are_kept(name, tmp_path):
     """Falcon-H1 has attention in every layer, so that vLLM itself misses the mixer beside it."""
     model = brought_model(name)
+    model.config.save_pretrained(tmp_path)
+    (vllm,) = (r for r in plan(str(tmp_path), seq_len=64).runtimes if r.name.startswith("vLLM"))
+    assert not vllm.loads and "keys and values only" in vllm.why
     config = fold(model, random_mask(UnitSpace.of(model))).config
     config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match=r"^vLLM's Transformers backend keeps no states"):

@@ -81,6 +81,7 @@ class Header:
     stored_bytes: int = 2  # per weight, if `load_model` gets no dtype
     longest: int | None = None  # sequence, in tokens, if the config says
     quantised: str | None = None  # the scheme, such as "gptq, 4 bit"
+    stateful: bool = False  # some mixer keeps more than keys and values from token to token
     config: Mapping[str, Any] | None = field(default=None, repr=False)  # None for GGUF
 
 
@@ -199,7 +200,8 @@ def _from_structure(text: str) -> Header:
     facts = Family(qkv_bias=switches[0], mlp_bias=switches[1], qk_norm=qk_norm)
     name = config["model_type"].removeprefix("grasp_")
     how = "transformers, on the meta device"
-    return Header(space, name, facts, vocab, how, why_whole(model), _rope(own.to_dict()))
+    rope, stateful = _rope(own.to_dict()), model._is_stateful
+    return Header(space, name, facts, vocab, how, why_whole(model), rope, stateful=stateful)
 
 
 def _from_gguf(path: Path) -> Header:

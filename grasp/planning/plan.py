@@ -308,6 +308,10 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
         no_gguf = f"deci, its per-layer architecture, has no {header.facts.deci_lacks}"
         no_gguf += ": needs `layout='uniform'`"
     gguf = "grasp export --to gguf writes its per-layer architecture, deci"
+    vllm = "sizes each layer by its own config; tensor parallelism by divisors of "
+    vllm += f"`kv_multiple` ({budget.kv_multiple})"
+    if header.stateful:
+        vllm = "keeps keys and values only, and this family's mixers have other states too"
     return [
         Runtime("transformers, after import grasp", True, "grasp's class"),
         Runtime(
@@ -315,12 +319,7 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
             True,
             "modeling_grasp.py travels with the weights",
         ),
-        Runtime(
-            "vLLM, Transformers backend",
-            True,
-            f"sizes each layer by its own config; tensor parallelism by divisors of `kv_multiple` "
-            f"({budget.kv_multiple})",
-        ),
+        Runtime("vLLM, Transformers backend", not header.stateful, vllm),
         Runtime("llama.cpp", no_gguf is None, no_gguf or gguf),
         Runtime(
             "transformers, stock class", False, "one width for all layers: needs `layout='uniform'`"

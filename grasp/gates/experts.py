@@ -13,18 +13,16 @@ to those of the open model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
-from grasp.budget.projection import Mask
 from grasp.model.places import device_of
-from grasp.model.units import decoder_layers
+from grasp.model.units import LayerModules
 
 
 @contextmanager
@@ -66,15 +64,15 @@ def _gated(router: Any, gates: Callable[[], Tensor]) -> Any:
 
 
 @contextmanager
-def closed_experts(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
-    """Within the context, no token is routed to an expert that `mask` drops."""
-    layers = zip(decoder_layers(model), mask.space.expert_segments(), strict=True)
-    with ExitStack() as stack:
-        for modules, (_, experts) in layers:
-            if modules.routed is not None:
-                router = modules.routed.router
-                kept = mask.keep[experts].to(device_of(router), torch.float32)
-                stack.enter_context(gated_router(router, kept.detach))
+def closed_experts(modules: LayerModules, kept: Tensor) -> Iterator[None]:
+    """Within the context, a layer routes no token to other experts than `kept`, int64 indices."""
+    if modules.routed is None:
+        yield
+        return
+    router = modules.routed.router
+    gates = torch.zeros(modules.routed.count, device=device_of(router))
+    gates[kept.to(gates.device)] = 1
+    with gated_router(router, lambda: gates):
         yield
 
 

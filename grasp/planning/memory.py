@@ -80,29 +80,28 @@ def learning_memory(
 
 
 def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, ranks: int = 1) -> int:
-    """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes.
+    """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes; `ranks` share the text.
 
-    Assumes that nearly all of the widest FFN is kept. Counts weights, hidden states of the text,
-    which `ranks` share, a Gram matrix and its rows of kept channels. In fp64: the Gram matrix of
-    the kept channels, its factor twice, the right-hand side and the solutions.
+    Refit reads the first blocks only.
     """
-    space, widest = header.space, header.space.widest
-    blocks = min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
-    tokens = seq_len * -(-blocks // ranks)
-    hidden = width * tokens * space.hidden_size
-    return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
+    blocks = min(samples, -(-TOKENS_PER_CHANNEL * header.space.widest // seq_len))
+    return _fit_memory(header, seq_len * -(-blocks // ranks), width)
 
 
 def greedy_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
-    """Estimate of the peak bytes of the greedy methods on a GPU, in a dtype of `width` bytes.
+    """Estimate of the peak bytes of the greedy methods on a GPU, in a dtype of `width` bytes."""
+    return _fit_memory(header, samples * seq_len, width)
 
-    Assumes that nearly all of the widest FFN is kept. Counts weights and four times the hidden
-    states of the text. Gram matrix and right-hand side three times in fp32 (fitted tokens, held-out
-    ones, both) and once in fp64, there with the factor twice and the solutions.
+
+def _fit_memory(header: Header, tokens: int, width: int) -> int:
+    """Weights, three times the hidden states of the text, and what a fit takes.
+
+    Assumes that nearly all of the widest FFN is kept. Of the Gram matrix: one in fp32, one in fp64
+    and its factor twice. Of the right-hand side: two in fp32, one in fp64, and the solutions.
     """
     space, widest = header.space, header.space.widest
-    hidden = 4 * width * samples * seq_len * space.hidden_size
-    return width * space.total_params + hidden + widest * (36 * widest + 36 * space.hidden_size)
+    hidden = 3 * width * tokens * space.hidden_size
+    return width * space.total_params + hidden + widest * (28 * widest + 28 * space.hidden_size)
 
 
 def evaluation_memory(header: Header, tokens: int) -> int:

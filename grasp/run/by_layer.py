@@ -32,7 +32,7 @@ from grasp.gates.scales import scale_count
 from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors
 from grasp.model.classes import without_weights
-from grasp.model.layerwise import layer_options, runner
+from grasp.model.layerwise import layer_options
 from grasp.model.load import cast, environment, load_model
 from grasp.model.sharding import free, one_layer, whole
 from grasp.model.units import UnitSpace, decoder_layers
@@ -106,18 +106,17 @@ def _cut_layers(
     options = layer_options(model, blocks[:1])
     hidden = Hidden.of(model, text_of_refit(mask, blocks))
     for index, (one, own) in enumerate(_with_scales(model, config.scales, scales)):
-        if own is not None:
-            Scale(config.scales, own).apply(one)
         space = UnitSpace.of(one)
         _, ffn, kv = [*mask.space.segments()][index]
         part = Mask(space, mask.keep[ffn.start : kv.stop])
+        (layer,), (modules,) = one.get_decoder().layers, decoder_layers(one)
+        refitted = config.compensation == "refit"
+        fit = hidden.fit(layer, options[index], modules) if refitted else None
+        if own is not None:
+            Scale(config.scales, own).apply(one)
         edits: list[Edit] = [Cut(part)]
-        if config.compensation == "refit":
-            (layer,) = one.get_decoder().layers
-            (modules,) = decoder_layers(one)
-            run_layer = runner(layer, options[index])
-            columns = refit_layer(run_layer, modules, space.layers[0], part.layers()[0], hidden)
-            edits.append(Refit(columns))
+        if fit:
+            edits.append(Refit(refit_layer(fit, modules, space.layers[0], part.layers()[0])))
             run.log(stage="refit", step=index + 1, steps=len(options))
         for edit in edits:
             edit.apply(one)

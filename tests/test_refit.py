@@ -14,7 +14,6 @@ from grasp.compress import refit as refit_module
 from grasp.compress.fold import fold_mask
 from grasp.compress.refit import RIDGES, LayerFit, Sums, best_ridge, refit, ridge_solve
 from grasp.errors import GraspError
-from grasp.gates.scales import fold_scales, scale_count
 from grasp.model.layerwise import first_hidden, layer_options, runner
 from grasp.model.units import UnitSpace, decoder_layers
 
@@ -99,23 +98,6 @@ def test_it_keeps_nothing_but_units_kept_and_helps():
         want, plain, ours = (m(input_ids=other).logits for m in (dense, cut, refitted))
     torch.testing.assert_close(ours, whole)  # what was dropped was 0 already
     assert (ours - want).norm() < 0.96 * (plain - want).norm()
-
-
-def test_scales_are_folded_and_the_fit_starts_from_them():
-    dense = tiny_model("llama")
-    model, scaled = copy.deepcopy(dense), copy.deepcopy(dense)
-    generator = torch.Generator().manual_seed(1)
-    scales = 0.5 + torch.rand(scale_count(model, "channel"), generator=generator)
-    space = UnitSpace.of(model)
-    everything = Mask(space, torch.ones(space.size, dtype=torch.bool))
-    refit(model, everything, BLOCKS, kind="channel", scales=scales)
-    fold_scales(scaled, "channel", scales)
-    fitted = {x.weight for modules in decoder_layers(model) for x in modules.outputs}
-    for (_, ours), theirs in zip(model.named_parameters(), scaled.parameters(), strict=True):
-        assert torch.equal(ours, theirs) == (ours not in fitted)
-    with torch.no_grad():
-        want, plain, ours = (m(input_ids=BLOCKS).logits for m in (dense, scaled, model))
-    assert (ours - want).norm() < 0.9 * (plain - want).norm()
 
 
 def test_it_takes_no_more_text_than_it_needs(monkeypatch):

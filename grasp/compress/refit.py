@@ -28,11 +28,10 @@ from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
 from grasp.compress.fold import expand
-from grasp.config import TOKENS_PER_CHANNEL, ScaleKind
+from grasp.config import TOKENS_PER_CHANNEL
 from grasp.distributed import rank, ranks, share, summed, tensor_from_first
 from grasp.errors import GraspError
 from grasp.gates.experts import closed_experts
-from grasp.gates.scales import scales_by_layer
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
 from grasp.model.places import device_of
 from grasp.model.units import LayerModules, LayerUnits, decoder_layers
@@ -48,16 +47,12 @@ def refit(
     mask: Mask,
     blocks: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
-    kind: ScaleKind = "unit",
-    scales: Tensor | None = None,
 ) -> list[Tensor]:
-    """Refit o_proj and down_proj of `model` in place to the kept units; dropped columns become 0.
+    """Refit o_proj and down_proj of the dense `model` in place to the kept units.
 
-    blocks: int64 [samples, seq_len]; the first are used, up to `TOKENS_PER_CHANNEL` tokens per
-    channel of the widest FFN. `scales`, of `fold_scales`, are folded into each layer once the dense
-    one has run, and the columns are fitted after them. Returns the kept columns of down_proj and
-    o_proj, layer by layer, in fp32 on the CPU, before the model's dtype rounds them.
+    Dropped columns become 0. blocks: int64 [samples, seq_len]; the first are used, up to
+    `TOKENS_PER_CHANNEL` tokens per channel of the widest FFN. Returns the kept columns of down_proj
+    and o_proj, layer by layer, in fp32 on the CPU, before the model's dtype rounds them.
     `planning.memory.refit_memory` estimates the peak memory. Raises GraspError if activations are
     not finite.
     """
@@ -66,13 +61,10 @@ def refit(
         return fitted
     options = layer_options(model, blocks[:1])
     hidden = Hidden.of(model, text_of_refit(mask, blocks))
-    own_scales = None if scales is None else scales_by_layer(model, kind, scales)
     for index, (modules, units, kept, experts) in enumerate(
         zip(layers, mask.space.layers, mask.layers(), mask.experts(), strict=True)
     ):
         fit = hidden.fit(model.get_decoder().layers[index], options[index], modules)
-        if own_scales:
-            own_scales[index].fold()
         with closed_experts(modules, experts):
             fitted += refit_layer(fit, modules, units, kept)
         progress(index + 1, len(layers))

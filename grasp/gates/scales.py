@@ -22,7 +22,7 @@ from grasp.config import GateSite, ScaleKind
 from grasp.gates.gating import Gates, gated
 from grasp.gates.norms import norms_before
 from grasp.model.places import device_of
-from grasp.model.units import LayerModules, LayerUnits, UnitSpace, decoder_layers
+from grasp.model.units import UnitSpace, decoder_layers
 from grasp_kernels import channel_scale
 
 
@@ -122,21 +122,18 @@ def scale_count(model: PreTrainedModel, kind: ScaleKind) -> int:
 
 def ends(model: PreTrainedModel, kind: ScaleKind) -> list[End]:
     """The places of scales besides the gates, in depth order; none for "unit"."""
-    return [end for modules in decoder_layers(model) for end in _layer_ends(modules, kind)]
-
-
-def _layer_ends(m: LayerModules, kind: ScaleKind) -> list[End]:
     if kind == "unit":
         return []
     found = []
-    if m.attention is not None:
-        qkv, out = m.attention.inputs, (m.attention.out,)
-        found += [End("in", qkv, qkv), *(End("out", (x,), (x,)) for x in qkv)]
-        found += [End("in", out, out), End("out", out, out)]
-    if m.ffn is not None:
-        # the gated FFN runs as one op, which calls none of its linear layers
-        ffn, down = (m.ffn.module,), (m.ffn.down,)
-        found += [End("in", m.ffn.inputs, ffn), End("out", down, ffn)]
+    for m in decoder_layers(model):
+        if m.attention is not None:
+            qkv, out = m.attention.inputs, (m.attention.out,)
+            found += [End("in", qkv, qkv), *(End("out", (x,), (x,)) for x in qkv)]
+            found += [End("in", out, out), End("out", out, out)]
+        if m.ffn is not None:
+            # the gated FFN runs as one op, which calls none of its linear layers
+            ffn, down = (m.ffn.module,), (m.ffn.down,)
+            found += [End("in", m.ffn.inputs, ffn), End("out", down, ffn)]
     return found
 
 
@@ -145,52 +142,26 @@ def scale(theta: Tensor) -> Tensor:
     return 1 + 0.5 * torch.tanh(theta)
 
 
+@torch.no_grad()
 def fold_scales(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> None:
     """Multiply scales into the weights in place: fp32 [`scale_count`], in `Scales.set` order."""
-    for layer in scales_by_layer(model, kind, scales):
-        layer.fold()
-
-
-def scales_by_layer(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> list[LayerScales]:
-    """The scales of each decoder layer; arguments as of `fold_scales`."""
-    layers, space = decoder_layers(model), UnitSpace.of(model)
-    places = [_layer_ends(m, kind) for m in layers]
-    per_unit, *pieces = scales.split([space.size, *(end.channels for own in places for end in own)])
-    left, found = iter(pieces), []
-    parts = zip(space.layers, space.segments(), space.expert_segments(), strict=True)
-    for m, own, (units, (_, ffn, kv), (_, experts)) in zip(layers, places, parts, strict=True):
-        at_ends = [(end, next(left)) for end in own]
-        found.append(LayerScales(m, units, per_unit[ffn], per_unit[kv], per_unit[experts], at_ends))
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class LayerScales:
-    """The scales of one decoder layer: one for each of its units, and those of its ends."""
-
-    modules: LayerModules
-    units: LayerUnits
-    channels: Tensor
-    groups: Tensor
-    experts: Tensor
-    ends: list[tuple[End, Tensor]]
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Multiply the scales into the layer's weights, in place."""
-        m, units = self.modules, self.units
+    layers, space, places = decoder_layers(model), UnitSpace.of(model), ends(model, kind)
+    per_unit, *pieces = scales.split([space.size, *(end.channels for end in places)])
+    for m, (index, ffn, kv) in zip(layers, space.segments(), strict=True):
+        units = space.layers[index]
         if m.ffn is not None:
-            _multiply(m.ffn.down.weight, self.channels)
+            _multiply(m.ffn.down.weight, per_unit[ffn])
         if m.attention is not None:
-            per_head_dim = self.groups.repeat_interleave(units.group_size * units.head_dim)
+            per_head_dim = per_unit[kv].repeat_interleave(units.group_size * units.head_dim)
             _multiply(m.attention.out.weight, per_head_dim)
+    for m, (_, experts) in zip(layers, space.expert_segments(), strict=True):
         for parameter in m.routed.down if m.routed else ():
-            _multiply(parameter, self.experts.view(-1, *[1] * (parameter.dim() - 1)))
-        for end, piece in self.ends:
-            for linear in end.linears:
-                _multiply(linear.weight, piece if end.side == "in" else piece[:, None])
-                if end.side == "out" and linear.bias is not None:
-                    _multiply(linear.bias, piece)
+            _multiply(parameter, per_unit[experts].view(-1, *[1] * (parameter.dim() - 1)))
+    for end, piece in zip(places, pieces, strict=True):
+        for linear in end.linears:
+            _multiply(linear.weight, piece if end.side == "in" else piece[:, None])
+            if end.side == "out" and linear.bias is not None:
+                _multiply(linear.bias, piece)
 
 
 def _multiply(weight: Tensor, by: Tensor) -> None:

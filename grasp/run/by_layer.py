@@ -1,7 +1,7 @@
 """After the mask, for a model that no rank holds whole: one decoder layer at a time.
 
-A layer is gathered on all ranks, scaled, refitted and cut there, and written by the first. The cut
-model is then read again in shards, its scales learn, and a second pass multiplies them in.
+A layer is gathered on all ranks, refitted or scaled, and cut there, and written by the first. The
+cut model is then read again in shards, its scales learn, and a second pass multiplies them in.
 """
 
 from __future__ import annotations
@@ -102,22 +102,21 @@ def _cut_layers(
     config: PruneConfig,
     run: Run,
 ) -> Iterator[nn.Module]:
-    """Each layer, scaled, refitted and cut."""
+    """Each layer, refitted or scaled, and cut."""
     options = layer_options(model, blocks[:1])
     hidden = Hidden.of(model, text_of_refit(mask, blocks))
     for index, (one, own) in enumerate(_with_scales(model, config.scales, scales)):
         space = UnitSpace.of(one)
         _, ffn, kv = [*mask.space.segments()][index]
         part = Mask(space, mask.keep[ffn.start : kv.stop])
-        (layer,), (modules,) = one.get_decoder().layers, decoder_layers(one)
-        refitted = config.compensation == "refit"
-        fit = hidden.fit(layer, options[index], modules) if refitted else None
-        if own is not None:
-            Scale(config.scales, own).apply(one)
         edits: list[Edit] = [Cut(part)]
-        if fit:
+        if config.compensation == "refit":
+            (layer,), (modules,) = one.get_decoder().layers, decoder_layers(one)
+            fit = hidden.fit(layer, options[index], modules)
             edits.append(Refit(refit_layer(fit, modules, space.layers[0], part.layers()[0])))
             run.log(stage="refit", step=index + 1, steps=len(options))
+        elif own is not None:
+            Scale(config.scales, own).apply(one)
         for edit in edits:
             edit.apply(one)
         yield one.get_decoder().layers[0]

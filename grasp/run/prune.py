@@ -426,24 +426,14 @@ def apply_mask(
         found.apply(model)
         edits.append(found)
 
-    joint: list[Edit] = [Scale(config.scales, joint_scales)] if joint_scales is not None else []
     compensation: list[Edit] = []
-    if config.compensation == "refit":
-        columns = refit(
-            model,
-            mask,
-            blocks,
-            lambda n, of: run.log(stage="refit", step=n, steps=of),
-            kind=config.scales,
-            scales=joint_scales,
-        )
-        edits += joint  # refit has applied them, layer by layer
+    if config.compensation == "refit":  # from the dense weights: scales learn anew after it
+        columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
         compensation = [Refit(columns)]
-    else:
-        for found in joint:
-            edit(found)
-        if config.compensation == "bias":
-            compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
+    elif joint_scales is not None:
+        edit(Scale(config.scales, joint_scales))
+    if config.compensation == "bias":
+        compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
     gated = gated_outputs(model, mask, blocks)
     edit(Cut(mask))
     run.log(event="fidelity", cut=check_cut(model, gated, blocks))

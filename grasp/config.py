@@ -27,7 +27,7 @@ InitScores = Literal["fisher", "equal"]
 GateSite = Literal["output", "kv"]
 Schedule = Literal["cosine", "constant"]
 ScaleKind = Literal["channel", "unit"]
-Compensation = Literal["auto", "refit", "bias", "none"]
+Compensation = Literal["auto", "refit", "blocks", "bias", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 Runtime = Literal["auto", "vllm"]  # auto: transformers, or llama.cpp for a .gguf file
 MemoryMode = Literal["auto", "fast", "balanced", "low"]
@@ -106,8 +106,9 @@ class PruneConfig:
     gate_site: GateSite = option("output", "Where attention gates sit.", ABLATION)
     compensate: Compensation = option(
         "auto",
-        "What makes up for the dropped units: refit (least squares on the kept ones), bias "
-        "(FLAP's), none, or auto (refit, but none where the method updates weights).",
+        "What makes up for the dropped units: refit (least squares on the kept ones), blocks "
+        "(refit, then each layer's weights learn to give the dense hidden states), bias (FLAP's), "
+        "none, or auto (refit, but none where the method updates weights).",
         metavar="HOW",
     )
     scales: ScaleKind = option(
@@ -185,7 +186,7 @@ class PruneConfig:
         return self.lm_weight < 1 and (criteria.get(self.method).learns or self.scale_epochs > 0)
 
     @property
-    def compensation(self) -> Literal["refit", "bias", "none"]:
+    def compensation(self) -> Literal["refit", "blocks", "bias", "none"]:
         """`compensate` with "auto" resolved."""
         if self.compensate == "auto":
             return "none" if criteria.get(self.method).updates_weights else "refit"

@@ -145,7 +145,7 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
             "--methods must name greedy-head-similarity alone",
             1,
         ),
-        (["--methods=fisher+magic"], "+refit or +bias, got 'fisher+magic'", 1),
+        (["--methods=fisher+magic"], "+blocks or +bias, got 'fisher+magic'", 1),
         (["--keep=0.5,2"], "--keep must be above 0 and at most 1, got 2.0", 1),
         (["--keep=half"], "expected a number or a list such as 0.8,0.5, got 'half'", 2),
         (["--seeds=x"], "expected a list of whole numbers such as 1,4, got 'x'", 2),

@@ -158,7 +158,9 @@ def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):
     assert said(method="flap") == (
         "--shard full is for methods that read no weights (learned, free, fisher, random), got flap"
     )
-    assert said(compensate="bias") == "--shard full adds no biases: use --compensate refit"
+    assert (
+        said(compensate="bias") == "--shard full has no --compensate bias: use --compensate refit"
+    )
     assert said(dtype="bf16").endswith("give the stored one, or --shard none")
     experts = save_brought(tmp_path / "experts", "qwen3-moe")
     assert said(experts) == (

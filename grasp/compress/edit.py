@@ -63,6 +63,24 @@ class Refit:
 
 
 @dataclass(frozen=True, eq=False)
+class Layers:
+    """Replace all weights of the cut layers, as they are in a model."""
+
+    weights: list[dict[str, Tensor]]  # of each layer, on the CPU
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Layers:
+        layers = model.get_decoder().layers
+        return cls([{n: p.to("cpu", copy=True) for n, p in x.named_parameters()} for x in layers])
+
+    @torch.no_grad()
+    def apply(self, model: PreTrainedModel) -> None:
+        for layer, weights in zip(model.get_decoder().layers, self.weights, strict=True):
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(weights[name])
+
+
+@dataclass(frozen=True, eq=False)
 class Bias:
     """Add biases to down_proj and o_proj, as `mean_biases` gives them."""
 

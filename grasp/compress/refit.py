@@ -104,6 +104,23 @@ class Hidden:
         return LayerFit.of(run, modules.outputs, self.pruned, self.dense, *samples)
 
 
+def columns_of(
+    modules: LayerModules, units: LayerUnits, kept: tuple[Tensor, Tensor]
+) -> dict[nn.Linear, Tensor]:
+    """The columns of o_proj and down_proj that belong to `kept` channels and KV groups.
+
+    In the order that these linear layers run.
+    """
+    found = {}
+    if modules.attention is not None:
+        out = modules.attention.out
+        heads = expand(kept[1], units.group_size * units.head_dim)
+        found[out] = heads.to(out.weight.device)
+    if modules.ffn is not None:
+        found[modules.ffn.down] = kept[0].to(modules.ffn.down.weight.device)
+    return found
+
+
 def refit_layer(
     fit: LayerFit, modules: LayerModules, units: LayerUnits, kept: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
@@ -111,12 +128,7 @@ def refit_layer(
 
     `kept` are indices of channels and of KV groups. Returns the kept columns as `refit` does.
     """
-    own = {}
-    if modules.attention is not None:  # first, in the order that they run
-        heads = expand(kept[1], units.group_size * units.head_dim)
-        own[modules.attention.out] = fit.keep(modules.attention.out, heads)
-    if modules.ffn is not None:
-        own[modules.ffn.down] = fit.keep(modules.ffn.down, kept[0])
+    own = {linear: fit.keep(linear, c) for linear, c in columns_of(modules, units, kept).items()}
     fit.advance()
     return [own[linear] for linear in modules.outputs]
 
@@ -158,6 +170,7 @@ class LayerFit:
     ends: tuple[nn.Linear, ...]  # o_proj and down_proj
     adds_up: bool  # what these two give is added to the hidden states as it is
     pruned: Tensor  # inputs, [samples, seq_len, hidden]
+    dense: Tensor  # outputs of the dense layer, like `pruned`
     targets: dict[nn.Linear, Tensor]  # hidden states after each end, like `pruned`
     fitted: Sequence[int]  # samples
     held: Sequence[int]
@@ -175,7 +188,7 @@ class LayerFit:
         """`run` is the layer before it is pruned; it changes `dense` to the layer's outputs."""
         adds_up = _adds_up(run, ends, dense[:1])
         targets: dict[nn.Linear, Tensor] = {}
-        found = cls(run, ends, adds_up, pruned, targets, fitted, held)
+        found = cls(run, ends, adds_up, pruned, dense, targets, fitted, held)
         with _outputs(ends) as seen:
             for index, x in enumerate(dense.split(1)):
                 out = run(x)
@@ -249,6 +262,15 @@ class LayerFit:
                 "activations are not finite: use `dtype='fp32'` or `compensate='none'`"
             )
         return Sums(summed(gram), summed(missing))
+
+    def error(self, sample: int) -> Tensor:
+        """Squared error of the layer's outputs on a sample, fp32 scalar.
+
+        A mean over tokens, each relative to its target: the hidden states behind the dense layer.
+        """
+        target = self.dense[sample].float()
+        error = (self.run(self.pruned[sample][None])[0].float() - target).square().sum(1)
+        return (error / target.square().sum(1).clamp(min=TINY)).mean()
 
     def advance(self) -> None:
         """Run the pruned layer on its inputs, in place."""

@@ -185,6 +185,7 @@ def calibrated_on(record: Record) -> str:
 
 COMPENSATED = {
     "refit": "; the remaining weights were refitted by least squares",
+    "blocks": "; the remaining weights learned, layer by layer, to give the dense hidden states",
     "bias": "; added biases restore the mean output of the removed units",
     "none": "",
 }

@@ -108,9 +108,9 @@ def compare(
 ) -> Comparison:
     """Measure perplexity, and accuracy on `tasks`, of each method at each budget with each seed.
 
-    A method is a criterion, optionally followed by `+refit` or `+bias`; by default, `all_methods`
-    of this kind of model. `options` are the fields of
-    `PruneConfig` that all cells share; `tasks`, `tasks_data` and `limit` are passed to
+    A method is a criterion, optionally followed by `+refit`, `+blocks` or `+bias`; by default,
+    `all_methods` of this kind of model. `options` are the fields of `PruneConfig` that all cells
+    share; `tasks`, `tasks_data` and `limit` are passed to
     `evaluate_tasks`. Writes README.md (tables), compare.json and compare.png into the folder `out`,
     which is complete or absent. After an interruption, the same call resumes; methods, budgets and
     seeds may differ. Methods that fit weights run in fp32 whatever the `dtype`. A GPU holds one
@@ -220,12 +220,13 @@ def _cells(
 
 def of_method(config: PruneConfig, name: str, seed: int) -> PruneConfig:
     """Return `config` for a method such as fisher or fisher+refit. Raises GraspError."""
-    more = next((option for option in ("refit", "bias") if name.endswith(f"+{option}")), "")
+    options = ("refit", "blocks", "bias")
+    more = next((option for option in options if name.endswith(f"+{option}")), "")
     method = name.removesuffix(f"+{more}") if more else name
     if method not in criteria.names():
         raise GraspError(
-            f"`methods` must be among {', '.join(criteria.names())}, each alone or with +refit or "
-            f"+bias, got {name!r}"
+            f"`methods` must be among {', '.join(criteria.names())}, each alone or with +refit, "
+            f"+blocks or +bias, got {name!r}"
         )
     updates = criteria.get(method).updates_weights
     if more and updates:

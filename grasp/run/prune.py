@@ -26,8 +26,9 @@ from grasp.checkpoint.save import Saved, record_of, save_checkpoint, try_saving
 from grasp.checkpoint.verify import check_saved
 from grasp.compress.biases import mean_biases
 from grasp.compress.calibrate import learn_scales
-from grasp.compress.edit import Bias, Cut, Edit, Refit, Scale
+from grasp.compress.edit import Bias, Cut, Edit, Layers, Refit, Scale
 from grasp.compress.fold import check_fold
+from grasp.compress.reconstruct import reconstruct
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, RunConfig
 from grasp.data.corpus import Corpus, read_corpus
@@ -147,6 +148,8 @@ def on_device(config: PruneConfig) -> PruneConfig:
     if criteria.get(config.method).learns or config.scale_epochs:
         _check_step(config)
     check_launched(config.shard)
+    if config.compensation == "blocks" and ranks() > 1:
+        raise GraspError("`compensate='blocks'` runs on one rank: use `compensate='refit'`")
     dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=dtype)
 
@@ -350,8 +353,8 @@ def _runs_layers(config: PruneConfig) -> tuple[str, str] | None:
     """The option, if any, that runs layers one by one, and what to use where they cannot."""
     if criteria.get(config.method).layerwise:
         return f"`method='{config.method}'`", ": use another `method`"
-    if config.compensation == "refit":
-        return "`compensate='refit'`", ": use `compensate='none'`"
+    if config.compensation in ("refit", "blocks"):
+        return f"`compensate='{config.compensation}'`", ": use `compensate='none'`"
     return None
 
 
@@ -430,6 +433,8 @@ def apply_mask(
     if config.compensation == "refit":  # from the dense weights: scales learn anew after it
         columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
         compensation = [Refit(columns)]
+    elif config.compensation == "blocks":
+        reconstruct(model, mask, blocks, config.seed, run.stage("blocks"))
     elif joint_scales is not None:
         edit(Scale(config.scales, joint_scales))
     if config.compensation == "bias":
@@ -437,6 +442,8 @@ def apply_mask(
     gated = gated_outputs(model, mask, blocks)
     edit(Cut(mask))
     run.log(event="fidelity", cut=check_cut(model, gated, blocks))
+    if config.compensation == "blocks":
+        compensation = [Layers.of(model)]
     for found in compensation:
         edit(found)
     last: list[Edit] = []

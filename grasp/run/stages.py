@@ -77,7 +77,7 @@ def learn(
     _freeze(model)
     teacher = last_hidden(model, blocks) if config.distils else None
     selection = select(model, projection, blocks, config, lambda stage: Journal(), teacher)
-    if selection.scales is not None and config.compensation != "refit":
+    if selection.scales is not None and config.compensation not in ("refit", "blocks"):
         fold_scales(model, config.scales, selection.scales)
     return projection.mask(selection.scores)
 

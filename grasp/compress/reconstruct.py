@@ -1,0 +1,145 @@
+"""Block reconstruction: all weights of a pruned layer learn to give the dense hidden states.
+
+Layers are refitted in depth order (see refit.py), and each learns before the next is: its inputs
+are what the pruned layers before it give, its targets what the dense layer gives on its own inputs.
+The gradient goes through the non-linearities of one decoder layer, the window that A Free Lunch
+(arXiv 2510.14444) finds as good as retraining. AdamW's step is relative to the weights of each
+tensor, so one rate suits models of any size. Held-out blocks are looked at after every round, and
+the best weights are kept. Memory holds gradients and moments of one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.budget.projection import Mask
+from grasp.compress.refit import Hidden, LayerFit, columns_of
+from grasp.gates.experts import closed_experts
+from grasp.gates.training import epoch_order, finite_mean
+from grasp.journal import Journal
+from grasp.model.layerwise import layer_options
+from grasp.model.units import decoder_layers
+
+ROUNDS = 3  # over the fitted samples
+RATE = 2.5e-3  # the largest step, relative to the root mean square of a tensor
+STEP_TOKENS = 1024
+WARM_UP = 10  # steps
+
+
+def reconstruct(
+    model: PreTrainedModel, mask: Mask, blocks: Tensor, seed: int, journal: Journal
+) -> None:
+    """Refit and train the layers of the dense `model` in place, for the units that `mask` keeps.
+
+    Columns of dropped units become 0. blocks: int64 [samples, seq_len], of which every eighth is
+    held out. A run that resumes from its journal goes on after the last layer saved, and ends
+    where an uninterrupted one does, on a CPU bit for bit. Raises GraspError if activations are not
+    finite.
+    """
+    decoder, options = model.get_decoder().layers, layer_options(model, blocks[:1])
+    hidden = Hidden.of(model, blocks)
+    first = _restore(decoder, hidden, journal.load())
+    every = zip(
+        decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
+    )
+    for index, (modules, units, kept, experts) in enumerate(every):
+        if index < first:
+            continue
+        fit = hidden.fit(decoder[index], options[index], modules)
+        with closed_experts(modules, experts):
+            columns = columns_of(modules, units, kept)
+            for linear, own in columns.items():
+                fit.keep(linear, own)
+            before = _error(fit)
+            after = _train(decoder[index], fit, columns, seed)
+            fit.advance()
+        mean = finite_mean([torch.tensor(after)], index + 1)
+        journal.progress(index + 1, len(decoder), mean, blocks.numel(), refitted=before)
+        journal.save(partial(_state, decoder[: index + 1], hidden), final=index + 1 == len(decoder))
+
+
+def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], seed: int) -> float:
+    """Train the layer in place, and return its error on held-out samples.
+
+    `columns` are those of o_proj and down_proj that are not cut. Weights learn in fp32, and are
+    rounded to their own dtype at the end, in which the layer computes all along.
+    """
+    dtypes = {p: p.dtype for p in layer.parameters() if p.numel()}
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_()
+    rates = [RATE * float(p.detach().square().mean().sqrt()) for p in dtypes]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p]} for p in dtypes], betas=(0.9, 0.99), weight_decay=0.0
+    )
+    size = max(1, STEP_TOKENS // fit.pruned.shape[1])
+    step, steps = 0, ROUNDS * math.ceil(len(fit.fitted) / size)
+    own = fit.pruned
+    with torch.autocast(own.device.type, own.dtype, enabled=own.dtype != torch.float32):
+        best, least = _copy(dtypes), _error(fit)
+        for turn in range(ROUNDS):
+            for batch in epoch_order(len(fit.fitted), seed, turn).split(size):
+                part = min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = part * rate
+                for sample in batch.tolist():
+                    with torch.enable_grad():
+                        (fit.error(fit.fitted[sample]) / len(batch)).backward()
+                for linear, kept in columns.items():
+                    _keep_only(linear.weight, kept)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+            error = _error(fit)
+            if error < least:
+                best, least = _copy(dtypes), error
+    for parameter, dtype in dtypes.items():
+        parameter.requires_grad_(False)
+        parameter.data = best[parameter].to(dtype)
+    return least
+
+
+def _keep_only(weight: Tensor, kept: Tensor) -> None:
+    """Zero the gradient of all columns but `kept`."""
+    assert weight.grad is not None
+    columns = weight.grad[:, kept]
+    weight.grad.zero_()
+    weight.grad[:, kept] = columns
+
+
+def _copy(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    return {parameter: parameter.detach().clone() for parameter in parameters}
+
+
+@torch.no_grad()
+def _error(fit: LayerFit) -> float:
+    """The mean over held-out samples."""
+    return float(torch.stack([fit.error(sample) for sample in fit.held]).mean())
+
+
+def _state(layers: Iterable[nn.Module], hidden: Hidden) -> dict[str, Tensor]:
+    weights = {
+        f"{index}.{name}": value
+        for index, layer in enumerate(layers)
+        for name, value in layer.named_parameters()
+    }
+    return {"dense": hidden.dense, "pruned": hidden.pruned, **weights}
+
+
+@torch.no_grad()
+def _restore(layers: Sequence[nn.Module], hidden: Hidden, state: dict[str, Tensor] | None) -> int:
+    """Restore a saved state; returns how many layers were done."""
+    if state is None:
+        return 0
+    hidden.dense, hidden.pruned = state.pop("dense"), state.pop("pruned")
+    done = 1 + max(int(name.split(".")[0]) for name in state)
+    for index in range(done):
+        for name, parameter in layers[index].named_parameters():
+            parameter.copy_(state[f"{index}.{name}"])
+    return done

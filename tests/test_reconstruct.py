@@ -1,0 +1,108 @@
+"""Block reconstruction: what learns, towards what, and what it does for text not seen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import save_tiny, tiny_model
+from test_refit import half, random_blocks
+
+import grasp
+from grasp.compress import reconstruct as reconstruct_module
+from grasp.compress.fold import fold_mask
+from grasp.compress.reconstruct import reconstruct
+from grasp.compress.refit import refit
+from grasp.errors import GraspError
+from grasp.journal import Journal
+from grasp.model.units import decoder_layers
+
+BLOCKS = random_blocks(24, 64)
+
+
+class Kept(Journal):
+    """Remembers the last state and what was reported."""
+
+    def __init__(self, stop_after=None):
+        self.state, self.reports, self.stop_after = None, [], stop_after
+
+    def load(self):
+        return self.state
+
+    def save(self, state, *, final=False):
+        self.state = {name: value.clone() for name, value in state().items()}
+        if len(self.reports) == self.stop_after:
+            raise KeyboardInterrupt
+
+    def progress(self, step, total, loss, tokens, **info):
+        self.reports.append({"loss": loss, **info})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+def test_it_leads_nearer_to_the_dense_model_than_refit(family, monkeypatch):
+    monkeypatch.setattr(reconstruct_module, "STEP_TOKENS", 64)  # a sample a step
+    dense = tiny_model(family)
+    fitted, learned = copy.deepcopy(dense), copy.deepcopy(dense)
+    mask, journal, other = half(dense), Kept(), random_blocks(16, 64, seed=4)
+    refit(fitted, mask, BLOCKS)
+    reconstruct(learned, mask, BLOCKS, 0, journal)
+    assert len(journal.reports) == 3
+    assert all(layer["loss"] <= layer["refitted"] for layer in journal.reports)
+    assert journal.reports[0]["loss"] < journal.reports[0]["refitted"]
+    for modules, (ffn, kv) in zip(decoder_layers(learned), mask.layers(), strict=True):
+        assert torch.equal(modules.ffn.down.weight.any(0).nonzero().flatten(), ffn)
+        heads = modules.attention.out.weight.view(len(modules.attention.out.weight), 4, -1)
+        assert torch.equal(heads.any(2).any(0).nonzero().flatten(), kv)
+    with torch.no_grad():
+        whole = learned(input_ids=other).logits
+        for model in (fitted, learned):
+            fold_mask(model, mask)
+        want, refitted, ours = (m(input_ids=other).logits for m in (dense, fitted, learned))
+    torch.testing.assert_close(ours, whole)  # what is cut was out of the sums already
+    assert (ours - want).norm() < (refitted - want).norm()
+    assert not any(p.requires_grad for p in learned.parameters())
+
+
+def test_weights_that_are_no_better_on_held_out_text_are_dropped(monkeypatch):
+    fitted = tiny_model("llama")
+    learned, mask = copy.deepcopy(fitted), half(fitted)
+    refit(fitted, mask, BLOCKS)
+    monkeypatch.setattr(reconstruct_module, "RATE", 10.0)
+    reconstruct(learned, mask, BLOCKS, 0, Kept())
+    for ours, theirs in zip(learned.parameters(), fitted.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_it_resumes_after_the_last_layer(stop_after):
+    whole, mask = tiny_model("llama"), half(tiny_model("llama"))
+    parts = copy.deepcopy(whole)
+    reconstruct(whole, mask, BLOCKS, 3, Kept())
+    journal, again = Kept(stop_after), copy.deepcopy(parts)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(parts, mask, BLOCKS, 3, journal)
+    journal.stop_after = None
+    reconstruct(again, mask, BLOCKS, 3, journal)
+    assert len(journal.reports) == 3  # each layer once
+    assert all(map(torch.equal, again.parameters(), whole.parameters()))
+
+
+def test_a_narrow_model_keeps_its_dtype():
+    model = tiny_model("llama").bfloat16()
+    journal = Kept()
+    reconstruct(model, half(model), BLOCKS, 0, journal)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(layer["loss"] < layer["refitted"] for layer in journal.reports)
+
+
+def test_the_whole_command(tmp_path):
+    model, text = save_tiny(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j " * 300)
+    options = dict(calibration=str(text), samples=8, seq_len=16, epochs=1, ffn_multiple=8)
+    options |= dict(eval_seq_len=16, eval_windows=2, dtype="bf16")
+    made = grasp.prune(model, tmp_path / "out", compensate="blocks", **options)
+    assert "learned, layer by layer" in (made.folder / "README.md").read_text()
+    assert grasp.verify(made.folder)
+    with pytest.raises(GraspError, match="`shard='full'` has no `compensate='blocks'`"):
+        grasp.plan(model, compensate="blocks", shard="full", seq_len=16)

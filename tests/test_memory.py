@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from grasp import criteria
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
+from grasp.compress.reconstruct import reconstruct
 from grasp.compress.refit import refit
 from grasp.config import PruneConfig, ScaleKind
 from grasp.errors import GraspError
@@ -21,7 +22,13 @@ from grasp.gates.scales import scale_count, scaled
 from grasp.journal import Journal
 from grasp.model.header import from_config
 from grasp.model.units import UnitSpace
-from grasp.planning.memory import LOGITS_AT_ONCE, greedy_memory, learning_memory, refit_memory
+from grasp.planning.memory import (
+    LOGITS_AT_ONCE,
+    blocks_memory,
+    greedy_memory,
+    learning_memory,
+    refit_memory,
+)
 from grasp.select.greedy_output_approximation import prune_greedily
 from grasp_kernels import cross_entropy
 
@@ -70,6 +77,17 @@ def test_the_plan_is_within_a_tenth_of_what_refit_takes(samples):
     keep = torch.ones(space.size, dtype=torch.bool)
     keep[0] = False
     measured = peak_bytes(lambda: refit(model, Mask(space, keep), torch.ones(samples, 16).long()))
+    assert measured == pytest.approx(planned - 4 * space.total_params, rel=0.1)
+
+
+@pytest.mark.parametrize(("samples", "length"), [(2, 2048), (64, 16)])
+def test_the_plan_is_within_a_tenth_of_what_reconstruction_takes(samples, length):
+    model = tiny_model("llama", hidden=64, ffn=704, layers=1)
+    planned = blocks_memory(from_config(model.config.to_dict()), samples, length, 4)
+    space = UnitSpace.of(model)
+    mask = Mask(space, torch.arange(space.size) > 0)
+    blocks = torch.randint(3, 250, (samples, length))
+    measured = peak_bytes(lambda: reconstruct(model, mask, blocks, 0, Journal()))
     assert measured == pytest.approx(planned - 4 * space.total_params, rel=0.1)
 
 

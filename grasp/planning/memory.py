@@ -93,6 +93,24 @@ def greedy_memory(header: Header, samples: int, seq_len: int, width: int) -> int
     return _fit_memory(header, samples * seq_len, width)
 
 
+def blocks_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
+    """Estimate of the peak bytes on a GPU while blocks are reconstructed, in a dtype of `width`.
+
+    A layer learns in fp32: its weights, the best ones, gradients and two moments. Of one sample it
+    saves four FFN widths (and has the gradient of one), queries, keys, values and attention output,
+    for each norm its input and output, and the error.
+    """
+    space, learning = header.space, 0
+    for layer in space.layers:
+        keys = layer.kv_groups * layer.head_dim
+        saved = width * (5 * layer.ffn + (3 * layer.group_size + 2) * keys)
+        saved += space.hidden_size * (header.facts.norms * (8 + width) + 12)
+        learning = max(learning, (20 - width) * space.hidden_size * layer.cost + seq_len * saved)
+    hidden = 3 * width * samples * seq_len * space.hidden_size
+    fit = _fit_memory(header, samples * seq_len, width)
+    return max(fit, width * space.total_params + hidden + learning)
+
+
 def _fit_memory(header: Header, tokens: int, width: int) -> int:
     """Weights, three times the hidden states of the text, and what a fit takes.
 

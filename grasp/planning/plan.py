@@ -18,6 +18,7 @@ from grasp.model.units import UnitSpace
 from grasp.planning.check import check
 from grasp.planning.memory import (
     Memory,
+    blocks_memory,
     evaluation_memory,
     greedy_memory,
     learning_memory,
@@ -77,7 +78,7 @@ class Plan:
     kv_bytes_per_token: Size
     memory: Memory
     greedy_memory: int | None  # estimated peak bytes of a greedy method, if it chooses
-    refit_memory: int | None  # the same of refit, if it runs
+    refit_memory: int | None  # the same of refit or block reconstruction, if one runs
     teacher_bytes: int | None  # of the dense model's hidden states, in the host's memory
     evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
     learning_tokens: int  # forward and backward, for gates and for the scales after the mask
@@ -200,11 +201,7 @@ def plan(
             if config.method.startswith("greedy-")
             else None
         ),
-        refit_memory=(
-            refit_memory(header, config.samples, config.seq_len, width)
-            if config.compensation == "refit"
-            else None
-        ),
+        refit_memory=_refit_memory(header, config, width),
         teacher_bytes=(
             width * config.samples * config.seq_len * space.hidden_size if config.distils else None
         ),
@@ -214,6 +211,12 @@ def plan(
         runtimes=tuple(_runtimes(header, budget)),
         gpus=spread(header, config, width, over) if over else None,
     )
+
+
+def _refit_memory(header: Header, config: PruneConfig, width: int) -> int | None:
+    estimates = {"refit": refit_memory, "blocks": blocks_memory}
+    estimate = estimates.get(config.compensation)
+    return estimate and estimate(header, config.samples, config.seq_len, width)
 
 
 def _gpus(each: int | None, nodes: int, memory: float | None) -> Gpus | None:

@@ -68,9 +68,8 @@ def prune_greedily(
 
     blocks: int64 [samples, len], three or more (see `parted`). `similar_heads` scores KV groups by
     their similarity instead of their second moment. `model` keeps the recovered weights, with zeros
-    in the dropped columns of o_proj and down_proj. Extra memory: four times the hidden states
-    of all samples, and four Gram matrices. After an interruption it starts over. Raises GraspError
-    if activations are not finite.
+    in the dropped columns of o_proj and down_proj. Memory: see `planning.memory.greedy_memory`.
+    After an interruption it starts over. Raises GraspError if activations are not finite.
     """
     space = projection.space
     sizes = space.sizes

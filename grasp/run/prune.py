@@ -125,9 +125,9 @@ def prune(
 
     Several budgets as `keep` give a list of results, out/keep-0.8 and so on, in the order given,
     from one selection: units are scored once, learned gates under the smallest budget, and the
-    scores are projected to each, as are scales that learned along with gates; refit, the scales
-    after the mask and evaluation are each budget's own. A GPU holds one model at a time, the host's
-    memory another. Raises GraspError.
+    scores are projected to each, as are scales that learned along with gates (which refit does
+    without); refit, the scales after the mask and evaluation are each budget's own. A GPU holds one
+    model at a time, the host's memory another. Raises GraspError.
     """
     configs = [on_device(config) for config in ready(model, out, keep, **options)]
     config = min(configs, key=lambda config: config.budget.asked)

@@ -24,6 +24,7 @@ from grasp.gates.experts import closed_experts
 from grasp.gates.training import epoch_order, finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import layer_options
+from grasp.model.places import device_of
 from grasp.model.units import decoder_layers
 
 ROUNDS = 3  # over the fitted samples
@@ -80,8 +81,8 @@ def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], se
     )
     size = max(1, STEP_TOKENS // fit.pruned.shape[1])
     step, steps = 0, ROUNDS * math.ceil(len(fit.fitted) / size)
-    own = fit.pruned
-    with torch.autocast(own.device.type, own.dtype, enabled=own.dtype != torch.float32):
+    device, dtype = device_of(layer), fit.pruned.dtype
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         best, least = _copy(dtypes), _error(fit)
         for turn in range(ROUNDS):
             for batch in epoch_order(len(fit.fitted), seed, turn).split(size):
@@ -99,9 +100,9 @@ def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], se
             error = _error(fit)
             if error < least:
                 best, least = _copy(dtypes), error
-    for parameter, dtype in dtypes.items():
+    for parameter, own in dtypes.items():
         parameter.requires_grad_(False)
-        parameter.data = best[parameter].to(dtype)
+        parameter.data = best[parameter].to(own)
     return least
 
 

@@ -79,7 +79,10 @@ def text_of_refit(mask: Mask, blocks: Tensor) -> Tensor:
 
 @dataclass
 class Hidden:
-    """This rank's share of the inputs of a decoder layer, [samples, seq_len, hidden]."""
+    """This rank's share of the inputs of a decoder layer, [samples, seq_len, hidden].
+
+    They lie in the host's memory; a device gets one sample at a time.
+    """
 
     dense: Tensor  # behind the dense layers before it
     pruned: Tensor  # behind the pruned ones
@@ -90,7 +93,7 @@ class Hidden:
     def of(cls, model: PreTrainedModel, blocks: Tensor) -> Hidden:
         """The inputs of the first layer; blocks: int64 [samples, seq_len], of all ranks."""
         own, counted = share(blocks)
-        dense, every = first_hidden(model, own), min(HELD_OUT, len(blocks))
+        dense, every = first_hidden(model, own).cpu(), min(HELD_OUT, len(blocks))
         turns: tuple[list[int], list[int]] = [], []
         for turn in range(counted):  # the same split, whatever the number of ranks
             turns[(rank() + turn * ranks()) % every == every - 1].append(turn)
@@ -98,10 +101,14 @@ class Hidden:
 
     def fit(self, layer: nn.Module, options: dict[str, Any], modules: LayerModules) -> LayerFit:
         """Run the dense layer, which changes `dense` to its outputs."""
-        device = device_of(layer)
-        self.dense, self.pruned = self.dense.to(device), self.pruned.to(device)
-        run, samples = runner(layer, options), (self.fitted, self.held)
+        run, samples = on_device(layer, options), (self.fitted, self.held)
         return LayerFit.of(run, modules.outputs, self.pruned, self.dense, *samples)
+
+
+def on_device(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A decoder layer as a function of hidden states from anywhere, [samples, seq_len, hidden]."""
+    run, device = runner(layer, options), device_of(layer)
+    return lambda x: run(x.to(device))
 
 
 def columns_of(
@@ -192,12 +199,12 @@ class LayerFit:
         with _outputs(ends) as seen:
             for index, x in enumerate(dense.split(1)):
                 out = run(x)
-                added = [own for _, own in seen]
+                added, start = [own for _, own in seen], x.to(out.device)
                 for place, (linear, _) in enumerate(seen, 1):
                     if linear not in targets:  # after the last end, the outputs are the target
                         last = adds_up and place == len(seen)
                         targets[linear] = dense if last else torch.empty_like(dense)
-                    targets[linear][index] = found.state(x, added[:place])[0]
+                    targets[linear][index] = found.state(start, added[:place])[0]
                 seen.clear()
                 x.copy_(out)
         return found
@@ -246,11 +253,12 @@ class LayerFit:
         """Over the tokens of some samples, each token's error relative to its target."""
         gram = torch.zeros(len(kept), len(kept), device=kept.device)
         missing = torch.zeros(len(kept), linear.out_features, device=kept.device)
-        hidden = [self.pruned[index][None] for index in part]
         with _outputs(self.ends) as seen:
-            for index, h, x in zip(part, hidden, inputs_of(linear, self.run, hidden), strict=True):
+            for index in part:
+                h = self.pruned[index][None].to(kept.device)
+                (x,) = inputs_of(linear, self.run, [h])
                 own = F.linear(x, linear.weight, linear.bias)  # linear(x) would stop the pass
-                target = self.targets[linear][index]
+                target = self.targets[linear][index].to(kept.device)
                 lacking = target - self.state(h, [*(out for _, out in seen), own])[0]
                 seen.clear()
                 power = target.float().square().sum(1, keepdim=True).clamp(min=TINY)
@@ -268,8 +276,9 @@ class LayerFit:
 
         A mean over tokens, each relative to its target: the hidden states behind the dense layer.
         """
-        target = self.dense[sample].float()
-        error = (self.run(self.pruned[sample][None])[0].float() - target).square().sum(1)
+        found = self.run(self.pruned[sample][None])[0].float()
+        target = self.dense[sample].to(found.device).float()
+        error = (found - target).square().sum(1)
         return (error / target.square().sum(1).clamp(min=TINY)).mean()
 
     def advance(self) -> None:
@@ -299,7 +308,8 @@ def ridge_solve(gram: Tensor, power: Tensor, target: Tensor, ridge: float) -> Te
 def _adds_up(run: Callable[[Tensor], Tensor], ends: Iterable[nn.Linear], x: Tensor) -> bool:
     """Whether a layer adds the outputs of `ends` to its input as they are, without a norm."""
     with _outputs(ends) as seen:
-        change = run(x) - x
+        out = run(x)
+        change = out - x.to(out.device)
     return bool((change - sum(out for _, out in seen)).norm() < 1e-2 * change.norm())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grasp.config import RECOMPUTE_EVERY, TOKENS_PER_CHANNEL, MemoryMode, ScaleKind
+from grasp.config import RECOMPUTE_EVERY, MemoryMode, ScaleKind
 from grasp.model.header import Header
 
 LOGITS_AT_ONCE = 2**25  # as in grasp_kernels.linear_cross_entropy
@@ -79,21 +79,24 @@ def learning_memory(
     return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
 
 
-def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, ranks: int = 1) -> int:
-    """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes; `ranks` share the text.
+def refit_memory(header: Header, width: int) -> int:
+    """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes.
 
-    Refit reads the first blocks only.
+    Three times the hidden states of the text are in the host's memory.
     """
-    blocks = min(samples, -(-TOKENS_PER_CHANNEL * header.space.widest // seq_len))
-    return _fit_memory(header, seq_len * -(-blocks // ranks), width)
+    return _fit_memory(header, width)
 
 
 def greedy_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
-    """Estimate of the peak bytes of the greedy methods on a GPU, in a dtype of `width` bytes."""
-    return _fit_memory(header, samples * seq_len, width)
+    """Estimate of the peak bytes of the greedy methods on a GPU, in a dtype of `width` bytes.
+
+    Three times the hidden states of the text, and what a fit takes.
+    """
+    hidden = 3 * width * samples * seq_len * header.space.hidden_size
+    return hidden + _fit_memory(header, width)
 
 
-def blocks_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
+def blocks_memory(header: Header, seq_len: int, width: int) -> int:
     """Estimate of the peak bytes on a GPU while blocks are reconstructed, in a dtype of `width`.
 
     A layer learns in fp32: its weights, the best ones, gradients and two moments. Of one sample it
@@ -106,20 +109,17 @@ def blocks_memory(header: Header, samples: int, seq_len: int, width: int) -> int
         saved = width * (5 * layer.ffn + (3 * layer.group_size + 2) * keys)
         saved += space.hidden_size * (header.facts.norms * (8 + width) + 12)
         learning = max(learning, (20 - width) * space.hidden_size * layer.cost + seq_len * saved)
-    hidden = 3 * width * samples * seq_len * space.hidden_size
-    fit = _fit_memory(header, samples * seq_len, width)
-    return max(fit, width * space.total_params + hidden + learning)
+    return max(_fit_memory(header, width), width * space.total_params + learning)
 
 
-def _fit_memory(header: Header, tokens: int, width: int) -> int:
-    """Weights, three times the hidden states of the text, and what a fit takes.
+def _fit_memory(header: Header, width: int) -> int:
+    """Weights, and what a fit takes if nearly all of the widest FFN is kept.
 
-    Assumes that nearly all of the widest FFN is kept. Of the Gram matrix: one in fp32, one in fp64
-    and its factor twice. Of the right-hand side: two in fp32, one in fp64, and the solutions.
+    Of the Gram matrix: one in fp32, one in fp64 and its factor twice. Of the right-hand side: two
+    in fp32, one in fp64, and the solutions.
     """
     space, widest = header.space, header.space.widest
-    hidden = 3 * width * tokens * space.hidden_size
-    return width * space.total_params + hidden + widest * (28 * widest + 28 * space.hidden_size)
+    return width * space.total_params + widest * (28 * widest + 28 * space.hidden_size)
 
 
 def evaluation_memory(header: Header, tokens: int) -> int:

@@ -214,9 +214,9 @@ def plan(
 
 
 def _refit_memory(header: Header, config: PruneConfig, width: int) -> int | None:
-    estimates = {"refit": refit_memory, "blocks": blocks_memory}
-    estimate = estimates.get(config.compensation)
-    return estimate and estimate(header, config.samples, config.seq_len, width)
+    if config.compensation == "blocks":
+        return blocks_memory(header, config.seq_len, width)
+    return refit_memory(header, width) if config.compensation == "refit" else None
 
 
 def _gpus(each: int | None, nodes: int, memory: float | None) -> Gpus | None:

@@ -69,16 +69,15 @@ def test_the_plan_is_within_a_tenth_of_what_a_step_takes(family, vocab, scales, 
     assert measured == pytest.approx(planned.total - planned.weights, rel=0.1)
 
 
-@pytest.mark.parametrize("samples", [4, 3000])  # more than refit looks at
+@pytest.mark.parametrize("samples", [4, 2000])  # more than refit looks at
 def test_the_plan_is_within_a_tenth_of_what_refit_takes(samples):
     model = tiny_model("llama", hidden=64, ffn=704, layers=1)
-    planned = refit_memory(from_config(model.config.to_dict()), 4)
+    planned = refit_memory(from_config(model.config.to_dict()), samples, 16, 4)
     space = UnitSpace.of(model)
-    hidden = 3 * 4 * 16 * min(samples, 64 * 704 // 16) * 64  # in the host's memory
     keep = torch.ones(space.size, dtype=torch.bool)
     keep[0] = False
     measured = peak_bytes(lambda: refit(model, Mask(space, keep), torch.ones(samples, 16).long()))
-    assert measured == pytest.approx(planned - 4 * space.total_params + hidden, rel=0.1)
+    assert measured == pytest.approx(planned - 4 * space.total_params, rel=0.1)
 
 
 @pytest.mark.parametrize(("samples", "length"), [(2, 2048), (64, 16)])

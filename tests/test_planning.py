@@ -177,7 +177,7 @@ def test_evaluating_takes_the_weights_as_they_are_stored(tmp_path, dtype, width)
 def test_refit_is_planned_where_it_runs(tmp_path, option):
     spec = write_config(tmp_path, LLAMA_2_7B)
     weights = 2 * 6_738_415_616
-    assert 1.3 * weights < plan(spec).refit_memory < 1.4 * weights
+    assert 1.3 * weights < plan(spec).refit_memory < 1.5 * weights
     assert "GB while refitting" in str(plan(spec))
     assert plan(spec, **option).refit_memory is None
     assert "refitting" not in str(plan(spec, **option))

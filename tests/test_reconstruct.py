@@ -7,18 +7,15 @@ import copy
 import pytest
 import torch
 from families import save_tiny, tiny_model
-from test_refit import half, random_blocks
+from test_layer_fit import BLOCKS, fit_only, half, random_blocks
 
 import grasp
 from grasp.compress import reconstruct as reconstruct_module
 from grasp.compress.fold import fold_mask
 from grasp.compress.reconstruct import reconstruct
-from grasp.compress.refit import refit
 from grasp.errors import GraspError
 from grasp.journal import Journal
 from grasp.model.units import decoder_layers
-
-BLOCKS = random_blocks(24, 64)
 
 
 class Kept(Journal):
@@ -40,16 +37,16 @@ class Kept(Journal):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
-def test_it_leads_nearer_to_the_dense_model_than_refit(family, monkeypatch):
-    monkeypatch.setattr(reconstruct_module, "STEP_TOKENS", 64)  # a sample a step
+def test_learning_leads_nearer_to_the_dense_model_than_fits_do(family, monkeypatch):
     dense = tiny_model(family)
     fitted, learned = copy.deepcopy(dense), copy.deepcopy(dense)
     mask, journal, other = half(dense), Kept(), random_blocks(16, 64, seed=4)
-    refit(fitted, mask, BLOCKS)
+    fit_only(fitted, mask, monkeypatch)
+    monkeypatch.setattr(reconstruct_module, "STEP_TOKENS", 64)  # a sample a step
     reconstruct(learned, mask, BLOCKS, 0, journal)
     assert len(journal.reports) == 3
-    assert all(layer["loss"] <= layer["refitted"] for layer in journal.reports)
-    assert journal.reports[0]["loss"] < journal.reports[0]["refitted"]
+    assert all(layer["loss"] <= layer["fitted"] for layer in journal.reports)
+    assert journal.reports[0]["loss"] < journal.reports[0]["fitted"]
     for modules, (ffn, kv) in zip(decoder_layers(learned), mask.layers(), strict=True):
         assert torch.equal(modules.ffn.down.weight.any(0).nonzero().flatten(), ffn)
         heads = modules.attention.out.weight.view(len(modules.attention.out.weight), 4, -1)
@@ -58,16 +55,16 @@ def test_it_leads_nearer_to_the_dense_model_than_refit(family, monkeypatch):
         whole = learned(input_ids=other).logits
         for model in (fitted, learned):
             fold_mask(model, mask)
-        want, refitted, ours = (m(input_ids=other).logits for m in (dense, fitted, learned))
+        want, plain, ours = (m(input_ids=other).logits for m in (dense, fitted, learned))
     torch.testing.assert_close(ours, whole)  # what is cut was out of the sums already
-    assert (ours - want).norm() < (refitted - want).norm()
+    assert (ours - want).norm() < (plain - want).norm()
     assert not any(p.requires_grad for p in learned.parameters())
 
 
 def test_weights_that_are_no_better_on_held_out_text_are_dropped(monkeypatch):
     fitted = tiny_model("llama")
     learned, mask = copy.deepcopy(fitted), half(fitted)
-    refit(fitted, mask, BLOCKS)
+    fit_only(fitted, mask, monkeypatch)
     monkeypatch.setattr(reconstruct_module, "RATE", 10.0)
     reconstruct(learned, mask, BLOCKS, 0, Kept())
     for ours, theirs in zip(learned.parameters(), fitted.parameters(), strict=True):
@@ -93,7 +90,7 @@ def test_a_narrow_model_keeps_its_dtype():
     journal = Kept()
     reconstruct(model, half(model), BLOCKS, 0, journal)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert all(layer["loss"] < layer["refitted"] for layer in journal.reports)
+    assert all(layer["loss"] < layer["fitted"] for layer in journal.reports)
 
 
 def test_the_whole_command(tmp_path):

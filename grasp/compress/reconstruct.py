@@ -1,6 +1,6 @@
 """Block reconstruction: all weights of a pruned layer learn to give the dense hidden states.
 
-Layers are refitted in depth order (see refit.py), and each learns before the next is: its inputs
+Layers are fitted in depth order (see layer_fit.py), and each learns before the next is: its inputs
 are what the pruned layers before it give, its targets what the dense layer gives on its own inputs.
 The gradient goes through the non-linearities of one decoder layer, the window that A Free Lunch
 (arXiv 2510.14444) finds as good as retraining. AdamW's step is relative to the weights of each
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
-from grasp.compress.refit import Hidden, LayerFit, columns_of
+from grasp.compress.layer_fit import Hidden, LayerFit, columns_of
 from grasp.gates.experts import closed_experts
 from grasp.gates.training import epoch_order, finite_mean
 from grasp.journal import Journal
@@ -36,7 +36,7 @@ WARM_UP = 10  # steps
 def reconstruct(
     model: PreTrainedModel, mask: Mask, blocks: Tensor, seed: int, journal: Journal
 ) -> None:
-    """Refit and train the layers of the dense `model` in place, for the units that `mask` keeps.
+    """Fit and train the layers of the dense `model` in place, for the units that `mask` keeps.
 
     Columns of dropped units become 0. blocks: int64 [samples, seq_len], of which every eighth is
     held out. A run that resumes from its journal goes on after the last layer saved, and ends
@@ -61,7 +61,7 @@ def reconstruct(
             after = _train(decoder[index], fit, columns, seed)
             fit.advance()
         mean = finite_mean([torch.tensor(after)], index + 1)
-        journal.progress(index + 1, len(decoder), mean, blocks.numel(), refitted=before)
+        journal.progress(index + 1, len(decoder), mean, blocks.numel(), fitted=before)
         journal.save(partial(_state, decoder[: index + 1], hidden), final=index + 1 == len(decoder))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grasp.config import RECOMPUTE_EVERY, MemoryMode, ScaleKind
+from grasp.config import RECOMPUTE_EVERY, TOKENS_PER_CHANNEL, MemoryMode, ScaleKind
 from grasp.model.header import Header
 
 LOGITS_AT_ONCE = 2**25  # as in grasp_kernels.linear_cross_entropy
@@ -79,12 +79,18 @@ def learning_memory(
     return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
 
 
-def refit_memory(header: Header, width: int) -> int:
+def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, ranks: int = 1) -> int:
     """Estimate of refit's peak bytes on a GPU, in a dtype of `width` bytes.
 
-    Three times the hidden states of the text are in the host's memory.
+    Assumes that nearly all of the widest FFN is kept. Counts weights, hidden states of the text,
+    which `ranks` share, a Gram matrix and its rows of kept channels. In fp64: the Gram matrix of
+    the kept channels, its factor twice, the right-hand side and the solutions.
     """
-    return _fit_memory(header, width)
+    space, widest = header.space, header.space.widest
+    blocks = min(samples, -(-TOKENS_PER_CHANNEL * widest // seq_len))
+    tokens = seq_len * -(-blocks // ranks)
+    hidden = width * tokens * space.hidden_size
+    return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
 
 
 def greedy_memory(header: Header, samples: int, seq_len: int, width: int) -> int:

@@ -216,7 +216,9 @@ def plan(
 def _refit_memory(header: Header, config: PruneConfig, width: int) -> int | None:
     if config.compensation == "blocks":
         return blocks_memory(header, config.seq_len, width)
-    return refit_memory(header, width) if config.compensation == "refit" else None
+    if config.compensation == "refit":
+        return refit_memory(header, config.samples, config.seq_len, width)
+    return None
 
 
 def _gpus(each: int | None, nodes: int, memory: float | None) -> Gpus | None:

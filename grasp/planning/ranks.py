@@ -210,7 +210,7 @@ def _in_mode(
     )
     refit = None
     if config.compensation == "refit":
-        refit = refit_memory(header, width)
+        refit = refit_memory(header, config.samples, config.seq_len, width, ranks=gpus.all)
         refit -= width * (apart - GATHERED * layer)
     way = Way(
         shard,

@@ -1,7 +1,7 @@
 """After the mask, for a model that no rank holds whole: one decoder layer at a time.
 
-A layer is gathered on all ranks, refitted or scaled, and cut there, and written by the first. The
-cut model is then read again in shards, its scales learn, and a second pass multiplies them in.
+A layer is gathered on all ranks, scaled, refitted and cut there, and written by the first. The cut
+model is then read again in shards, its scales learn, and a second pass multiplies them in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from grasp.gates.scales import scale_count
 from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors
 from grasp.model.classes import without_weights
-from grasp.model.layerwise import layer_options
+from grasp.model.layerwise import layer_options, runner
 from grasp.model.load import cast, environment, load_model
 from grasp.model.sharding import free, one_layer, whole
 from grasp.model.units import UnitSpace, decoder_layers
@@ -102,21 +102,23 @@ def _cut_layers(
     config: PruneConfig,
     run: Run,
 ) -> Iterator[nn.Module]:
-    """Each layer, refitted or scaled, and cut."""
+    """Each layer, scaled, refitted and cut."""
     options = layer_options(model, blocks[:1])
     hidden = Hidden.of(model, text_of_refit(mask, blocks))
     for index, (one, own) in enumerate(_with_scales(model, config.scales, scales)):
+        if own is not None:
+            Scale(config.scales, own).apply(one)
         space = UnitSpace.of(one)
         _, ffn, kv = [*mask.space.segments()][index]
         part = Mask(space, mask.keep[ffn.start : kv.stop])
         edits: list[Edit] = [Cut(part)]
         if config.compensation == "refit":
-            (layer,), (modules,) = one.get_decoder().layers, decoder_layers(one)
-            fit = hidden.fit(layer, options[index], modules)
-            edits.append(Refit(refit_layer(fit, modules, space.layers[0], part.layers()[0])))
+            (layer,) = one.get_decoder().layers
+            (modules,) = decoder_layers(one)
+            run_layer = runner(layer, options[index])
+            columns = refit_layer(run_layer, modules, space.layers[0], part.layers()[0], hidden)
+            edits.append(Refit(columns))
             run.log(stage="refit", step=index + 1, steps=len(options))
-        elif own is not None:
-            Scale(config.scales, own).apply(one)
         for edit in edits:
             edit.apply(one)
         yield one.get_decoder().layers[0]

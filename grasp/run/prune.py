@@ -125,9 +125,9 @@ def prune(
 
     Several budgets as `keep` give a list of results, out/keep-0.8 and so on, in the order given,
     from one selection: units are scored once, learned gates under the smallest budget, and the
-    scores are projected to each, as are scales that learned along with gates (which refit does
-    without); refit, the scales after the mask and evaluation are each budget's own. A GPU holds one
-    model at a time, the host's memory another. Raises GraspError.
+    scores are projected to each, as are scales that learned along with gates; refit, the scales
+    after the mask and evaluation are each budget's own. A GPU holds one model at a time, the host's
+    memory another. Raises GraspError.
     """
     configs = [on_device(config) for config in ready(model, out, keep, **options)]
     config = min(configs, key=lambda config: config.budget.asked)
@@ -429,16 +429,16 @@ def apply_mask(
         found.apply(model)
         edits.append(found)
 
-    compensation: list[Edit] = []
-    if config.compensation == "refit":  # from the dense weights: scales learn anew after it
-        columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
-        compensation = [Refit(columns)]
-    elif config.compensation == "blocks":
-        reconstruct(model, mask, blocks, config.seed, run.stage("blocks"))
-    elif joint_scales is not None:
+    if joint_scales is not None and config.compensation != "blocks":
         edit(Scale(config.scales, joint_scales))
+    compensation: list[Edit] = []
     if config.compensation == "bias":
         compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
+    elif config.compensation == "refit":
+        columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
+        compensation = [Refit(columns)]
+    elif config.compensation == "blocks":  # from the dense weights: scales learn anew after it
+        reconstruct(model, mask, blocks, config.seed, run.stage("blocks"))
     gated = gated_outputs(model, mask, blocks)
     edit(Cut(mask))
     run.log(event="fidelity", cut=check_cut(model, gated, blocks))

@@ -57,9 +57,8 @@ def learn(
     """Learn gates under the budget and return the mask (GRASPrune, arXiv 2604.19398).
 
     `options` are the other fields of `Budget` and `PruneConfig`: `epochs`, `lr`, `method` for
-    another criterion and so on. With `compensate="none"`, scales learned with the gates are
-    multiplied into the weights of `model`; else `refit` is to follow, which starts from the dense
-    weights. Raises GraspError.
+    another criterion and so on. Scales learned with the gates are multiplied into the weights of
+    `model`. Raises GraspError.
     """
     more = {name: options.pop(name) for name in Budget.options() if name in options}
     budget = Budget.of(
@@ -77,7 +76,7 @@ def learn(
     _freeze(model)
     teacher = last_hidden(model, blocks) if config.distils else None
     selection = select(model, projection, blocks, config, lambda stage: Journal(), teacher)
-    if selection.scales is not None and config.compensation not in ("refit", "blocks"):
+    if selection.scales is not None:
         fold_scales(model, config.scales, selection.scales)
     return projection.mask(selection.scores)
 

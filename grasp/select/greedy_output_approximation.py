@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from grasp.budget.projection import Projection
 from grasp.compress.fold import expand
-from grasp.compress.refit import LayerFit
+from grasp.compress.layer_fit import LayerFit
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner

@@ -1,0 +1,254 @@
+"""Fit o_proj and down_proj of a pruned layer to the dense model's hidden states.
+
+Layers are visited in depth order, each with two inputs: what the dense layers before it give, and
+what the pruned ones give. The kept columns are fitted by least squares so that the hidden states
+after them are those of the dense layer on its own input. So a fit makes up for the units dropped
+here and for what earlier layers have lost. It is ridge regression towards the present weights,
+every token's error relative to its target, so that the massive activations of a first position
+count no more than others. The ridge is the one with the least error on held-out blocks, and a fit
+that does not lower that error is dropped.
+
+Fitting the second level of each module is from Greedy Output Approximation (Li, Dong, Lei, arXiv
+2407.19126), whose target is the module's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.compress.fold import expand
+from grasp.compress.refit import ridge_solve
+from grasp.distributed import rank, ranks, share, summed, tensor_from_first
+from grasp.errors import GraspError
+from grasp.model.layerwise import first_hidden, inputs_of, runner
+from grasp.model.places import device_of
+from grasp.model.units import LayerModules, LayerUnits
+
+RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # relative to the power of each input
+HELD_OUT = 8  # every so many-th block chooses the ridge
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass
+class Hidden:
+    """This rank's share of the inputs of a decoder layer, [samples, seq_len, hidden].
+
+    They lie in the host's memory; a device gets one sample at a time.
+    """
+
+    dense: Tensor  # behind the dense layers before it
+    pruned: Tensor  # behind the pruned ones
+    fitted: list[int]  # samples that are fitted
+    held: list[int]  # samples that choose the ridge
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, blocks: Tensor) -> Hidden:
+        """The inputs of the first layer; blocks: int64 [samples, seq_len], of all ranks."""
+        own, counted = share(blocks)
+        dense, every = first_hidden(model, own).cpu(), min(HELD_OUT, len(blocks))
+        turns: tuple[list[int], list[int]] = [], []
+        for turn in range(counted):  # the same split, whatever the number of ranks
+            turns[(rank() + turn * ranks()) % every == every - 1].append(turn)
+        return cls(dense, dense.clone(), *turns)
+
+    def fit(self, layer: nn.Module, options: dict[str, Any], modules: LayerModules) -> LayerFit:
+        """Run the dense layer, which changes `dense` to its outputs."""
+        run, samples = on_device(layer, options), (self.fitted, self.held)
+        return LayerFit.of(run, modules.outputs, self.pruned, self.dense, *samples)
+
+
+def on_device(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A decoder layer as a function of hidden states from anywhere, [samples, seq_len, hidden]."""
+    run, device = runner(layer, options), device_of(layer)
+    return lambda x: run(x.to(device))
+
+
+def columns_of(
+    modules: LayerModules, units: LayerUnits, kept: tuple[Tensor, Tensor]
+) -> dict[nn.Linear, Tensor]:
+    """The columns of o_proj and down_proj that belong to `kept` channels and KV groups.
+
+    In the order that these linear layers run.
+    """
+    found = {}
+    if modules.attention is not None:
+        out = modules.attention.out
+        heads = expand(kept[1], units.group_size * units.head_dim)
+        found[out] = heads.to(out.weight.device)
+    if modules.ffn is not None:
+        found[modules.ffn.down] = kept[0].to(modules.ffn.down.weight.device)
+    return found
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over tokens of inputs x of a linear layer, and of what a target lacks after it."""
+
+    gram: Tensor  # x x^T, fp32 [in, in]
+    missing: Tensor  # x (target - found)^T, fp32 [in, out]
+
+    def add_(self, other: Sums) -> None:
+        """Add other tokens, in place."""
+        self.gram.add_(other.gram)
+        self.missing.add_(other.missing)
+
+    def fit(self, ridge: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The change of the weight by least squares, solved in `dtype`: fp32 [in, out]."""
+        gram, power = self.gram.to(dtype, copy=True), self.gram.diagonal().mean()
+        return ridge_solve(gram, power, self.missing.to(dtype), ridge).float()
+
+    def rise(self, change: Tensor) -> float:
+        """By how much a change of the weight raises the squared error on these tokens."""
+        return float((change * (self.gram @ change - 2 * self.missing)).sum())
+
+
+def best_ridge(fitted: Sums, held: Sums) -> float | None:
+    """The ridge whose fit has the least error on held-out tokens; None if no fit lowers it."""
+    rises = {ridge: held.rise(fitted.fit(ridge, torch.float32)) for ridge in RIDGES}
+    best = min(rises, key=rises.__getitem__)
+    return best if rises[best] < 0 else None
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """A decoder layer that is being pruned, and what the dense one makes of its own inputs."""
+
+    run: Callable[[Tensor], Tensor]  # the layer
+    ends: tuple[nn.Linear, ...]  # o_proj and down_proj
+    adds_up: bool  # what these two give is added to the hidden states as it is
+    pruned: Tensor  # inputs, [samples, seq_len, hidden]
+    dense: Tensor  # outputs of the dense layer, like `pruned`
+    targets: dict[nn.Linear, Tensor]  # hidden states after each end, like `pruned`
+    fitted: Sequence[int]  # samples
+    held: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        run: Callable[[Tensor], Tensor],
+        ends: tuple[nn.Linear, ...],
+        pruned: Tensor,
+        dense: Tensor,
+        fitted: Sequence[int],
+        held: Sequence[int],
+    ) -> LayerFit:
+        """`run` is the layer before it is pruned; it changes `dense` to the layer's outputs."""
+        adds_up = _adds_up(run, ends, dense[:1])
+        targets: dict[nn.Linear, Tensor] = {}
+        found = cls(run, ends, adds_up, pruned, dense, targets, fitted, held)
+        with _outputs(ends) as seen:
+            for index, x in enumerate(dense.split(1)):
+                out = run(x)
+                added, start = [own for _, own in seen], x.to(out.device)
+                for place, (linear, _) in enumerate(seen, 1):
+                    if linear not in targets:  # after the last end, the outputs are the target
+                        last = adds_up and place == len(seen)
+                        targets[linear] = dense if last else torch.empty_like(dense)
+                    targets[linear][index] = found.state(start, added[:place])[0]
+                seen.clear()
+                x.copy_(out)
+        return found
+
+    def state(self, hidden: Tensor, added: Sequence[Tensor]) -> Tensor:
+        """The hidden states after outputs of `ends`.
+
+        Where the layer does not add these as they are, the last of them instead.
+        """
+        # the FFNs of some mixtures see one long sequence of tokens
+        found = hidden + sum(added) if self.adds_up else added[-1]
+        return found.view_as(hidden)
+
+    def keep(self, linear: nn.Linear, kept: Tensor) -> Tensor:
+        """Fit the columns `kept` (int64) of o_proj or down_proj in place; the others become 0.
+
+        Returns the columns in fp32, on the CPU. Raises GraspError as `ridge_solve` does, and if
+        activations are not finite.
+        """
+        weight = linear.weight
+        kept = kept.to(weight.device)
+        columns = weight[:, kept].float()
+        weight.zero_()
+        weight[:, kept] = columns.to(weight.dtype)
+        change = self.change(linear, kept)
+        if change is not None:
+            columns += change.T
+        columns = tensor_from_first(columns.contiguous())
+        weight[:, kept] = columns.to(weight.dtype)
+        return columns.cpu()
+
+    def change(self, linear: nn.Linear, kept: Tensor) -> Tensor | None:
+        """What to add to the columns `kept` of o_proj or down_proj, fp32 [kept, out].
+
+        It is fitted to all tokens; None if no fit helps on held-out ones.
+        """
+        fitted, held = (self._sums(linear, kept, part) for part in (self.fitted, self.held))
+        ridge = best_ridge(fitted, held)
+        if ridge is None:
+            return None
+        fitted.add_(held)
+        del held  # its memory is needed for the factors
+        return fitted.fit(ridge)
+
+    def _sums(self, linear: nn.Linear, kept: Tensor, part: Sequence[int]) -> Sums:
+        """Over the tokens of some samples, each token's error relative to its target."""
+        gram = torch.zeros(len(kept), len(kept), device=kept.device)
+        missing = torch.zeros(len(kept), linear.out_features, device=kept.device)
+        with _outputs(self.ends) as seen:
+            for index in part:
+                h = self.pruned[index][None].to(kept.device)
+                (x,) = inputs_of(linear, self.run, [h])
+                own = F.linear(x, linear.weight, linear.bias)  # linear(x) would stop the pass
+                target = self.targets[linear][index].to(kept.device)
+                lacking = target - self.state(h, [*(out for _, out in seen), own])[0]
+                seen.clear()
+                power = target.float().square().sum(1, keepdim=True).clamp(min=TINY)
+                x = x.flatten(0, -2)[:, kept].float()
+                gram.addmm_(x.T, x / power)
+                missing.addmm_((x / power).T, lacking.float())
+        if not (gram.isfinite().all() and missing.isfinite().all()):
+            raise GraspError(
+                "activations are not finite: use `dtype='fp32'` or `compensate='none'`"
+            )
+        return Sums(summed(gram), summed(missing))
+
+    def error(self, sample: int) -> Tensor:
+        """Squared error of the layer's outputs on a sample, fp32 scalar.
+
+        A mean over tokens, each relative to its target: the hidden states behind the dense layer.
+        """
+        found = self.run(self.pruned[sample][None])[0].float()
+        target = self.dense[sample].to(found.device).float()
+        error = (found - target).square().sum(1)
+        return (error / target.square().sum(1).clamp(min=TINY)).mean()
+
+    def advance(self) -> None:
+        """Run the pruned layer on its inputs, in place."""
+        for x in self.pruned.split(1):
+            x.copy_(self.run(x))
+
+
+def _adds_up(run: Callable[[Tensor], Tensor], ends: Iterable[nn.Linear], x: Tensor) -> bool:
+    """Whether a layer adds the outputs of `ends` to its input as they are, without a norm."""
+    with _outputs(ends) as seen:
+        out = run(x)
+        change = out - x.to(out.device)
+    return bool((change - sum(out for _, out in seen)).norm() < 1e-2 * change.norm())
+
+
+@contextmanager
+def _outputs(linears: Iterable[nn.Linear]) -> Iterator[list[tuple[nn.Linear, Tensor]]]:
+    """Linear layers with their outputs, in the order that they run."""
+    seen: list[tuple[nn.Linear, Tensor]] = []
+    with ExitStack() as hooks:
+        for linear in linears:
+            hook = linear.register_forward_hook(lambda own, _, out: seen.append((own, out)))
+            hooks.enter_context(hook)
+        yield seen

@@ -24,13 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.compress.fold import expand
 from grasp.compress.refit import ridge_solve
-from grasp.distributed import rank, ranks, share, summed, tensor_from_first
 from grasp.errors import GraspError
 from grasp.model.layerwise import first_hidden, inputs_of, runner
 from grasp.model.places import device_of
-from grasp.model.units import LayerModules, LayerUnits
+from grasp.model.units import LayerModules
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # relative to the power of each input
 HELD_OUT = 8  # every so many-th block chooses the ridge
@@ -38,8 +36,8 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
-class Hidden:
-    """This rank's share of the inputs of a decoder layer, [samples, seq_len, hidden].
+class Streams:
+    """The two inputs of a decoder layer, [samples, seq_len, hidden].
 
     They lie in the host's memory; a device gets one sample at a time.
     """
@@ -50,14 +48,12 @@ class Hidden:
     held: list[int]  # samples that choose the ridge
 
     @classmethod
-    def of(cls, model: PreTrainedModel, blocks: Tensor) -> Hidden:
-        """The inputs of the first layer; blocks: int64 [samples, seq_len], of all ranks."""
-        own, counted = share(blocks)
-        dense, every = first_hidden(model, own).cpu(), min(HELD_OUT, len(blocks))
-        turns: tuple[list[int], list[int]] = [], []
-        for turn in range(counted):  # the same split, whatever the number of ranks
-            turns[(rank() + turn * ranks()) % every == every - 1].append(turn)
-        return cls(dense, dense.clone(), *turns)
+    def of(cls, model: PreTrainedModel, blocks: Tensor) -> Streams:
+        """The inputs of the first layer; blocks: int64 [samples, seq_len]."""
+        dense, every = first_hidden(model, blocks).cpu(), min(HELD_OUT, len(blocks))
+        held = list(range(every - 1, len(blocks), every))
+        fitted = [sample for sample in range(len(blocks)) if sample not in held]
+        return cls(dense, dense.clone(), fitted, held)
 
     def fit(self, layer: nn.Module, options: dict[str, Any], modules: LayerModules) -> LayerFit:
         """Run the dense layer, which changes `dense` to its outputs."""
@@ -69,23 +65,6 @@ def on_device(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], T
     """A decoder layer as a function of hidden states from anywhere, [samples, seq_len, hidden]."""
     run, device = runner(layer, options), device_of(layer)
     return lambda x: run(x.to(device))
-
-
-def columns_of(
-    modules: LayerModules, units: LayerUnits, kept: tuple[Tensor, Tensor]
-) -> dict[nn.Linear, Tensor]:
-    """The columns of o_proj and down_proj that belong to `kept` channels and KV groups.
-
-    In the order that these linear layers run.
-    """
-    found = {}
-    if modules.attention is not None:
-        out = modules.attention.out
-        heads = expand(kept[1], units.group_size * units.head_dim)
-        found[out] = heads.to(out.weight.device)
-    if modules.ffn is not None:
-        found[modules.ffn.down] = kept[0].to(modules.ffn.down.weight.device)
-    return found
 
 
 @dataclass(frozen=True)
@@ -180,7 +159,6 @@ class LayerFit:
         change = self.change(linear, kept)
         if change is not None:
             columns += change.T
-        columns = tensor_from_first(columns.contiguous())
         weight[:, kept] = columns.to(weight.dtype)
         return columns.cpu()
 
@@ -217,7 +195,7 @@ class LayerFit:
             raise GraspError(
                 "activations are not finite: use `dtype='fp32'` or `compensate='none'`"
             )
-        return Sums(summed(gram), summed(missing))
+        return Sums(gram, missing)
 
     def error(self, sample: int) -> Tensor:
         """Squared error of the layer's outputs on a sample, fp32 scalar.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
-from grasp.compress.layer_fit import Hidden, LayerFit, columns_of
+from grasp.compress.layer_fit import Streams, LayerFit
+from grasp.compress.refit import columns_of
 from grasp.gates.experts import closed_experts
 from grasp.gates.training import epoch_order, finite_mean
 from grasp.journal import Journal
@@ -44,15 +45,15 @@ def reconstruct(
     finite.
     """
     decoder, options = model.get_decoder().layers, layer_options(model, blocks[:1])
-    hidden = Hidden.of(model, blocks)
-    first = _restore(decoder, hidden, journal.load())
+    streams = Streams.of(model, blocks)
+    first = _restore(decoder, streams, journal.load())
     every = zip(
         decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
     )
     for index, (modules, units, kept, experts) in enumerate(every):
         if index < first:
             continue
-        fit = hidden.fit(decoder[index], options[index], modules)
+        fit = streams.fit(decoder[index], options[index], modules)
         with closed_experts(modules, experts):
             columns = columns_of(modules, units, kept)
             for linear, own in columns.items():
@@ -62,7 +63,9 @@ def reconstruct(
             fit.advance()
         mean = finite_mean([torch.tensor(after)], index + 1)
         journal.progress(index + 1, len(decoder), mean, blocks.numel(), fitted=before)
-        journal.save(partial(_state, decoder[: index + 1], hidden), final=index + 1 == len(decoder))
+        journal.save(
+            partial(_state, decoder[: index + 1], streams), final=index + 1 == len(decoder)
+        )
 
 
 def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], seed: int) -> float:
@@ -124,21 +127,21 @@ def _error(fit: LayerFit) -> float:
     return float(torch.stack([fit.error(sample) for sample in fit.held]).mean())
 
 
-def _state(layers: Iterable[nn.Module], hidden: Hidden) -> dict[str, Tensor]:
+def _state(layers: Iterable[nn.Module], streams: Streams) -> dict[str, Tensor]:
     weights = {
         f"{index}.{name}": value
         for index, layer in enumerate(layers)
         for name, value in layer.named_parameters()
     }
-    return {"dense": hidden.dense, "pruned": hidden.pruned, **weights}
+    return {"dense": streams.dense, "pruned": streams.pruned, **weights}
 
 
 @torch.no_grad()
-def _restore(layers: Sequence[nn.Module], hidden: Hidden, state: dict[str, Tensor] | None) -> int:
+def _restore(layers: Sequence[nn.Module], streams: Streams, state: dict[str, Tensor] | None) -> int:
     """Restore a saved state; returns how many layers were done."""
     if state is None:
         return 0
-    hidden.dense, hidden.pruned = state.pop("dense"), state.pop("pruned")
+    streams.dense, streams.pruned = state.pop("dense"), state.pop("pruned")
     done = 1 + max(int(name.split(".")[0]) for name in state)
     for index in range(done):
         for name, parameter in layers[index].named_parameters():

@@ -92,22 +92,34 @@ def refit_layer(
 
     `kept` are indices of channels and of KV groups. Returns the kept columns as `refit` does.
     """
-    own, kept_columns = {}, {}
-    if modules.attention is not None:  # first, in the order that they run
-        heads = expand(kept[1], units.group_size * units.head_dim)
-        kept_columns[modules.attention.out] = heads
-    if modules.ffn is not None:
-        kept_columns[modules.ffn.down] = kept[0]
-    for linear, columns in kept_columns.items():
+    own = {}
+    for linear, columns in columns_of(modules, units, kept).items():
         gram = linear.weight.new_zeros(2 * linear.weight.shape[1:], dtype=torch.float32)
         for n, x in enumerate(inputs_of(linear, run, hidden.states.split(1))):
             if n < hidden.counted:
                 x = x.flatten(0, -2).float()
                 gram.addmm_(x.T, x)
-        own[linear] = solve(linear, columns.to(gram.device), summed(gram)).cpu()
+        own[linear] = solve(linear, columns, summed(gram)).cpu()
     for x in hidden.states.split(1):
         x.copy_(run(x))
     return [own[linear] for linear in modules.outputs]
+
+
+def columns_of(
+    modules: LayerModules, units: LayerUnits, kept: tuple[Tensor, Tensor]
+) -> dict[nn.Linear, Tensor]:
+    """The columns of o_proj and down_proj that belong to `kept` channels and KV groups.
+
+    In the order that these linear layers run.
+    """
+    found = {}
+    if modules.attention is not None:
+        out = modules.attention.out
+        heads = expand(kept[1], units.group_size * units.head_dim)
+        found[out] = heads.to(out.weight.device)
+    if modules.ffn is not None:
+        found[modules.ffn.down] = kept[0].to(modules.ffn.down.weight.device)
+    return found
 
 
 def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:

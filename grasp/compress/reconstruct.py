@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
-from grasp.compress.layer_fit import Streams, LayerFit
+from grasp.compress.layer_fit import LayerFit, Streams
 from grasp.compress.refit import columns_of
 from grasp.gates.experts import closed_experts
 from grasp.gates.training import epoch_order, finite_mean

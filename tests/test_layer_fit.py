@@ -8,6 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 from families import FAMILIES, tiny_model
+from test_refit import half
 
 from grasp.budget.projection import Mask
 from grasp.compress import layer_fit
@@ -24,14 +25,6 @@ def random_blocks(samples, length, seed=3):
 
 
 BLOCKS = random_blocks(16, 64)
-
-
-def half(model, seed=0):
-    space = UnitSpace.of(model)
-    keep = torch.rand(space.size, generator=torch.Generator().manual_seed(seed)) < 0.5
-    for _, ffn, kv in space.segments():
-        keep[ffn.start] = keep[kv.start] = True
-    return Mask(space, keep)
 
 
 def fit_only(model, mask, monkeypatch):

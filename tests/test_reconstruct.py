@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from families import save_tiny, tiny_model
-from test_layer_fit import BLOCKS, fit_only, half, random_blocks
+from test_layer_fit import BLOCKS, fit_only, random_blocks
+from test_refit import half
 
 import grasp
 from grasp.compress import reconstruct as reconstruct_module

@@ -145,11 +145,10 @@ class LayerFit:
         found = hidden + sum(added) if self.adds_up else added[-1]
         return found.view_as(hidden)
 
-    def keep(self, linear: nn.Linear, kept: Tensor) -> Tensor:
+    def keep(self, linear: nn.Linear, kept: Tensor) -> None:
         """Fit the columns `kept` (int64) of o_proj or down_proj in place; the others become 0.
 
-        Returns the columns in fp32, on the CPU. Raises GraspError as `ridge_solve` does, and if
-        activations are not finite.
+        Raises GraspError as `ridge_solve` does, and if activations are not finite.
         """
         weight = linear.weight
         kept = kept.to(weight.device)
@@ -158,9 +157,7 @@ class LayerFit:
         weight[:, kept] = columns.to(weight.dtype)
         change = self.change(linear, kept)
         if change is not None:
-            columns += change.T
-        weight[:, kept] = columns.to(weight.dtype)
-        return columns.cpu()
+            weight[:, kept] = (columns + change.T).to(weight.dtype)
 
     def change(self, linear: nn.Linear, kept: Tensor) -> Tensor | None:
         """What to add to the columns `kept` of o_proj or down_proj, fp32 [kept, out].

@@ -442,8 +442,6 @@ def apply_mask(
     gated = gated_outputs(model, mask, blocks)
     edit(Cut(mask))
     run.log(event="fidelity", cut=check_cut(model, gated, blocks))
-    if config.compensation == "blocks":
-        compensation = [Layers.of(model)]
     for found in compensation:
         edit(found)
     last: list[Edit] = []
@@ -457,6 +455,8 @@ def apply_mask(
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:
         # the working dtype has rounded the weights: apply all edits again, to the stored ones
         places = places_of(model)
+        if config.compensation == "blocks":
+            edits.append(Layers.of(model))
         _release(model)
         model = load_dense(config, places)[0]
         last = [*edits, *last]

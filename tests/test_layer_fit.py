@@ -54,6 +54,8 @@ def passing(model, layer):
 def test_each_fit_leads_to_the_dense_hidden_states(family, monkeypatch):
     """Without a ridge the normal equations hold: the error is orthogonal to what is kept."""
     monkeypatch.setattr(layer_fit, "best_ridge", lambda fitted, held: 1e-9)
+    # what a fit starts from, and is weighted by, cannot be seen behind it
+    monkeypatch.setattr(layer_fit, "_power", lambda target, found: target.square().sum(1))
     dense = tiny_model(family)
     model = copy.deepcopy(dense)
     mask = half(model)
@@ -120,21 +122,38 @@ def test_a_fit_is_kept_only_if_it_helps_on_held_out_tokens():
     assert best_ridge(sums_of(x, lost), sums_of(x, -lost)) is None
 
 
-def test_a_massive_first_position_does_not_rule_the_fit():
-    """All hidden states are off by a tenth of their size, which is a hundredfold at the first."""
-    model = tiny_model("llama", layers=1)
-    blocks, g = random_blocks(24, 32), torch.Generator().manual_seed(0)
+@pytest.fixture
+def one_layer():
+    """Hidden states before a layer, and how a fit changes down_proj's first `kept` columns."""
+    model, blocks = tiny_model("llama", layers=1), random_blocks(24, 32)
     run = runner(model.model.layers[0], layer_options(model, blocks[:1])[0])
     ends = decoder_layers(model)[0].outputs
     down = ends[0]  # FFN first
-    hidden, weight, changes = first_hidden(model, blocks), down.weight.clone(), []
+    weight = down.weight.clone()
+
+    @torch.no_grad()
+    def change(pruned, dense, kept):
+        down.weight.copy_(weight)
+        fit = LayerFit.of(run, ends, pruned, dense.clone(), range(20), range(20, 24))
+        fit.keep(down, torch.arange(kept))
+        return (down.weight - weight)[:, :kept]
+
+    return first_hidden(model, blocks), change
+
+
+def test_a_massive_first_position_does_not_rule_the_fit(one_layer):
+    """All hidden states are off by a tenth of their size, which is a hundredfold at the first."""
+    (hidden, change), g = one_layer, torch.Generator().manual_seed(0)
     off = hidden.norm(dim=-1, keepdim=True) * torch.randn(hidden.shape[-1], generator=g) / 100
-    for factor in (1, 100):
-        size = torch.ones(32, 1).index_fill(0, torch.tensor([0]), factor)
-        with torch.no_grad():
-            down.weight.copy_(weight)
-            samples = range(20), range(20, 24)
-            fit = LayerFit.of(run, ends, (hidden + off) * size, hidden * size, *samples)
-            fit.keep(down, torch.arange(96))
-        changes.append(down.weight - weight)
-    assert (changes[1] - changes[0]).norm() < 0.3 * changes[0].norm() != 0
+    sizes = [torch.ones(32, 1).index_fill(0, torch.tensor([0]), factor) for factor in (1, 100)]
+    plain, massive = (change((hidden + off) * size, hidden * size, 96) for size in sizes)
+    assert (massive - plain).norm() < 0.3 * plain.norm() != 0
+
+
+def test_a_token_taken_for_a_massive_activation_does_not_rule_the_fit(one_layer):
+    """One token's pruned hidden state is a hundred times its target, and cannot be mended."""
+    hidden, change = one_layer
+    pruned = hidden.clone()
+    pruned[3, 5] = 100 * hidden[3, 5].roll(1)
+    plain, massive = change(hidden.clone(), hidden, 48), change(pruned, hidden, 48)
+    assert (massive - plain).norm() < 0.3 * plain.norm() != 0

@@ -4,8 +4,8 @@ Layers are visited in depth order, each with two inputs: what the dense layers b
 what the pruned ones give. The kept columns are fitted by least squares so that the hidden states
 after them are those of the dense layer on its own input. So a fit makes up for the units dropped
 here and for what earlier layers have lost. It is ridge regression towards the present weights,
-every token's error relative to its target, so that the massive activations of a first position
-count no more than others. The ridge is the one with the least error on held-out blocks, and a fit
+every token's error relative to its hidden state, dense or pruned, so that massive activations count
+no more than others. The ridge is the one with the least error on held-out blocks, and a fit
 that does not lower that error is dropped.
 
 Fitting the second level of each module is from Greedy Output Approximation (Li, Dong, Lei, arXiv
@@ -173,7 +173,7 @@ class LayerFit:
         return fitted.fit(ridge)
 
     def _sums(self, linear: nn.Linear, kept: Tensor, part: Sequence[int]) -> Sums:
-        """Over the tokens of some samples, each token's error relative to its target."""
+        """Over the tokens of some samples, each token's error by `_power`."""
         gram = torch.zeros(len(kept), len(kept), device=kept.device)
         missing = torch.zeros(len(kept), linear.out_features, device=kept.device)
         with _outputs(self.ends) as seen:
@@ -182,9 +182,9 @@ class LayerFit:
                 (x,) = inputs_of(linear, self.run, [h])
                 own = F.linear(x, linear.weight, linear.bias)  # linear(x) would stop the pass
                 target = self.targets[linear][index].to(kept.device)
-                lacking = target - self.state(h, [*(out for _, out in seen), own])[0]
+                found = self.state(h, [*(out for _, out in seen), own])[0]
                 seen.clear()
-                power = target.float().square().sum(1, keepdim=True).clamp(min=TINY)
+                power, lacking = _power(target, found)[:, None], target - found
                 x = x.flatten(0, -2)[:, kept].float()
                 gram.addmm_(x.T, x / power)
                 missing.addmm_((x / power).T, lacking.float())
@@ -197,17 +197,26 @@ class LayerFit:
     def error(self, sample: int) -> Tensor:
         """Squared error of the layer's outputs on a sample, fp32 scalar.
 
-        A mean over tokens, each relative to its target: the hidden states behind the dense layer.
+        A mean over tokens, by `_power`; the target is the hidden states behind the dense layer.
         """
         found = self.run(self.pruned[sample][None])[0].float()
         target = self.dense[sample].to(found.device).float()
-        error = (found - target).square().sum(1)
-        return (error / target.square().sum(1).clamp(min=TINY)).mean()
+        return ((found - target).square().sum(1) / _power(target, found.detach())).mean()
 
     def advance(self) -> None:
         """Run the pruned layer on its inputs, in place."""
         for x in self.pruned.split(1):
             x.copy_(self.run(x))
+
+
+def _power(target: Tensor, found: Tensor) -> Tensor:
+    """What the error of each token is relative to: the larger square of the two, fp32 [tokens].
+
+    With the target's alone, a few tokens that a pruned layer takes for a massive activation would
+    outweigh all others.
+    """
+    squares = target.float().square().sum(1), found.float().square().sum(1)
+    return torch.maximum(*squares).clamp(min=TINY)
 
 
 def _adds_up(run: Callable[[Tensor], Tensor], ends: Iterable[nn.Linear], x: Tensor) -> bool:

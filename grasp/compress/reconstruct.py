@@ -84,25 +84,23 @@ def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], se
     )
     size = max(1, STEP_TOKENS // fit.pruned.shape[1])
     step, steps = 0, ROUNDS * math.ceil(len(fit.fitted) / size)
-    device, dtype = device_of(layer), fit.pruned.dtype
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        best, least = _copy(dtypes), _error(fit)
-        for turn in range(ROUNDS):
-            for batch in epoch_order(len(fit.fitted), seed, turn).split(size):
-                part = min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = part * rate
+    best, least = _copy(dtypes), _error(fit)
+    for turn in range(ROUNDS):
+        for batch in epoch_order(len(fit.fitted), seed, turn).split(size):
+            part = min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = part * rate
+            with _as_run(fit), torch.enable_grad():
                 for sample in batch.tolist():
-                    with torch.enable_grad():
-                        (fit.error(fit.fitted[sample]) / len(batch)).backward()
-                for linear, kept in columns.items():
-                    _keep_only(linear.weight, kept)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-            error = _error(fit)
-            if error < least:
-                best, least = _copy(dtypes), error
+                    (fit.error(fit.fitted[sample]) / len(batch)).backward()
+            for linear, kept in columns.items():
+                _keep_only(linear.weight, kept)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        error = _error(fit)
+        if error < least:
+            best, least = _copy(dtypes), error
     for parameter, own in dtypes.items():
         parameter.requires_grad_(False)
         parameter.data = best[parameter].to(own)
@@ -121,10 +119,20 @@ def _copy(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     return {parameter: parameter.detach().clone() for parameter in parameters}
 
 
+def _as_run(fit: LayerFit) -> torch.autocast:
+    """A context in which fp32 weights are rounded as the layer is run.
+
+    It remembers the rounded ones, so weights must not change inside.
+    """
+    device, dtype = device_of(fit.ends[0]), fit.pruned.dtype
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 @torch.no_grad()
 def _error(fit: LayerFit) -> float:
     """The mean over held-out samples."""
-    return float(torch.stack([fit.error(sample) for sample in fit.held]).mean())
+    with _as_run(fit):
+        return float(torch.stack([fit.error(sample) for sample in fit.held]).mean())
 
 
 def _state(layers: Iterable[nn.Module], streams: Streams) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from grasp.checkpoint.shards import ShardWriter
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Cut, Edit, Refit, Scale
 from grasp.compress.refit import Hidden, refit_layer, text_of_refit
-from grasp.config import PruneConfig, ScaleKind
+from grasp.config import ScaleKind
 from grasp.distributed import from_first, is_first
 from grasp.gates.memory import memory_mode
 from grasp.gates.scales import scale_count
@@ -36,33 +36,25 @@ from grasp.model.layerwise import layer_options, runner
 from grasp.model.load import cast, environment, load_model
 from grasp.model.sharding import free, one_layer, whole
 from grasp.model.units import UnitSpace, decoder_layers
+from grasp.run.chosen import Chosen
 from grasp.run.folder import Run
 
 
 def write_pruned(
-    model: PreTrainedModel,
-    mask: Mask,
-    scales: Tensor | None,
-    blocks: Tensor,
-    teacher: Tensor | None,
-    config: PruneConfig,
-    tokenizer: Any,
-    run: Run,
-    folder: Path,
-    *,
-    last: bool,
+    model: PreTrainedModel, chosen: Chosen, tokenizer: Any, run: Run, folder: Path, *, last: bool
 ) -> PreTrainedModel:
     """Write the pruned checkpoint into the new `folder`, without grasp.json.
 
-    Arguments as in `apply_mask`; `model` is sharded, and cannot be used afterwards if this is the
-    `last` of its checkpoints. Returns the model of the checkpoint without weights, as the class
-    that loads it. Raises GraspError.
+    `model` is sharded, and cannot be used afterwards if this is the `last` of its checkpoints.
+    Returns the model of the checkpoint without weights, as the class that loads it. Raises
+    GraspError.
     """
-    target, note = without_weights(model, mask.pruned_space())
+    config = chosen.config
+    target, note = without_weights(model, chosen.mask.pruned_space())
     cast(target, model.dtype)  # which config.json names
     if note:
         run.log(event="note", text=note)
-    layers = _cut_layers(model, mask, scales, blocks, config, run)
+    layers = _cut_layers(model, chosen, run)
     cut = folder / "cut" if config.scale_epochs else folder
     write_layers(cut, model, target, tokenizer, layers)
     if last:
@@ -72,7 +64,9 @@ def write_pruned(
         settings = TrainSettings.of(config, config.scale_epochs)
         with memory_mode(pruned, config):
             journal = run.stage("calibrate")
-            learned = learn_scales(pruned, config.scales, blocks, settings, journal, teacher)
+            learned = learn_scales(
+                pruned, config.scales, chosen.blocks, settings, journal, chosen.teacher
+            )
         layers = _scaled_layers(pruned, config.scales, learned)
         write_layers(folder, pruned, target, tokenizer, layers)
         free(pruned)
@@ -94,18 +88,12 @@ def add_record(folder: Path, model: PreTrainedModel, tokenizer: Any, record: Rec
     return from_first(write)
 
 
-def _cut_layers(
-    model: PreTrainedModel,
-    mask: Mask,
-    scales: Tensor | None,
-    blocks: Tensor,
-    config: PruneConfig,
-    run: Run,
-) -> Iterator[nn.Module]:
+def _cut_layers(model: PreTrainedModel, chosen: Chosen, run: Run) -> Iterator[nn.Module]:
     """Each layer, scaled, refitted and cut."""
+    config, mask, blocks = chosen.config, chosen.mask, chosen.blocks
     options = layer_options(model, blocks[:1])
     hidden = Hidden.of(model, text_of_refit(mask, blocks))
-    for index, (one, own) in enumerate(_with_scales(model, config.scales, scales)):
+    for index, (one, own) in enumerate(_with_scales(model, config.scales, chosen.scales)):
         if own is not None:
             Scale(config.scales, own).apply(one)
         space = UnitSpace.of(one)

@@ -36,6 +36,7 @@ from grasp.model.places import Places, places_of
 from grasp.model.sharding import is_sharded
 from grasp.planning.check import check_fit
 from grasp.report.comparison import figure, page
+from grasp.run.chosen import Chosen
 from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
@@ -312,10 +313,10 @@ class _Grid:
         if not cell.rewrites:
             model = self._own_model(config)
         mask = projection.mask(selection.scores)
+        chosen = Chosen(config, mask, selection.scales, blocks, teacher)
         reset_peak_memory()
         folder = run.checkpoint / "cell"
-        how = mask, selection.scales, blocks, teacher, config, self._start, part, folder
-        pruned = make(model, *how, last=False)
+        pruned = make(model, chosen, self._start, part, folder, last=False)
         making = part.remember("cost", partial(_cost, part))
         record = pruned_record(config, self._start, mask, pruned, config.budget.asked)
         record = finish(config, pruned, record, self._start, self._perplexities, run, folder)

@@ -71,6 +71,7 @@ from grasp.planning.layouts import least
 from grasp.planning.ranks import over_layers
 from grasp.report.results import add_reports
 from grasp.run.by_layer import add_record, write_pruned
+from grasp.run.chosen import Chosen
 from grasp.run.folder import Run, Show, open_run
 from grasp.run.ready import ready
 from grasp.select import select
@@ -209,10 +210,10 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
         folder = run.finished(name) if name else run.checkpoint
         if not from_first(folder.exists):
             part = run.part(name) if name else run
-            how = mask, selection.scales, blocks, teacher, own, start, part, run.checkpoint
+            chosen = Chosen(own, mask, selection.scales, blocks, teacher)
             last = budget is [*budgets.values()][-1]
             source = move(copy.deepcopy(model), places) if copied else model
-            pruned = make(source, *how, last=last)
+            pruned = make(source, chosen, start, part, run.checkpoint, last=last)
             record = pruned_record(own, start, mask, pruned, config.budget.asked)
             record = finish(own, pruned, record, start, dense, part, run.checkpoint)
             record = record.measured(seconds=run.seconds())
@@ -386,51 +387,33 @@ def working_dtype(config: PruneConfig) -> torch.dtype:
 
 
 def make(
-    model: PreTrainedModel,
-    mask: Mask,
-    joint_scales: Tensor | None,
-    blocks: Tensor,
-    teacher: Tensor | None,
-    config: PruneConfig,
-    start: Start,
-    run: Run,
-    folder: Path,
-    *,
-    last: bool,
+    model: PreTrainedModel, chosen: Chosen, start: Start, run: Run, folder: Path, *, last: bool
 ) -> PreTrainedModel:
     """The pruned model, as `apply_mask` gives it.
 
     If `model` is sharded, by `write_pruned`, which writes the weights into the new `folder`.
     """
-    how = mask, joint_scales, blocks, teacher, config
     if is_sharded(model):
-        return write_pruned(model, *how, start.tokenizer, run, folder, last=last)
-    return apply_mask(model, *how, start.stored_dtype, run)
+        return write_pruned(model, chosen, start.tokenizer, run, folder, last=last)
+    return apply_mask(model, chosen, start.stored_dtype, run)
 
 
 def apply_mask(
-    model: PreTrainedModel,
-    mask: Mask,
-    joint_scales: Tensor | None,
-    blocks: Tensor,
-    teacher: Tensor | None,
-    config: PruneConfig,
-    stored_dtype: torch.dtype,
-    run: Run,
+    model: PreTrainedModel, chosen: Chosen, stored_dtype: torch.dtype, run: Run
 ) -> PreTrainedModel:
     """Scale, compensate, cut and calibrate; return the pruned model in `stored_dtype`.
 
-    `joint_scales` are the scales of a `Selection`, `teacher` is the dense model's `last_hidden`.
     `model` cannot be used afterwards.
     """
+    config, mask, blocks = chosen.config, chosen.mask, chosen.blocks
     edits: list[Edit] = []
 
     def edit(found: Edit) -> None:
         found.apply(model)
         edits.append(found)
 
-    if joint_scales is not None and config.compensation != "blocks":
-        edit(Scale(config.scales, joint_scales))
+    if chosen.scales is not None and config.compensation != "blocks":
+        edit(Scale(config.scales, chosen.scales))
     compensation: list[Edit] = []
     if config.compensation == "bias":
         compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
@@ -449,7 +432,7 @@ def apply_mask(
         settings = TrainSettings.of(config, config.scale_epochs)
         with memory_mode(model, config):
             scales = learn_scales(
-                model, config.scales, blocks, settings, run.stage("calibrate"), teacher
+                model, config.scales, blocks, settings, run.stage("calibrate"), chosen.teacher
             )
         last = [Scale(config.scales, scales)]
     if torch.promote_types(model.dtype, stored_dtype) != model.dtype:

@@ -1,21 +1,25 @@
 """Measure what it changes to keep short documents apart inside a block, by Fisher scores of gates.
 
-    python -m benchmarks.documents --texts FILE.jsonl,FILE.txt
+    python -m benchmarks.documents --texts FILE.jsonl,FILE.txt --eval-texts FILE.txt,FILE.txt
 
 A document is a row of a JSON-lines file (its `text`), or a paragraph of a text. `joined`: blocks of
 one text, documents joined by two newlines, as everywhere in grasp. `apart`: each starts with a BOS,
 positions restart there, attention does not cross it, and no loss counts it. `other`: joined, but
 other documents. Compared are the units that a budget keeps: those of `joined` and `apart` should
-differ more than those of `joined` and `other`, or the draw of the text matters more.
+differ more than those of `joined` and `other`, or the draw of the text matters more. With
+`--eval-texts`, gates and scales also learn on each, and the cut model's perplexity is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import mean
@@ -24,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import grasp
 from benchmarks.gate_training import machine
 from benchmarks.rows import RESULTS, write
 from grasp.budget.budget import Budget
@@ -72,6 +77,15 @@ def apart(model: Any, bos: int) -> Iterator[None]:
         objective.linear_cross_entropy = of_all
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a stream of documents gives."""
+
+    mask: Mask  # of Fisher scores
+    loss: float  # of the dense model
+    perplexity: list[float]  # of a model that learned on it, on each evaluation text
+
+
 class Losses(Journal):
     """Keeps the loss of each step."""
 
@@ -93,26 +107,49 @@ def compare(options: argparse.Namespace, file: Path) -> dict[str, Any]:
         found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return found
 
-    def mask(stream: list[int], way: Any) -> tuple[Mask, float]:
+    def found(stream: list[int], way: Any = nullcontext) -> Found:
         blocks = torch.tensor(stream[: options.samples * length]).view(options.samples, length)
         losses = Losses()
-        with way:
+        with way(model):
             scores = fisher_scores(model, space, blocks, losses)
-        return projection.mask(projection.ranked(scores)), mean(losses.found)
+        mask = projection.mask(projection.ranked(scores))
+        if not options.eval_texts:
+            return Found(mask, mean(losses.found), [])
+        own = copy.deepcopy(model)
+        with way(own):
+            learned = grasp.learn(
+                own,
+                blocks,
+                keep=options.keep,
+                ffn_multiple=1,
+                epochs=options.epochs,
+                seed=options.seed,
+            )
+        cut = grasp.fold(own, learned)
+        texts = options.eval_texts.split(",")
+        how = {"seq_len": 1024, "windows": options.eval_windows}
+        measured = [grasp.perplexity(cut, tokenizer, text, **how).value for text in texts]
+        return Found(mask, mean(losses.found), measured)
 
     alone = [[bos, *ids(row)] for row in rows[:half]]
-    (joined, loss), (kept_apart, loss_apart), (other, _) = (
-        mask(ids("\n\n".join(rows[:half])), nullcontext()),
-        mask([token for row in alone for token in row], apart(model, bos)),
-        mask(ids("\n\n".join(rows[half:])), nullcontext()),
-    )
+    joined = found(ids("\n\n".join(rows[:half])))
+    kept_apart = found([token for row in alone for token in row], partial(apart, bos=bos))
+    other = found(ids("\n\n".join(rows[half:])))
     lengths = [min(len(row), length) for row in alone]
     return {
         "text": file.name,
         "tokens_of_a_document": mean(lengths),
         "padding": 1 - sum(lengths) / (len(lengths) * length),
-        "loss": {"joined": loss, "apart": loss_apart},
-        "kept_by_both": {"apart": shared(joined, kept_apart), "other": shared(joined, other)},
+        "loss": {"joined": joined.loss, "apart": kept_apart.loss},
+        "kept_by_both": {
+            "apart": shared(joined.mask, kept_apart.mask),
+            "other": shared(joined.mask, other.mask),
+        },
+        "perplexity": {
+            "joined": joined.perplexity,
+            "apart": kept_apart.perplexity,
+            "other": other.perplexity,
+        },
     }
 
 
@@ -124,6 +161,9 @@ def shared(one: Mask, other: Mask) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--texts", required=True, help="files of documents, separated by commas")
+    parser.add_argument("--eval-texts", help="files, separated by commas")
+    parser.add_argument("--eval-windows", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--model", default="demo:smollm2-135m")
@@ -131,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "documents.json")
     options = parser.parse_args(argv)
-    settings = {name: getattr(options, name) for name in ("samples", "seq_len", "keep", "seed")}
+    names = "samples", "seq_len", "keep", "seed", "epochs", "eval_windows"
+    settings = {name: getattr(options, name) for name in names}
     results: dict[str, Any] = {"settings": settings, "machine": machine("cpu"), "rows": []}
     for file in map(Path, options.texts.split(",")):
         results["rows"].append(compare(options, file))

@@ -5,8 +5,8 @@ what the pruned ones give. The kept columns are fitted by least squares so that 
 after them are those of the dense layer on its own input. So a fit makes up for the units dropped
 here and for what earlier layers have lost. It is ridge regression towards the present weights,
 every token's error relative to its hidden state, dense or pruned, so that massive activations count
-no more than others. The ridge is the one with the least error on held-out blocks, and a fit
-that does not lower that error is dropped.
+no more than others. The ridge is the one with the least error on held-out blocks, and a fit that
+does not lower that error is dropped.
 
 Fitting the second level of each module is from Greedy Output Approximation (Li, Dong, Lei, arXiv
 2407.19126), whose target is the module's own output.

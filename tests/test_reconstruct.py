@@ -12,11 +12,10 @@ from test_refit import half
 
 import grasp
 from grasp.compress import reconstruct as reconstruct_module
-from grasp.compress.fold import fold_mask
 from grasp.compress.reconstruct import reconstruct
 from grasp.errors import GraspError
 from grasp.journal import Journal
-from grasp.model.units import decoder_layers
+from grasp.model.units import UnitSpace
 
 
 class Kept(Journal):
@@ -48,16 +47,9 @@ def test_learning_leads_nearer_to_the_dense_model_than_fits_do(family, monkeypat
     assert len(journal.reports) == 3
     assert all(layer["loss"] <= layer["fitted"] for layer in journal.reports)
     assert journal.reports[0]["loss"] < journal.reports[0]["fitted"]
-    for modules, (ffn, kv) in zip(decoder_layers(learned), mask.layers(), strict=True):
-        assert torch.equal(modules.ffn.down.weight.any(0).nonzero().flatten(), ffn)
-        heads = modules.attention.out.weight.view(len(modules.attention.out.weight), 4, -1)
-        assert torch.equal(heads.any(2).any(0).nonzero().flatten(), kv)
+    assert UnitSpace.of(learned).layers == mask.pruned_space().layers
     with torch.no_grad():
-        whole = learned(input_ids=other).logits
-        for model in (fitted, learned):
-            fold_mask(model, mask)
         want, plain, ours = (m(input_ids=other).logits for m in (dense, fitted, learned))
-    torch.testing.assert_close(ours, whole)  # what is cut was out of the sums already
     assert (ours - want).norm() < (plain - want).norm()
     assert not any(p.requires_grad for p in learned.parameters())
 

@@ -14,7 +14,15 @@ from grasp.gates.fidelity import check_cut, gated_outputs
 from grasp.model.classes import as_saved
 from grasp.model.experts import RoutedExperts, say_experts
 from grasp.model.modeling_grasp import say_channels, say_heads
-from grasp.model.units import FFN, Attention, LayerUnits, Rows, UnitSpace, decoder_layers
+from grasp.model.units import (
+    FFN,
+    Attention,
+    LayerModules,
+    LayerUnits,
+    Rows,
+    UnitSpace,
+    decoder_layers,
+)
 
 
 def fold(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
@@ -57,13 +65,21 @@ def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
     layers = zip(
         decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
     )
-    for modules, units, (ffn, kv), experts in layers:
-        if modules.ffn is not None and len(ffn) < units.ffn:
-            _keep_channels(modules.ffn, ffn)
-        if modules.attention is not None and len(kv) < units.kv_groups:
-            _keep_groups(modules.attention, kv, units)
-        if modules.routed is not None and len(experts) < units.experts:
-            _keep_experts(modules.routed, experts)
+    for layer in layers:
+        fold_layer(*layer)
+
+
+def fold_layer(
+    modules: LayerModules, units: LayerUnits, kept: tuple[Tensor, Tensor], experts: Tensor
+) -> None:
+    """Slice one layer in place; `kept` are indices of channels and of KV groups."""
+    ffn, kv = kept
+    if modules.ffn is not None and len(ffn) < units.ffn:
+        _keep_channels(modules.ffn, ffn)
+    if modules.attention is not None and len(kv) < units.kv_groups:
+        _keep_groups(modules.attention, kv, units)
+    if modules.routed is not None and len(experts) < units.experts:
+        _keep_experts(modules.routed, experts)
 
 
 def _keep_channels(ffn: FFN, kept: Tensor) -> None:

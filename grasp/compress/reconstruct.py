@@ -1,17 +1,17 @@
 """Block reconstruction: all weights of a pruned layer learn to give the dense hidden states.
 
-Layers are fitted in depth order (see layer_fit.py), and each learns before the next is: its inputs
-are what the pruned layers before it give, its targets what the dense layer gives on its own inputs.
-The gradient goes through the non-linearities of one decoder layer, the window that A Free Lunch
-(arXiv 2510.14444) finds as good as retraining. AdamW's step is relative to the weights of each
-tensor, so one rate suits models of any size. Held-out blocks are looked at after every round, and
-the best weights are kept. Memory holds gradients and moments of one layer.
+Layers are fitted in depth order (see layer_fit.py), and each is cut and learns before the next is
+fitted: its inputs are what the pruned layers before it give, its targets what the dense layer gives
+on its own inputs. The gradient goes through the non-linearities of one decoder layer, the window
+that A Free Lunch (arXiv 2510.14444) finds as good as retraining. AdamW's step is relative to the
+weights of each tensor, so one rate suits models of any size. Held-out blocks are looked at after
+every round, and the best weights are kept. Memory holds gradients and moments of one layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
+from grasp.compress.fold import fold_layer
 from grasp.compress.layer_fit import LayerFit, Streams
 from grasp.compress.refit import columns_of
 from grasp.gates.experts import closed_experts
@@ -37,30 +38,31 @@ WARM_UP = 10  # steps
 def reconstruct(
     model: PreTrainedModel, mask: Mask, blocks: Tensor, seed: int, journal: Journal
 ) -> None:
-    """Fit and train the layers of the dense `model` in place, for the units that `mask` keeps.
+    """Fit, cut and train the layers of the dense `model` in place, to the units that `mask` keeps.
 
-    Columns of dropped units become 0. blocks: int64 [samples, seq_len], of which every eighth is
-    held out. A run that resumes from its journal goes on after the last layer saved, and ends
-    where an uninterrupted one does, on a CPU bit for bit. Raises GraspError if activations are not
-    finite.
+    blocks: int64 [samples, seq_len], of which every eighth is held out. A run that resumes from its
+    journal goes on after the last layer saved, and ends where an uninterrupted one does, on a CPU
+    bit for bit. Raises GraspError if activations are not finite.
     """
     decoder, options = model.get_decoder().layers, layer_options(model, blocks[:1])
-    streams = Streams.of(model, blocks)
-    first = _restore(decoder, streams, journal.load())
+    streams, saved = Streams.of(model, blocks), journal.load() or {}
+    if saved:
+        streams.dense, streams.pruned = saved.pop("dense"), saved.pop("pruned")
     every = zip(
         decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
     )
     for index, (modules, units, kept, experts) in enumerate(every):
-        if index < first:
+        if _is_in(saved, index):
+            fold_layer(modules, units, kept, experts)
+            _load(decoder[index], saved, index)
             continue
         fit = streams.fit(decoder[index], options[index], modules)
         with closed_experts(modules, experts):
-            columns = columns_of(modules, units, kept)
-            for linear, own in columns.items():
-                fit.keep(linear, own)
-            before = _error(fit)
-            after = _train(decoder[index], fit, columns, seed)
-            fit.advance()
+            for linear, columns in columns_of(modules, units, kept).items():
+                fit.keep(linear, columns)
+        fold_layer(modules, units, kept, experts)
+        before, after = _train(decoder[index], fit, seed)
+        fit.advance()
         mean = finite_mean([torch.tensor(after)], index + 1)
         journal.progress(index + 1, len(decoder), mean, blocks.numel(), fitted=before)
         journal.save(
@@ -68,11 +70,11 @@ def reconstruct(
         )
 
 
-def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], seed: int) -> float:
-    """Train the layer in place, and return its error on held-out samples.
+def _train(layer: nn.Module, fit: LayerFit, seed: int) -> tuple[float, float]:
+    """Train the layer in place, and return its errors on held-out samples, before and after.
 
-    `columns` are those of o_proj and down_proj that are not cut. Weights learn in fp32, and are
-    rounded to their own dtype at the end, in which the layer computes all along.
+    Weights learn in fp32, and are rounded to their own dtype at the end, in which the layer
+    computes all along.
     """
     dtypes = {p: p.dtype for p in layer.parameters() if p.numel()}
     for parameter in dtypes:
@@ -84,7 +86,8 @@ def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], se
     )
     size = max(1, STEP_TOKENS // fit.pruned.shape[1])
     step, steps = 0, ROUNDS * math.ceil(len(fit.fitted) / size)
-    best, least = _copy(dtypes), _error(fit)
+    best, before = _copy(dtypes), _error(fit)
+    least = before
     for turn in range(ROUNDS):
         for batch in epoch_order(len(fit.fitted), seed, turn).split(size):
             part = min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -93,8 +96,6 @@ def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], se
             with _as_run(fit), torch.enable_grad():
                 for sample in batch.tolist():
                     (fit.error(fit.fitted[sample]) / len(batch)).backward()
-            for linear, kept in columns.items():
-                _keep_only(linear.weight, kept)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -104,15 +105,7 @@ def _train(layer: nn.Module, fit: LayerFit, columns: dict[nn.Linear, Tensor], se
     for parameter, own in dtypes.items():
         parameter.requires_grad_(False)
         parameter.data = best[parameter].to(own)
-    return least
-
-
-def _keep_only(weight: Tensor, kept: Tensor) -> None:
-    """Zero the gradient of all columns but `kept`."""
-    assert weight.grad is not None
-    columns = weight.grad[:, kept]
-    weight.grad.zero_()
-    weight.grad[:, kept] = columns
+    return before, least
 
 
 def _copy(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
@@ -144,14 +137,11 @@ def _state(layers: Iterable[nn.Module], streams: Streams) -> dict[str, Tensor]:
     return {"dense": streams.dense, "pruned": streams.pruned, **weights}
 
 
+def _is_in(state: dict[str, Tensor], index: int) -> bool:
+    return any(name.startswith(f"{index}.") for name in state)
+
+
 @torch.no_grad()
-def _restore(layers: Sequence[nn.Module], streams: Streams, state: dict[str, Tensor] | None) -> int:
-    """Restore a saved state; returns how many layers were done."""
-    if state is None:
-        return 0
-    streams.dense, streams.pruned = state.pop("dense"), state.pop("pruned")
-    done = 1 + max(int(name.split(".")[0]) for name in state)
-    for index in range(done):
-        for name, parameter in layers[index].named_parameters():
-            parameter.copy_(state[f"{index}.{name}"])
-    return done
+def _load(layer: nn.Module, state: dict[str, Tensor], index: int) -> None:
+    for name, parameter in layer.named_parameters():
+        parameter.copy_(state.pop(f"{index}.{name}"))

@@ -420,11 +420,14 @@ def apply_mask(
     elif config.compensation == "refit":
         columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
         compensation = [Refit(columns)]
-    elif config.compensation == "blocks":  # from the dense weights: scales learn anew after it
+    if config.compensation == "blocks":  # from the dense weights: scales learn anew after it
+        run.log(event="fidelity", cut=check_fold(model, mask, blocks[:1]))
         reconstruct(model, mask, blocks, config.seed, run.stage("blocks"))
-    gated = gated_outputs(model, mask, blocks)
-    edit(Cut(mask))
-    run.log(event="fidelity", cut=check_cut(model, gated, blocks))
+        edits.append(Cut(mask))
+    else:
+        gated = gated_outputs(model, mask, blocks)
+        edit(Cut(mask))
+        run.log(event="fidelity", cut=check_cut(model, gated, blocks))
     for found in compensation:
         edit(found)
     last: list[Edit] = []

@@ -2,12 +2,12 @@
 
     python -m benchmarks.experts [--folder out/experts] [--out benchmarks/results/experts.json]
 
-A Qwen3-MoE of three layers with 16 experts each, of which a token is routed to two, learns the
-built-in text until its loss shows that routing matters: about a minute on one core. The folder gets
-the model, its tokenizer and `log.jsonl`: the loss on text held out from training, the same with
-every token routed to random experts, the entropy of the router (1: uniform) and the part of the
-tokens that each expert of each layer gets. Then every criterion of experts keeps half of them, with
-three seeds, which draw its blocks. The result has the loss of each mask on the held-out text.
+A Qwen3-MoE of three layers with 16 experts each, of which a token is routed to two, learns most of
+the built-in text until its loss shows that routing matters: about a minute on one core. The folder
+gets the model, its tokenizer, the text that it learned, the text held out and `log.jsonl`: the loss
+on text held out, the same with every token routed to random experts, the entropy of the router (1:
+uniform) and the part of the tokens that each expert of each layer gets. Then `grasp compare` keeps
+half of the experts by every criterion, with three seeds, which draw its blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,27 +25,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import grasp
 from benchmarks.gate_training import machine
 from benchmarks.rows import RESULTS
-from grasp.budget.budget import Budget
-from grasp.budget.projection import Projection
-from grasp.config import PruneConfig
 from grasp.data.builtin import builtin_rows
-from grasp.gates.gating import gated
-from grasp.gates.objective import next_token_loss
-from grasp.journal import Journal
-from grasp.model.load import load_model
-from grasp.model.units import UnitSpace
 from grasp.report.comparison import span
 from grasp.report.summary import markdown_table
-from grasp.select import select
 
 VOCABULARY, SEQ_LEN, BATCH = 1024, 128, 8
-HELD_OUT = 32  # blocks
-EXPERTS, PER_TOKEN = 16, 2
-MATTERS = 1.9  # nats per token that random routing costs
-BALANCE = 0.1  # weight of the loss that spreads the tokens of a layer over its experts
-STEPS = 1200  # at most; the loss is looked at every EVERY steps
+TEXT, HELD_OUT = "text.txt", "held_out.txt"
+APART = 16  # every so many-th document is held out
+LOOKED_AT = 32  # blocks of these, while the model learns
+EXPERTS, PER_TOKEN = 32, 2
+MATTERS = 2.0  # nats per token that random routing costs
+BALANCE = 0.5  # weight of the loss that spreads the tokens of a layer over its experts
+STEPS = 2000  # at most; the loss is looked at every EVERY steps
 EVERY = 100
 SAMPLES = 192  # blocks that a criterion reads
 RATE, WARM_UP = 3e-3, 50
@@ -55,7 +50,13 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
     """Train and save the model, until routing matters or for `steps`; return the log."""
     torch.manual_seed(seed)
-    tokenizer, held_out, text = texts()
+    rows = builtin_rows()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(rows)
+    parts = {HELD_OUT: rows[::APART], TEXT: [r for n, r in enumerate(rows) if n % APART]}
+    for name, part in parts.items():
+        (folder / name).write_text("\n\n".join(part), encoding="utf-8")
+    held_out, text = (_blocks(tokenizer, part) for part in parts.values())
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     log: list[dict[str, Any]] = []
@@ -70,7 +71,7 @@ def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, 
         optimizer.step()
         optimizer.zero_grad()
         if step % EVERY == 0:
-            log.append({"step": step, **_look(model, held_out)})
+            log.append({"step": step, **_look(model, held_out[:LOOKED_AT])})
             if log[-1]["loss_random_routes"] - log[-1]["loss"] > MATTERS:
                 break
     model.save_pretrained(folder)
@@ -80,39 +81,38 @@ def train(folder: Path, *, seed: int = 0, steps: int = STEPS) -> list[dict[str, 
     return log
 
 
-def texts() -> tuple[PreTrainedTokenizerFast, Tensor, Tensor]:
-    """The tokenizer, the held-out blocks and those to learn from: int64 [blocks, SEQ_LEN]."""
-    rows = builtin_rows()
-    tokenizer = _tokenizer(rows)
+def measure(
+    folder: Path, out: Path, methods: Sequence[str], seeds: Sequence[int]
+) -> dict[str, list[float]]:
+    """The perplexity on the held-out text, by method and seed, of half of the experts.
+
+    KV groups stay. `grasp.compare` makes and measures each, and writes its tables to `out`.
+    """
+    found = grasp.compare(
+        folder,
+        out,
+        keep=0.5,
+        methods=methods,
+        seeds=seeds,
+        units="ffn",
+        calibration=str(folder / TEXT),
+        samples=SAMPLES,
+        seq_len=SEQ_LEN,
+        eval_text=(str(folder / HELD_OUT),),
+        eval_seq_len=SEQ_LEN,
+        device="cpu",
+    )
+    values: dict[str, list[float]] = {"dense": [found.summary["dense"]["perplexity"]["value"]]}
+    for cell in found.summary["cells"]:
+        values.setdefault(cell["method"], []).append(cell["perplexity"]["value"])
+    return values
+
+
+def _blocks(tokenizer: PreTrainedTokenizerFast, rows: list[str]) -> Tensor:
+    """int64 [blocks, SEQ_LEN], in an order drawn at random."""
     ids = torch.tensor(tokenizer("\n\n".join(rows), verbose=False).input_ids)
     ids = ids[: len(ids) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    return tokenizer, ids[:HELD_OUT], ids[HELD_OUT:]
-
-
-def losses(
-    folder: Path, methods: Sequence[str], seeds: Sequence[int], *, keep: float = 0.5
-) -> dict[str, list[float]]:
-    """The loss on the held-out text, by method and seed, with `keep` of the experts' parameters.
-
-    The seed draws the blocks; scales and refit are left out. KV groups stay.
-    """
-    model, _ = load_model(folder, dtype=torch.float32)
-    _, held_out, text = texts()
-    space = UnitSpace.of(model)
-    budget = Budget("keep", keep, units="ffn")
-    found: dict[str, list[float]] = {}
-    for method in methods:
-        for seed in seeds:
-            config = PruneConfig(str(folder), budget, method=method, seed=seed, device="cpu")
-            generator = torch.Generator().manual_seed(seed)
-            blocks = text[torch.randperm(len(text), generator=generator)[:SAMPLES]]
-            projection = Projection(space, budget, seed=seed)
-            selection = select(model, projection, blocks, config, lambda stage: Journal())
-            with torch.no_grad(), gated(model, space) as gates:
-                gates.set(projection(selection.scores).float())
-                found.setdefault(method, []).append(next_token_loss(model, held_out).item())
-    return found
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
 
 
 def _model() -> Qwen3MoeForCausalLM:
@@ -228,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     log = train(options.folder)
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    found = losses(options.folder, METHODS, seeds)
+    with TemporaryDirectory() as out:
+        found = measure(options.folder, Path(out) / "compared", METHODS, seeds)
     result = {
         "command": "python -m benchmarks.experts",
         "machine": machine("cpu"),
@@ -237,11 +238,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "samples": SAMPLES,
         "seq_len": SEQ_LEN,
         "seeds": seeds,
-        "loss": found,
+        "perplexity": found,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     rows = [(method, span(values)) for method, values in found.items()]
-    print(markdown_table(("method", f"loss (dense {log[-1]['loss']:.2f})"), rows))
+    print(markdown_table(("method", "perplexity"), rows))
 
 
 if __name__ == "__main__":

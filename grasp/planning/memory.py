@@ -105,7 +105,7 @@ def greedy_memory(header: Header, samples: int, seq_len: int, width: int) -> int
 def blocks_memory(header: Header, seq_len: int, width: int) -> int:
     """Estimate of the peak bytes on a GPU while blocks are reconstructed, in a dtype of `width`.
 
-    A layer that loses nothing learns in fp32: its weights, the best ones, gradients and two moments.
+    A layer that loses nothing learns in fp32: its weights, the best ones, gradients, two moments.
     Of one sample it saves four FFN widths (and has the gradient of one), queries, keys, values and
     attention output, for each norm its input and output, and the error.
     """

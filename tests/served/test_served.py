@@ -151,6 +151,8 @@ def test_models_that_people_bring(in_vllm, tmp_path):
 
 # --- SmolLM2 and the server ---
 
+smollm2 = pytest.mark.xdist_group("smollm2")  # one process makes it, and serves it
+
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
@@ -179,6 +181,7 @@ def asked(server, path, **body):
         return json.load(answer)
 
 
+@smollm2
 def test_smollm2_served(server, half):
     """Forty tokens of three prompts at once, over HTTP."""
     model, tokenizer = load_model(half, dtype=torch.float32)
@@ -195,6 +198,7 @@ def test_smollm2_served(server, half):
     assert said == greedy(model, prompts, 40)
 
 
+@smollm2
 def test_chat_uses_the_template_of_the_checkpoint(server, half):
     model, tokenizer = load_model(half, dtype=torch.float32)
     messages = [{"role": "user", "content": "Where does a river end?"}]
@@ -246,6 +250,7 @@ def test_two_processes_with_tensor_parallelism(tmp_path):
     assert likeliest(model, PROMPTS, answers)
 
 
+@smollm2
 def test_bench(half):
     options = dict(batch_sizes=(1, 4), prompt_lens=(16,), tokens=4, repetitions=2, device="cpu")
     result = grasp.bench(str(half), against=DEMO, runtime="vllm", **options)

@@ -109,5 +109,6 @@ for tool in memcheck racecheck; do
 done
 steps balanced 90 --models llama-2-7b --cases 512x1,2048x4 --steps 4 --memory balanced
 steps 8b 150 --models llama-3.1-8b,qwen3-8b --cases 512x1,2048x4 --steps 4
+steps long 90 --models llama-3.1-8b --cases 8192x1 --steps 4
 
 [ -z "$failed" ] || { echo "failed or over their time:$failed"; exit 1; }

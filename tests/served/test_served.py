@@ -13,11 +13,19 @@ from pathlib import Path
 import pytest
 import ran
 import torch
-from families import BROUGHT, FAMILIES, brought_model, tiny_model, tiny_tokenizer
+from families import (
+    BROUGHT,
+    FAMILIES,
+    MIXTURES,
+    brought_model,
+    tiny_mixture,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 import grasp
 from grasp.budget.budget import Budget
-from grasp.budget.projection import Mask
+from grasp.budget.projection import Mask, Projection
 from grasp.compress.fold import fold
 from grasp.errors import GraspError
 from grasp.evaluate.serving import Server
@@ -147,6 +155,23 @@ def test_models_that_people_bring(in_vllm, tmp_path):
             same = "yes"
         print(name, same, found)
         ran.check(name, "per-layer", vLLM=same)
+
+
+def test_mixtures_with_fewer_experts(in_vllm, tmp_path):
+    """As many in each layer, so in vLLM's own classes."""
+    sizes = dict(hidden_size=128, head_dim=32, intermediate_size=64, moe_intermediate_size=64)
+    models = {}
+    for family in MIXTURES:
+        model = tiny_mixture(family, **sizes)
+        budget = Budget.of(keep=0.5, ffn_multiple=8, layout="uniform", units="ffn")
+        projection = Projection(UnitSpace.of(model), budget)
+        scores = torch.randn(projection.space.size, generator=torch.Generator().manual_seed(0))
+        models[family] = fold(model, projection.mask(scores))
+        assert {layer.experts for layer in UnitSpace.of(models[family]).layers} == {3}
+    came = in_vllm({family: job(model, tmp_path / family) for family, model in models.items()})
+    for family, model in models.items():
+        assert not isinstance(came[family], str), (family, came[family])
+        assert likeliest(model, PROMPTS, came[family][0]["tokens"]), family
 
 
 # --- SmolLM2 and the server ---

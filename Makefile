@@ -18,7 +18,7 @@ test: .venv/test
 # Pruned models in a real vLLM, on a CPU; its environment is made once, since vLLM pins its own torch
 # and transformers. ONLY="-k plugin" and the like run a part.
 test-vllm: .venv-vllm/made
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/served -n 2 --dist loadgroup $(ONLY)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/served -n 2 --dist loadfile $(ONLY)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from grasp.compress import reconstruct as reconstruct_module
 from grasp.compress.reconstruct import reconstruct
 from grasp.errors import GraspError
 from grasp.journal import Journal
-from grasp.model.units import UnitSpace
+from grasp.model.units import UnitSpace, decoder_layers
 
 
 class Kept(Journal):
@@ -62,6 +62,21 @@ def test_weights_that_are_no_better_on_held_out_text_are_dropped(monkeypatch):
     reconstruct(learned, mask, BLOCKS, 0, Kept())
     for ours, theirs in zip(learned.parameters(), fitted.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+def test_what_is_cut_was_out_of_the_sums_already(family, monkeypatch):
+    cut = tiny_model(family)
+    whole, mask, other = copy.deepcopy(cut), half(cut), random_blocks(16, 64, seed=4)
+    fit_only(cut, mask, monkeypatch)
+    monkeypatch.setattr(reconstruct_module, "fold_layer", lambda *layer: None)
+    fit_only(whole, mask, monkeypatch)
+    for modules, (ffn, kv) in zip(decoder_layers(whole), mask.layers(), strict=True):
+        assert torch.equal(modules.ffn.down.weight.any(0).nonzero().flatten(), ffn)
+        heads = modules.attention.out.weight.view(len(modules.attention.out.weight), 4, -1)
+        assert torch.equal(heads.any(2).any(0).nonzero().flatten(), kv)
+    with torch.no_grad():
+        torch.testing.assert_close(cut(input_ids=other).logits, whole(input_ids=other).logits)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,11 +63,15 @@ def check_fold(model: PreTrainedModel, mask: Mask, ids: Tensor) -> float:
 @torch.no_grad()
 def fold_mask(model: PreTrainedModel, mask: Mask) -> None:
     """Slice the model in place to the kept units: dense, with its own widths in each layer."""
-    layers = zip(
-        decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
-    )
-    for layer in layers:
+    for layer in kept_in(model, mask):
         fold_layer(*layer)
+
+
+def kept_in(
+    model: PreTrainedModel, mask: Mask
+) -> Iterator[tuple[LayerModules, LayerUnits, tuple[Tensor, Tensor], Tensor]]:
+    """Each layer with its units and what is kept of them, as `fold_layer` takes them."""
+    return zip(decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True)
 
 
 def fold_layer(

@@ -4,8 +4,9 @@ Layers are fitted in depth order (see layer_fit.py), and each is cut and learns 
 fitted: its inputs are what the pruned layers before it give, its targets what the dense layer gives
 on its own inputs. The gradient goes through the non-linearities of one decoder layer, the window
 that A Free Lunch (arXiv 2510.14444) finds as good as retraining. AdamW's step is relative to the
-weights of each tensor, so one rate suits models of any size. Held-out blocks are looked at after
-every round, and the best weights are kept. Memory holds gradients and moments of one layer.
+weights of each tensor, so one rate suits models of any size. Text is read in one to three rounds,
+the more the fewer. Held-out blocks are looked at after every round, and the best weights are kept.
+Memory holds gradients and moments of one layer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
-from grasp.compress.fold import fold_layer
+from grasp.compress.fold import fold_layer, kept_in
 from grasp.compress.layer_fit import LayerFit, Streams
 from grasp.compress.refit import columns_of
 from grasp.gates.experts import closed_experts
@@ -27,9 +28,9 @@ from grasp.gates.training import epoch_order, finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import layer_options
 from grasp.model.places import device_of
-from grasp.model.units import decoder_layers
 
-ROUNDS = 3  # over the fitted samples
+ROUNDS = 3  # over the fitted samples, at most
+ENOUGH_TOKENS = 200_000  # in all rounds of a layer
 RATE = 2.5e-3  # the largest step, relative to the root mean square of a tensor
 STEP_TOKENS = 1024
 WARM_UP = 10  # steps
@@ -48,10 +49,7 @@ def reconstruct(
     streams, saved = Streams.of(model, blocks), journal.load() or {}
     if saved:
         streams.dense, streams.pruned = saved.pop("dense"), saved.pop("pruned")
-    every = zip(
-        decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
-    )
-    for index, (modules, units, kept, experts) in enumerate(every):
+    for index, (modules, units, kept, experts) in enumerate(kept_in(model, mask)):
         if _is_in(saved, index):
             fold_layer(modules, units, kept, experts)
             _load(decoder[index], saved, index)
@@ -85,10 +83,11 @@ def _train(layer: nn.Module, fit: LayerFit, seed: int) -> tuple[float, float]:
         [{"params": [p]} for p in dtypes], betas=(0.9, 0.99), weight_decay=0.0
     )
     size = max(1, STEP_TOKENS // fit.pruned.shape[1])
-    step, steps = 0, ROUNDS * math.ceil(len(fit.fitted) / size)
+    rounds = min(ROUNDS, max(1, round(ENOUGH_TOKENS / (len(fit.fitted) * fit.pruned.shape[1]))))
+    step, steps = 0, rounds * math.ceil(len(fit.fitted) / size)
     best, before = _copy(dtypes), _error(fit)
     least = before
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         for batch in epoch_order(len(fit.fitted), seed, turn).split(size):
             part = min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

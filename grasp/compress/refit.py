@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
-from grasp.compress.fold import expand
+from grasp.compress.fold import expand, kept_in
 from grasp.config import TOKENS_PER_CHANNEL
 from grasp.distributed import share, summed, tensor_from_first
 from grasp.errors import GraspError
@@ -50,10 +50,7 @@ def refit(
     blocks = text_of_refit(mask, blocks)
     fitted: list[Tensor] = []
     options, hidden = layer_options(model, blocks[:1]), Hidden.of(model, blocks)
-    layers = zip(
-        decoder_layers(model), mask.space.layers, mask.layers(), mask.experts(), strict=True
-    )
-    for index, (modules, units, kept, experts) in enumerate(layers):
+    for index, (modules, units, kept, experts) in enumerate(kept_in(model, mask)):
         run = runner(model.get_decoder().layers[index], options[index])
         with closed_experts(modules, experts):
             fitted += refit_layer(run, modules, units, kept, hidden)

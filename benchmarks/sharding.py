@@ -72,7 +72,7 @@ def compare(shape: str, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        (whole,) = torchrun.on_ranks(1, "benchmarks.sharding", folder)
+        whole = torchrun.in_one_process("benchmarks.sharding", folder)
         split = torchrun.on_ranks(ranks, "benchmarks.sharding", folder)
     beside = whole["peak"] - whole["held"]
     weights = min(rank["peak"] for rank in split) - beside

@@ -38,12 +38,20 @@ def main(
         asked.out.write_text(result + "\n")
 
 
+def in_one_process(module: str, folder: str, *arguments: str) -> Found:
+    """What `of_rank` of a module finds without torchrun."""
+    (found,) = _found([], module, folder, *arguments)
+    return found
+
+
 def on_ranks(ranks: int, module: str, folder: str, *arguments: str) -> list[Found]:
-    """What `of_rank` of a module finds, in one process or on ranks of a thread each."""
-    words = [sys.executable, "-m"]
-    if ranks > 1:
-        words += ["torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
-    words += [module, f"--rank-of={folder}", *arguments]
+    """What `of_rank` of a module finds on ranks of torchrun, of a thread each."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return _found(launcher, module, folder, *arguments)
+
+
+def _found(launcher: list[str], module: str, folder: str, *arguments: str) -> list[Found]:
+    words = [sys.executable, *launcher, "-m", module, f"--rank-of={folder}", *arguments]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     found: list[Found] = json.loads(done.stdout)

@@ -16,6 +16,7 @@ from benchmarks import (
     documents,
     published,
     quantisation,
+    ranks,
     rows,
     sharding,
 )
@@ -217,6 +218,14 @@ def test_a_rank_holds_its_part_of_every_matrix_as_planned():
     norms = 2 * 256 * (2 * 8 + 1)
     assert found["planned"]["weights"] == (found["one_process"]["held"] + norms) / 2
     assert found["planned_over_measured"] < 1.1  # a busy machine counts too much, never too little
+
+
+def test_ranks_take_the_same_steps_as_one_process():
+    found = ranks.compare("tiny", 1, "full", 1)
+    assert {how: len(steps) for how, steps in found["steps"].items()} == {
+        "one_process": ranks.STEPS,
+        "torchrun": ranks.STEPS,
+    }
 
 
 def test_documents_kept_apart_compute_what_each_does_alone():

@@ -45,7 +45,7 @@ steps() { # NAME SECONDS OPTION...: steps of gate training with random weights
 }
 
 if [ -n "$small" ]; then
-  tests=(tests/kernels/test_reference.py -k 'swiglu or attention') tune=(--only attention_delta)
+  tests=(tests/kernels/test_reference.py -k 'swiglu or attention') tune=(--only attention_delta) case=tiny
   MODEL=$scratch/model TEXT=$scratch/text.txt EVAL_TEXT=$scratch/text.txt
   job=(--samples 4 --seq-len 32 --epochs 1 --eval-seq-len 64 --eval-windows 8 --device cpu)
   PYTHONPATH=tests:$PYTHONPATH "$python" - "$MODEL" "$TEXT" << 'END' || exit 2
@@ -60,7 +60,7 @@ else
   tests=(tests/kernels tests/test_gating.py tests/test_training.py)
   tests+=(--ignore tests/kernels/test_processes.py)
   "$python" -c 'import xdist' 2> /dev/null && tests+=(-n 4)
-  tune=(--seconds 100)
+  tune=(--seconds 100) case=llama-2-7b
   job=(--samples 512 --seq-len 512 --epochs 4 --eval-seq-len 1024)
 fi
 
@@ -111,5 +111,7 @@ done
 steps balanced 90 --models llama-2-7b --cases 512x1,2048x4 --steps 4 --memory balanced
 steps 8b 150 --models llama-3.1-8b,qwen3-8b --cases 512x1,2048x4 --steps 4
 steps long 90 --models llama-3.1-8b --cases 8192x1 --steps 4
+part one-rank 150 "$python" -m benchmarks.ranks --case "$case" --ranks 1 --shard full --rounds 2 \
+  --out "$out/one-rank.json"
 
 [ -z "$failed" ] || { echo "failed or over their time:$failed"; exit 1; }

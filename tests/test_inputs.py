@@ -138,11 +138,9 @@ def test_quantised_weights_are_not_cut(model, refused, config, how):
         )
 
 
-@pytest.mark.parametrize(("bits", "runs"), [(8, True), (4, False)])
-def test_eval_and_bench_of_quantised_weights_work_or_say_why_not(
-    model, text, call, tmp_path, bits, runs
-):
-    """bitsandbytes on a CPU cannot unpack 4-bit rows that do not fill its blocks."""
+@pytest.mark.parametrize("bits", [8, 4])
+def test_eval_and_bench_of_quantised_weights_work_or_say_why_not(model, text, call, tmp_path, bits):
+    """On some CPUs bitsandbytes cannot unpack 4-bit rows that do not fill its blocks."""
     how = transformers.BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     packed = transformers.AutoModelForCausalLM.from_pretrained(model, quantization_config=how)
     packed.save_pretrained(tmp_path / "q")
@@ -150,8 +148,8 @@ def test_eval_and_bench_of_quantised_weights_work_or_say_why_not(
     bench = ("--prompt-lens=8", "--batch-sizes=1", "--tokens=2", "--repetitions=1")
     for verb in (["eval", f"--text={text}", "--seq-len=32", "--windows=2"], ["bench", *bench]):
         code, _, err = call(verb[0], tmp_path / "q", *verb[1:])
-        assert code == (0 if runs else 1), err
-        if not runs:
+        assert code in ((0,) if bits == 8 else (0, 1)), err
+        if code:
             assert f"q is quantised (bitsandbytes, {bits} bit), and cannot be run here: " in err
 
 

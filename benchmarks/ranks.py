@@ -137,7 +137,8 @@ def _steps(folder: Path, case: Case, shard: str) -> dict[str, Any]:
     if shard == "full":
         model = load_sharded(folder, "full", None, device)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map=device)
+        model.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 500, (case.blocks, case.seq_len), generator=generator)
     batch, zero = Batch(ids.to(device)), torch.zeros((), device=device)

@@ -140,7 +140,10 @@ def test_quantised_weights_are_not_cut(model, refused, config, how):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_eval_and_bench_of_quantised_weights_work_or_say_why_not(model, text, call, tmp_path, bits):
-    """On some CPUs bitsandbytes cannot unpack 4-bit rows that do not fill its blocks."""
+    """Its path for AVX-512 in bf16 cannot pack 4-bit rows that do not fill its blocks."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    runs = bits == 8 or not has_avx512bf16()
     how = transformers.BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     packed = transformers.AutoModelForCausalLM.from_pretrained(model, quantization_config=how)
     packed.save_pretrained(tmp_path / "q")
@@ -148,8 +151,8 @@ def test_eval_and_bench_of_quantised_weights_work_or_say_why_not(model, text, ca
     bench = ("--prompt-lens=8", "--batch-sizes=1", "--tokens=2", "--repetitions=1")
     for verb in (["eval", f"--text={text}", "--seq-len=32", "--windows=2"], ["bench", *bench]):
         code, _, err = call(verb[0], tmp_path / "q", *verb[1:])
-        assert code in ((0,) if bits == 8 else (0, 1)), err
-        if code:
+        assert code == (0 if runs else 1), err
+        if not runs:
             assert f"q is quantised (bitsandbytes, {bits} bit), and cannot be run here: " in err
 
 

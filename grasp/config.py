@@ -291,6 +291,7 @@ class RecoverConfig:
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
+    dtype: Dtype = option("auto", "Data type to compute in; weights that learn are fp32.", MACHINE)
     memory: MemoryMode = option("auto", MEMORY, MACHINE, metavar="MODE")
     device: str = option("auto", DEVICE, MACHINE)
     seed: int = option(0, SEED)

@@ -109,6 +109,17 @@ def test_the_distance_falls_and_embeddings_stay(family, tied, rank):
     assert distil.distance(student, held_out, config()) == pytest.approx(found.after, rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [None, 4], ids=["all", "lora"])
+def test_passes_in_bf16_teach_weights_in_fp32(rank):
+    teacher, student = pair()
+    seen, head = [], student.model.layers[0].mlp.down_proj
+    head.register_forward_hook(lambda _, inputs, out: seen.append(out.dtype))
+    found = learn(teacher, student, config(accumulate=2, lora_rank=rank, dtype="bf16"))
+    assert found.after < (0.999 if rank else 0.97) * found.before
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
 def test_adapters_merge_into_what_they_computed():
     _, model = pair()
     with torch.no_grad(), adapted(model, 3, seed=0) as learned:

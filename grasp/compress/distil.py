@@ -120,7 +120,7 @@ def distance(model: PreTrainedModel, batch: Batch, config: RecoverConfig) -> flo
     """The loss that `distil` minimises, on a batch with its teacher."""
     total = 0.0
     for rows in torch.arange(len(batch)).split(config.batch_size):
-        with _autocast(model):
+        with _autocast(model, config):
             part = loss(model, batch.pick(rows), config.lm_weight)
         total += part.item() * len(rows)
     return total / len(batch)
@@ -136,7 +136,7 @@ def _one_step(
     """A step of the optimiser on the mean loss of blocks, which is returned."""
     total = torch.zeros((), device=model.device)
     for ids in blocks.to(model.device).split(config.batch_size):
-        with _autocast(model):
+        with _autocast(model, config):
             with torch.no_grad():
                 taught = teacher.get_decoder()(ids, use_cache=False).last_hidden_state
             part = loss(model, Batch(ids, taught), config.lm_weight) * (len(ids) / len(blocks))
@@ -149,10 +149,9 @@ def _one_step(
     return total.item()
 
 
-def _autocast(model: PreTrainedModel) -> Any:
-    """bf16 on a GPU, where weights that learn stay fp32."""
-    on_gpu = model.device.type == "cuda"
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu)
+def _autocast(model: PreTrainedModel, config: RecoverConfig) -> Any:
+    """Computes in bf16 if that is chosen; weights that learn stay fp32."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bf16")
 
 
 def _set_rate(

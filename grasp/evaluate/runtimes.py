@@ -24,7 +24,7 @@ from transformers import StaticCache
 from grasp.config import Dtype
 from grasp.errors import GraspError, install, reason
 from grasp.model.header import read_header
-from grasp.model.load import TORCH_NAMES, best_dtype, load_model, longest, packed_errors
+from grasp.model.load import TORCH_NAMES, load_model, longest, packed_errors, pick_dtype
 from grasp.model.source import Source, resolve
 
 open_url = build_opener(ProxyHandler({})).open  # no proxy for a local server
@@ -80,12 +80,11 @@ class Transformers:
     def __init__(
         self, name: str, dtype: Dtype, device: str, trust_remote_code: bool, compiled: bool = False
     ) -> None:
-        kind = best_dtype(device) if dtype == "auto" else dtype
         self.name, self.source = name, resolve(name)
         self.header = read_header(name)
         self.model: Any = load_model(
             name,
-            dtype=getattr(torch, TORCH_NAMES[kind]),
+            dtype=getattr(torch, TORCH_NAMES[pick_dtype(dtype, device)]),
             device=device,
             trust_remote_code=trust_remote_code,
         )[0]

@@ -31,7 +31,7 @@ from grasp.config import Dtype
 from grasp.errors import GraspError
 from grasp.evaluate.runtimes import Benched, Run, open_url, weight_files_bytes
 from grasp.model.header import Header, read_header
-from grasp.model.load import TORCH_NAMES, best_dtype, load_model
+from grasp.model.load import TORCH_NAMES, load_model, pick_dtype
 from grasp.model.source import resolve
 
 START = 600.0  # seconds at most until the server answers
@@ -56,7 +56,7 @@ def room_for(names: Sequence[str], dtype: Dtype, device: str, largest: tuple[int
     """
     batch, longest = largest[0], largest[1] + 1
     tokens = (batch * -(-longest // PAGE) + 1) * PAGE  # vLLM keeps a block for itself
-    size = getattr(torch, TORCH_NAMES[_kind(dtype, device)]).itemsize
+    size = getattr(torch, TORCH_NAMES[pick_dtype(dtype, device)]).itemsize
     headers = map(read_header, names)
     memory = max(
         _weights(header, size) + tokens * header.space.kv_cache_bytes_per_token(size)
@@ -146,7 +146,7 @@ class Vllm:
         self.packages = ("torch", "transformers", packages_distributions()["vllm"][0])
         self.vocabulary = self.header.vocab_size
         self.limit = self.header.longest or room.longest
-        kind = TORCH_NAMES[_kind(dtype, device)]
+        kind = TORCH_NAMES[pick_dtype(dtype, device)]
         self._dtype = getattr(torch, kind)
         self._memory_bytes = _weights(self.header, self._dtype.itemsize)
         self._cache = room.memory - self._memory_bytes
@@ -249,10 +249,6 @@ def check_vllm(name: str) -> None:
         )
     if resolve(name).kind == "gguf" and not name.startswith("demo:"):
         raise GraspError(f"{name} runs in llama.cpp: name a folder, or leave `runtime` out")
-
-
-def _kind(dtype: Dtype, device: str) -> Any:
-    return best_dtype(device) if dtype == "auto" else dtype
 
 
 def _weights(header: Header, itemsize: int) -> int:

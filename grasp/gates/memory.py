@@ -72,9 +72,10 @@ def _needed(
 
     Those of all decoder layers together, and others.
     """
-    if isinstance(config, RecoverConfig):  # computes in bf16, whatever the weights are
-        learned = learned_values(header, config.lora_rank)
-        return OPTIMISER * learned, saved_activations(config, header, mode, 2)
+    if isinstance(config, RecoverConfig):  # weights that learn are wider than what is computed
+        learned = OPTIMISER * learned_values(header, config.lora_rank)
+        width = 2 if config.dtype == "bf16" else 4
+        return learned, saved_activations(config, header, mode, width)
     tokens, width = config.batch_size * config.seq_len, model.dtype.itemsize
     memory = learning_memory(header, tokens, config.seq_len, width, mode, config.scales)
     return memory.activations, memory.workspace + memory.gates

@@ -45,7 +45,7 @@ def load(
     import torch
 
     device = pick_device(device)
-    dtype = getattr(torch, TORCH_NAMES[best_dtype(device)])
+    dtype = getattr(torch, TORCH_NAMES[pick_dtype("auto", device)])
     return load_model(spec, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
@@ -183,9 +183,11 @@ def move(model: Any, device: Places) -> PreTrainedModel:
     return moved
 
 
-def best_dtype(device: str) -> Literal["fp32", "bf16"]:
-    """bf16 on a GPU; fp32 on a CPU, where bf16 is 5 times slower without its own instructions."""
-    return "fp32" if device == "cpu" else "bf16"
+def pick_dtype(dtype: Literal["auto", "fp32", "bf16"], device: str) -> Literal["fp32", "bf16"]:
+    """`dtype`; "auto" is bf16 on a GPU and fp32 on a CPU, where many compute bf16 far slower."""
+    if dtype == "auto":
+        return "fp32" if device == "cpu" else "bf16"
+    return dtype
 
 
 def check_launched(shard: ShardMode) -> None:

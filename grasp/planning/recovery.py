@@ -7,6 +7,7 @@ from typing import Any
 
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, RecoverConfig
 from grasp.model.header import Header
+from grasp.model.load import pick_dtype
 from grasp.model.units import LayerUnits, UnitSpace
 from grasp.planning.memory import LOGITS_AT_ONCE
 
@@ -84,7 +85,7 @@ def plan_recovery(config: RecoverConfig, pruned: Header, teacher: Header) -> Rec
     tokens = config.epochs * (config.samples - config.held_out) * config.seq_len
     per_token = FORWARD * dense + PER_WEIGHT * (learned if config.lora_rank else frozen)
     per_token += FROZEN * frozen if config.lora_rank else 0
-    on_cpu = config.device == "cpu"
+    width = 4 if pick_dtype(config.dtype, config.device) == "fp32" else 2
     mode: MemoryMode = "fast" if config.memory == "auto" else config.memory
     return RecoveryPlan(
         model=config.model,
@@ -92,7 +93,7 @@ def plan_recovery(config: RecoverConfig, pruned: Header, teacher: Header) -> Rec
         learned=learned,
         tokens=tokens,
         steps=config.steps,
-        memory=recovery_memory(config, pruned, teacher, mode, 4 if on_cpu else 2),
+        memory=recovery_memory(config, pruned, teacher, mode, width),
         state_bytes=4 * MASTER * learned,
         operations=tokens * per_token,
     )

@@ -51,7 +51,6 @@ from grasp.model.header import of_model, read_header
 from grasp.model.load import (
     TORCH_NAMES,
     ShardMode,
-    best_dtype,
     cast,
     check_launched,
     environment,
@@ -59,6 +58,7 @@ from grasp.model.load import (
     longest,
     move,
     pick_device,
+    pick_dtype,
     widened,
 )
 from grasp.model.places import Places, places_of
@@ -151,8 +151,7 @@ def on_device(config: PruneConfig) -> PruneConfig:
     check_launched(config.shard)
     if config.compensation == "blocks" and ranks() > 1:
         raise GraspError("`compensate='blocks'` runs on one rank: use `compensate='refit'`")
-    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
-    return replace(config, device=device, dtype=dtype)
+    return replace(config, device=device, dtype=pick_dtype(config.dtype, device))
 
 
 def _check_step(config: PruneConfig) -> None:

@@ -18,7 +18,7 @@ from grasp.errors import GraspError
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import Batch, last_hidden
 from grasp.machine import disk_errors, memory_errors
-from grasp.model.load import TORCH_NAMES, best_dtype, cast, pick_device, widened
+from grasp.model.load import TORCH_NAMES, cast, pick_device, pick_dtype, widened
 from grasp.model.units import UnitSpace
 from grasp.report.results import add_reports
 from grasp.run.folder import Run, Show, open_run
@@ -59,7 +59,8 @@ def recover(
     """
     config = RecoverConfig.of(folder, teacher=teacher, calibration=calibration, **options)
     check_recovery(config, out)
-    config = replace(config, device=pick_device(config.device))
+    device = pick_device(config.device)
+    config = replace(config, device=device, dtype=pick_dtype(config.dtype, device))
     fix = (
         f"lower `batch_size` (now {config.batch_size}) or `seq_len` (now {config.seq_len}), or use "
         f"`lora_rank`; other options need a new start: remove {out}.run"
@@ -104,11 +105,12 @@ def _train(
 ) -> Recovery:
     """Distil, and return to the stored dtype. Raises GraspError if the model is no better then.
 
-    Weights that learn are fp32. On a GPU the teacher, and a model under adapters, are in bf16.
+    Weights that learn are fp32. The teacher has `config.dtype`; in bf16, a model under adapters
+    stays as stored.
     """
-    stored, working = model.dtype, getattr(torch, TORCH_NAMES[best_dtype(config.device)])
+    stored, working = model.dtype, getattr(torch, TORCH_NAMES[config.dtype])
     cast(teacher, working)
-    if config.device == "cpu" or config.lora_rank is None:
+    if config.dtype == "fp32" or config.lora_rank is None:
         cast(model, torch.float32)
     blocks = start.blocks(config)
     watched, rest = blocks[: config.held_out], blocks[config.held_out :]

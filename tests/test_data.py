@@ -437,6 +437,7 @@ def test_a_run_logs_what_was_left_out_and_rendered(chatty, talk, tmp_path, call,
         "sparsify": ["--method=magnitude"],
     }
     options = [f"--calibration={talk}", "--samples=8", "--seq-len=32", "--eval-windows=2"]
+    options.append(f"--eval-text={talk}")
     out = f"--out={tmp_path / 'out'}"
     code, _, err = call(verb, chatty, out, *options, *at_once[verb], "--device=cpu")
     assert code == 0, err
@@ -444,6 +445,7 @@ def test_a_run_logs_what_was_left_out_and_rendered(chatty, talk, tmp_path, call,
     notes = [r["text"] for r in map(json.loads, log) if r.get("event") == "note"]
     assert notes[0].startswith("talk.jsonl: 1 of 41 records have no text")
     assert notes[1].startswith("talk.jsonl: 40 conversations are rendered by the chat template of")
+    assert notes[2].startswith("talk.jsonl is calibrated on, too: its perplexity")
 
 
 def test_eval_prints_the_notes(chatty, talk, call):

@@ -106,6 +106,7 @@ def workplace(dense, text, tmp_path, monkeypatch):
     words = text.read_text()
     Path("text.txt").write_text(words)
     Path("other.txt").write_text(words[::-1])
+    Path("held_out.txt").write_text(words.upper())
     records = [json.dumps({"body": words[at : at + 300]}) for at in range(0, len(words), 300)]
     Path("records.jsonl").write_text("\n".join(records))
     for verb, sizes in SMALL.items():

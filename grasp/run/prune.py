@@ -322,6 +322,12 @@ def read_texts(config: RunConfig, model: PreTrainedModel, tokenizer: Any, run: R
         sample=partial(_own_text, config, model, tokenizer, run),
     )
     notes = [*calibration.notes, *(note for text in eval_texts for note in text.notes)]
+    learned_from = {corpus.sha256 for corpus in calibration.corpora}
+    notes += [
+        f"{text.name} is calibrated on, too: its perplexity says little about new text"
+        for text in eval_texts
+        if text.sha256 in learned_from
+    ]
     for note in dict.fromkeys(notes):
         run.log(event="note", text=note)
     sets = _evaluation_sets(config, eval_texts, calibration, longest(model))

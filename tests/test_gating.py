@@ -109,6 +109,19 @@ def test_folded_equals_scaled(family, tied, kind):
     assert close(logits(model), wanted)
 
 
+def test_a_narrow_weight_is_rounded_once():
+    """o_proj has three factors: a unit's, its inputs' and its outputs'."""
+    narrow, wide = (
+        tiny_model("llama", dtype=torch.bfloat16).to(kind)
+        for kind in (torch.bfloat16, torch.float32)
+    )
+    scales = 0.5 + torch.rand(scale_count(narrow, "channel"))
+    for model in (narrow, wide):
+        fold_scales(model, "channel", scales)
+    for once, exact in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(once, exact.bfloat16())
+
+
 def test_unit_scales_are_gates():
     """The paper's scales: one a unit, where its gate sits."""
     model = tiny_model("qwen2")

@@ -146,23 +146,29 @@ def scale(theta: Tensor) -> Tensor:
 def fold_scales(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> None:
     """Multiply scales into the weights in place: fp32 [`scale_count`], in `Scales.set` order."""
     layers, space, places = decoder_layers(model), UnitSpace.of(model), ends(model, kind)
+    factors: dict[Tensor, list[Tensor]] = {}  # of each weight, which is rounded once
+
+    def multiply(weight: Tensor, by: Tensor) -> None:
+        factors.setdefault(weight, []).append(by)
+
     per_unit, *pieces = scales.split([space.size, *(end.channels for end in places)])
     for m, (index, ffn, kv) in zip(layers, space.segments(), strict=True):
         units = space.layers[index]
         if m.ffn is not None:
-            _multiply(m.ffn.down.weight, per_unit[ffn])
+            multiply(m.ffn.down.weight, per_unit[ffn])
         if m.attention is not None:
             per_head_dim = per_unit[kv].repeat_interleave(units.group_size * units.head_dim)
-            _multiply(m.attention.out.weight, per_head_dim)
+            multiply(m.attention.out.weight, per_head_dim)
     for m, (_, experts) in zip(layers, space.expert_segments(), strict=True):
         for parameter in m.routed.down if m.routed else ():
-            _multiply(parameter, per_unit[experts].view(-1, *[1] * (parameter.dim() - 1)))
+            multiply(parameter, per_unit[experts].view(-1, *[1] * (parameter.dim() - 1)))
     for end, piece in zip(places, pieces, strict=True):
         for linear in end.linears:
-            _multiply(linear.weight, piece if end.side == "in" else piece[:, None])
+            multiply(linear.weight, piece if end.side == "in" else piece[:, None])
             if end.side == "out" and linear.bias is not None:
-                _multiply(linear.bias, piece)
-
-
-def _multiply(weight: Tensor, by: Tensor) -> None:
-    weight.copy_((weight.float() * by.to(weight.device)).to(weight.dtype))
+                multiply(linear.bias, piece)
+    for weight, found in factors.items():
+        product = weight.float()
+        for factor in found:
+            product = product * factor.to(weight.device)
+        weight.copy_(product)

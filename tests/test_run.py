@@ -240,8 +240,10 @@ def test_the_log(learned):
     for stage, steps in (("learn", 16), ("calibrate", 8)):
         told = [r for r in log if r.get("stage") == stage]
         assert [(r["step"], r["steps"]) for r in told] == [(n, steps) for n in range(1, steps + 1)]
+        assert told[0]["eta"] is None  # of one report, nobody knows how long its steps took
+        assert all(r["eta"] >= 0 for r in told[1:])
         for r in told:
-            assert math.isfinite(r["loss"]) and r["tokens_per_second"] > 0 and r["eta"] >= 0
+            assert math.isfinite(r["loss"]) and r["tokens_per_second"] > 0
             assert 50e6 < r["peak_memory"] < 100e9  # bytes, whatever the platform counts in
         assert told[-1]["eta"] == 0
     learning = [r for r in log if r.get("stage") == "learn"]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from grasp.gates.gating import unpadded
+from grasp.model.places import sent
 from grasp.model.sharding import whole
 from grasp_kernels import linear_cross_entropy, linear_distillation
 
@@ -39,10 +40,8 @@ class Batch:
 
     def pick(self, rows: Tensor) -> Batch:
         """Blocks by index, int64 [n] on the CPU, on the device of the ids."""
-        if self.teacher is None:
-            return Batch(self.ids[rows])
-        taught = self.teacher[rows].to(self.ids.device, non_blocking=True)
-        return Batch(self.ids[rows], taught)
+        taught = None if self.teacher is None else sent(self.teacher[rows], self.ids.device)
+        return Batch(self.ids[sent(rows, self.ids.device)], taught)
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of `size` blocks; the last may be smaller."""
@@ -72,9 +71,7 @@ def last_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     for index, block in enumerate(blocks.split(1)):
         hidden = decoder(block.to(model.device), use_cache=False).last_hidden_state
         if not index:
-            pinned = hidden.device.type == "cuda"
-            shape = len(blocks), *hidden.shape[1:]
-            found = torch.empty(shape, dtype=hidden.dtype, pin_memory=pinned)
+            found = torch.empty(len(blocks), *hidden.shape[1:], dtype=hidden.dtype)
         found[index] = hidden[0]
     return found
 

@@ -33,16 +33,16 @@ def inputs_of(
 
 
 @torch.no_grad()
-def first_hidden(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """The input of the first layer: [samples, seq_len, hidden] in the model's dtype and device.
+def first_hidden(model: PreTrainedModel, blocks: Tensor, device: str | None = None) -> Tensor:
+    """The input of the first layer: [samples, seq_len, hidden] in the model's dtype.
 
-    blocks: int64 [samples, seq_len], run one by one.
+    blocks: int64 [samples, seq_len], run one by one. It lies on `device`, or on the model's own.
     """
     hidden = torch.empty(0)
     entering = inputs_of(model.get_decoder().layers[0], _forward(model), blocks.split(1))
     for index, x in enumerate(entering):
         if not index:
-            hidden = x.new_empty(len(blocks), *x.shape[1:])
+            hidden = x.new_empty(len(blocks), *x.shape[1:], device=device)
         hidden[index] = x[0]
     return hidden
 

@@ -32,6 +32,13 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the host on a device, without waiting for what a GPU still computes."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def device_map(model: PreTrainedModel, places: tuple[str, ...]) -> dict[str, str]:
     """`places` as `from_pretrained` takes them: by the names of modules."""
     layers = decoder_of(model).layers

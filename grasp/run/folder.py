@@ -201,7 +201,7 @@ class StageJournal(Journal):
         self._run, self._name = run, name
         self._path = run.path("state", f"{name}.safetensors")
         self._began = self._saved = self._seen = time.monotonic()
-        self._first: int | None = None
+        self._first: int | None = None  # the step of the first report, which was at `_began`
         self._wait = SAVE_EVERY
 
     def load(self) -> dict[str, Tensor] | None:
@@ -235,9 +235,12 @@ class StageJournal(Journal):
 
     def progress(self, step: int, total: int, loss: float, tokens: int, **info: Any) -> None:
         now = time.monotonic()
-        if self._first is None:
-            self._first = step - 1
-        pace = (now - self._began) / (step - self._first)  # seconds per step
+        eta = None
+        if self._first is None:  # earlier steps compiled kernels, or are of an earlier run
+            self._first, self._began = step, now
+        else:
+            pace = (now - self._began) / (step - self._first)  # seconds per step
+            eta = round(pace * (total - step), 1)
         self._run.log(
             stage=self._name,
             step=step,
@@ -245,7 +248,7 @@ class StageJournal(Journal):
             loss=round(loss, 5),
             tokens_per_second=round(tokens / max(now - self._seen, 1e-9), 1),
             peak_memory=peak_memory(),
-            eta=round(pace * (total - step), 1),
+            eta=eta,
             **info,
         )
         self._seen = now

@@ -52,6 +52,21 @@ def test_scores_that_do_not_fit_the_model(registered, tiny, text, tmp_path):
             grasp.prune(tiny, tmp_path / name, method=name, calibration=text, **OPTIONS)
 
 
+def test_a_teacher_is_of_the_blocks_that_are_read(registered, tiny, text, tmp_path):
+    @grasp.criterion("two", samples=2)
+    def two(units, blocks, teacher):
+        assert len(blocks) == len(teacher) == 2
+        return torch.rand(units.size)
+
+    grasp.prune(
+        tiny,
+        tmp_path / "out",
+        method="two",
+        calibration=text,
+        **OPTIONS | dict(scale_epochs=1, lm_weight=0.5),
+    )
+
+
 def test_a_name_that_is_taken_and_a_parameter_that_nobody_offers(registered):
     with pytest.raises(GraspError, match="'fisher' exists already"):
         grasp.criterion("fisher")(lambda units: units)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import grasp
 from grasp.errors import GraspError
+from grasp.run import stages
+from grasp.select import select
 
 
 @pytest.fixture
@@ -71,6 +73,22 @@ def test_stages_one_by_one(text, tmp_path):
     before = grasp.perplexity(small, tokenizer, str(text), seq_len=32, windows=4).value
     grasp.calibrate(small, blocks)
     assert grasp.perplexity(small, tokenizer, str(text), seq_len=32, windows=4).value < before
+
+
+def test_gates_learn_in_the_memory_that_is_asked_for(text, monkeypatch):
+    model, seen = tiny_model("llama"), []
+    blocks = grasp.blocks(tiny_tokenizer(), str(text), samples=2, seq_len=32)
+
+    def recomputed():
+        return ["forward" in vars(layer) for layer in model.model.layers]
+
+    def see(*args):
+        seen.extend(recomputed())
+        return select(*args)
+
+    monkeypatch.setattr(stages, "select", see)
+    grasp.learn(model, blocks, keep=0.5, ffn_multiple=8, epochs=1, memory="low")
+    assert seen and all(seen) and not any(recomputed())
 
 
 def test_as_documented(text, tmp_path, capsys):

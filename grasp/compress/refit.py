@@ -139,7 +139,7 @@ def solve(linear: nn.Linear, kept: Tensor, gram: Tensor) -> Tensor:
 
 
 def ridge_solve(gram: Tensor, power: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """Solve (gram + D)^-1 target, fp64 [in, out]; overwrites gram, fp64 [in, in].
+    """Solve (gram + D)^-1 target, [in, out] in fp64 or fp32; overwrites the diagonal of gram.
 
     D is `ridge` times the diagonal of gram; `power` is the mean of that over all channels, also
     dropped ones. A factorisation that fails is tried again with ten times the ridge, twice. Raises

@@ -91,8 +91,9 @@ def add_record(folder: Path, model: PreTrainedModel, tokenizer: Any, record: Rec
 def _cut_layers(model: PreTrainedModel, chosen: Chosen, run: Run) -> Iterator[nn.Module]:
     """Each layer, scaled, refitted and cut."""
     config, mask, blocks = chosen.config, chosen.mask, chosen.blocks
-    options = layer_options(model, blocks[:1])
-    hidden = Hidden.of(model, text_of_refit(mask, blocks))
+    if config.compensation == "refit":
+        options = layer_options(model, blocks[:1])
+        hidden = Hidden.of(model, text_of_refit(mask, blocks))
     for index, (one, own) in enumerate(_with_scales(model, config.scales, chosen.scales)):
         if own is not None:
             Scale(config.scales, own).apply(one)

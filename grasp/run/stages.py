@@ -19,6 +19,7 @@ from grasp.config import PruneConfig, ScaleKind
 from grasp.data.corpus import read_corpus
 from grasp.data.mixture import read_mixture
 from grasp.evaluate import perplexity as measure
+from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
 from grasp.gates.scales import fold_scales
 from grasp.gates.training import TrainSettings
@@ -75,7 +76,8 @@ def learn(
     projection = Projection(UnitSpace.of(model), budget, seed=config.seed, device=config.device)
     _freeze(model)
     teacher = last_hidden(model, blocks) if config.distils else None
-    selection = select(model, projection, blocks, config, lambda stage: Journal(), teacher)
+    with memory_mode(model, config):
+        selection = select(model, projection, blocks, config, lambda stage: Journal(), teacher)
     if selection.scales is not None:
         fold_scales(model, config.scales, selection.scales)
     return projection.mask(selection.scores)

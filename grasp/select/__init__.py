@@ -40,7 +40,7 @@ def select(
         projection=projection,
         config=config,
         stage=stage,
-        teacher=teacher,
+        teacher=None if teacher is None else teacher[: criterion.samples],
     )
     if isinstance(found, Selection):
         return found

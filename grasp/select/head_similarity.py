@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-SAMPLES = 16  # used to compare maps, as published
-
 
 @contextmanager
 def returning_maps(model: PreTrainedModel) -> Iterator[None]:
@@ -45,11 +43,11 @@ def distance_to_nearest_later(
     distance = torch.zeros(kv_groups, kv_groups, device=hidden.device)
     hook = attention.register_forward_hook(lambda _, args, out: seen.append(out[1]))
     with hook:
-        for x in hidden[:SAMPLES].split(1):
+        for x in hidden.split(1):
             run(x)
             heads = seen.pop()[0].float()
             distance += divergences(heads.unflatten(0, (kv_groups, -1)).mean(1))
-    return distance.amin(1) / len(hidden[:SAMPLES])
+    return distance.amin(1) / len(hidden)
 
 
 def divergences(maps: Tensor) -> Tensor:

@@ -152,6 +152,11 @@ class PruneConfig:
                 f"`compensate` must be none with {self.method}, which fits weights as it chooses, "
                 f"got {self.compensate!r}"
             )
+        if self.compensation == "blocks" and self.samples < 2:
+            raise GraspError(
+                "`samples` must be at least 2 with `compensate='blocks'`, which checks on some of "
+                f"them, got {self.samples}"
+            )
         if updates and self.samples < FITTING_SAMPLES:
             raise GraspError(
                 f"`samples` must be at least {FITTING_SAMPLES} with {self.method}, which scores, "

@@ -101,6 +101,7 @@ def damaged(tiny, folder, value):
             ["--samples=2", "--method=greedy-output-approximation"],
             "--samples must be at least 3 with greedy-output-approximation",
         ),
+        (["--samples=1", "--compensate=blocks"], "--samples must be at least 2 with --compensate"),
         (
             ["--as-published", "--init-scores=fisher"],
             "--as-published sets --init-scores to 'equal', got 'fisher'",

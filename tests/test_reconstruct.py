@@ -6,16 +6,19 @@ import copy
 
 import pytest
 import torch
-from families import save_tiny, tiny_model
+from families import save_tiny, tiny_mixture, tiny_model
 from test_layer_fit import BLOCKS, fit_only, random_blocks
 from test_refit import half
 
 import grasp
+from grasp.budget.budget import Budget
+from grasp.budget.projection import Projection
 from grasp.compress import reconstruct as reconstruct_module
 from grasp.compress.reconstruct import reconstruct
 from grasp.errors import GraspError
 from grasp.journal import Journal
 from grasp.model.units import UnitSpace, decoder_layers
+from grasp.run import prune as prune_module
 
 
 class Kept(Journal):
@@ -126,6 +129,38 @@ def test_a_narrow_model_learns_as_a_wide_one(monkeypatch):
         left[dtype] = journal.reports[0]["loss"] / journal.reports[0]["fitted"]
     assert left[torch.float32] < 0.99
     assert left[torch.bfloat16] == pytest.approx(left[torch.float32], abs=0.005)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_layers_whose_attention_stays_whole_learn_too(family):
+    model, journal = tiny_mixture(family), Kept()
+    space = UnitSpace.of(model)
+    mask = Projection(space, Budget.of(keep=0.75)).mask(torch.rand(space.size))
+    reconstruct(model, mask, BLOCKS, 0, journal)
+    assert UnitSpace.of(model) == mask.pruned_space()
+    assert journal.reports[0]["loss"] < journal.reports[0]["fitted"]
+
+
+def test_a_layer_that_is_cut_wrongly_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    other, fold_layer = [*half(model, seed=1).layers()], reconstruct_module.fold_layer
+    monkeypatch.setattr(
+        reconstruct_module,
+        "fold_layer",
+        lambda modules, units, kept, experts: fold_layer(modules, units, other[0], experts),
+    )
+    with pytest.raises(GraspError, match=r"model.layers.0 \(\w+\) reads more than its units"):
+        reconstruct(model, half(model), BLOCKS, 0, Kept())
+
+
+def test_several_ranks_are_refused_before_the_work(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_module, "ranks", lambda: 2)
+    options = dict(calibration=text, samples=4, seq_len=32, accumulate=2)
+    with pytest.raises(GraspError, match="`compensate='blocks'` runs on one rank"):
+        grasp.prune(tiny, tmp_path / "out", compensate="blocks", **options)
+    with pytest.raises(GraspError, match="`compensate='blocks'` runs on one rank"):
+        grasp.compare(tiny, tmp_path / "out", methods=["random", "fisher+blocks"], **options)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_whole_command(tmp_path):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from grasp.compress.refit import ridge_solve
 from grasp.errors import GraspError
 from grasp.model.layerwise import first_hidden, inputs_of, runner
-from grasp.model.places import device_of
+from grasp.model.places import device_of, sent
 from grasp.model.units import LayerModules
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # relative to the power of each input
@@ -50,7 +50,7 @@ class Streams:
     @classmethod
     def of(cls, model: PreTrainedModel, blocks: Tensor) -> Streams:
         """The inputs of the first layer; blocks: int64 [samples, seq_len]."""
-        dense, every = first_hidden(model, blocks).cpu(), min(HELD_OUT, len(blocks))
+        dense, every = first_hidden(model, blocks, "cpu"), min(HELD_OUT, len(blocks))
         held = list(range(every - 1, len(blocks), every))
         fitted = [sample for sample in range(len(blocks)) if sample not in held]
         return cls(dense, dense.clone(), fitted, held)
@@ -64,7 +64,7 @@ class Streams:
 def on_device(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """A decoder layer as a function of hidden states from anywhere, [samples, seq_len, hidden]."""
     run, device = runner(layer, options), device_of(layer)
-    return lambda x: run(x.to(device))
+    return lambda x: run(sent(x, device))
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,13 @@ class LayerFit:
 
         A mean over tokens, by `_power`; the target is the hidden states behind the dense layer.
         """
-        found = self.run(self.pruned[sample][None])[0].float()
-        target = self.dense[sample].to(found.device).float()
+        found = self.output(sample)[0].float()
+        target = sent(self.dense[sample], found.device).float()
         return ((found - target).square().sum(1) / _power(target, found.detach())).mean()
+
+    def output(self, sample: int) -> Tensor:
+        """What the layer gives on a sample of its inputs, [1, seq_len, hidden]."""
+        return self.run(self.pruned[sample][None])
 
     def advance(self) -> None:
         """Run the pruned layer on its inputs, in place."""

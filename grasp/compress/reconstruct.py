@@ -24,6 +24,7 @@ from grasp.compress.fold import fold_layer, kept_in
 from grasp.compress.layer_fit import LayerFit, Streams
 from grasp.compress.refit import columns_of
 from grasp.gates.experts import closed_experts
+from grasp.gates.fidelity import check_cut_layer
 from grasp.gates.training import epoch_order, finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import layer_options
@@ -43,7 +44,8 @@ def reconstruct(
 
     blocks: int64 [samples, seq_len], of which every eighth is held out. A run that resumes from its
     journal goes on after the last layer saved, and ends where an uninterrupted one does, on a CPU
-    bit for bit. Raises GraspError if activations are not finite.
+    bit for bit. Raises GraspError if activations are not finite, or if a layer that is cut computes
+    something else than with its dropped units at zero.
     """
     decoder, options = model.get_decoder().layers, layer_options(model, blocks[:1])
     streams, saved = Streams.of(model, blocks), journal.load() or {}
@@ -58,7 +60,9 @@ def reconstruct(
         with closed_experts(modules, experts):
             for linear, columns in columns_of(modules, units, kept).items():
                 fit.keep(linear, columns)
+            whole = fit.output(0)
         fold_layer(modules, units, kept, experts)
+        check_cut_layer(model, index, whole, fit.output(0))
         before, after = _train(decoder[index], fit, seed)
         fit.advance()
         mean = finite_mean([torch.tensor(after)], index + 1)
@@ -85,20 +89,20 @@ def _train(layer: nn.Module, fit: LayerFit, seed: int) -> tuple[float, float]:
     size = max(1, STEP_TOKENS // fit.pruned.shape[1])
     rounds = min(ROUNDS, max(1, round(ENOUGH_TOKENS / (len(fit.fitted) * fit.pruned.shape[1]))))
     step, steps = 0, rounds * math.ceil(len(fit.fitted) / size)
-    best, before = _copy(dtypes), _error(fit)
+    best, before = _copy(dtypes), _error(layer, fit)
     least = before
     for turn in range(rounds):
         for batch in epoch_order(len(fit.fitted), seed, turn).split(size):
             part = min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = part * rate
-            with _as_run(fit), torch.enable_grad():
+            with _as_run(layer, fit), torch.enable_grad():
                 for sample in batch.tolist():
                     (fit.error(fit.fitted[sample]) / len(batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-        error = _error(fit)
+        error = _error(layer, fit)
         if error < least:
             best, least = _copy(dtypes), error
     for parameter, own in dtypes.items():
@@ -111,19 +115,19 @@ def _copy(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     return {parameter: parameter.detach().clone() for parameter in parameters}
 
 
-def _as_run(fit: LayerFit) -> torch.autocast:
+def _as_run(layer: nn.Module, fit: LayerFit) -> torch.autocast:
     """A context in which fp32 weights are rounded as the layer is run.
 
     It remembers the rounded ones, so weights must not change inside.
     """
-    device, dtype = device_of(fit.ends[0]), fit.pruned.dtype
+    device, dtype = device_of(layer), fit.pruned.dtype
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()
-def _error(fit: LayerFit) -> float:
+def _error(layer: nn.Module, fit: LayerFit) -> float:
     """The mean over held-out samples."""
-    with _as_run(fit):
+    with _as_run(layer, fit):
         return float(torch.stack([fit.error(sample) for sample in fit.held]).mean())
 
 

@@ -33,6 +33,7 @@ from grasp.model.units import UnitSpace, decoder_layers
 TOKENS = 64  # at most: enough to detect another function, and cheap for a large model
 SAFETY = 4  # refusing a good model is worse than accepting a few roundings more
 LOGITS = "logits"
+CUT_DIFFERS = "reads more than its units: cut, not gated off, they make it differ"
 
 Outputs = dict[str, Tensor]  # by module name, in the order of the pass; logits last
 
@@ -94,9 +95,17 @@ def check_cut(model: PreTrainedModel, want: Outputs, ids: Tensor) -> float:
         return model(input_ids=ids, use_cache=False)
 
     got = _tried(model, lambda: _outputs(model, modules, run), "cut")
-    return _compare(
-        model, want, got, "reads more than its units: cut, not gated off, they make it differ"
-    )
+    return _compare(model, want, got, CUT_DIFFERS)
+
+
+@torch.no_grad()
+def check_cut_layer(model: PreTrainedModel, index: int, want: Tensor, got: Tensor) -> None:
+    """Check that a decoder layer gives the same cut as with its dropped units at zero.
+
+    Raises as `check_gates`.
+    """
+    (name,) = _named(model, [model.get_decoder().layers[index]]).values()
+    _compare(model, {name: want.float().cpu()}, {name: got.float().cpu()}, CUT_DIFFERS)
 
 
 @torch.no_grad()

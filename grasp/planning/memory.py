@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grasp.config import RECOMPUTE_EVERY, TOKENS_PER_CHANNEL, MemoryMode, ScaleKind
+from grasp.config import (
+    RECOMPUTE_EVERY,
+    TOKENS_PER_CHANNEL,
+    MemoryMode,
+    PruneConfig,
+    ScaleKind,
+)
 from grasp.model.header import Header
 
 LOGITS_AT_ONCE = 2**25  # as in grasp_kernels.linear_cross_entropy
@@ -77,6 +83,17 @@ def learning_memory(
     )
     activations, workspace = max(in_loss, in_layer, key=sum)
     return Memory(width * space.total_params, activations, workspace, gates=40 * learned)
+
+
+def compensation_memory(
+    header: Header, config: PruneConfig, width: int, *, ranks: int = 1
+) -> int | None:
+    """Estimate of the peak bytes of refit or block reconstruction, whichever runs."""
+    if config.compensation == "blocks":
+        return blocks_memory(header, config.seq_len, width)
+    if config.compensation == "refit":
+        return refit_memory(header, config.samples, config.seq_len, width, ranks=ranks)
+    return None
 
 
 def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, ranks: int = 1) -> int:

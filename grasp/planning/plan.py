@@ -18,11 +18,10 @@ from grasp.model.units import UnitSpace
 from grasp.planning.check import check
 from grasp.planning.memory import (
     Memory,
-    blocks_memory,
+    compensation_memory,
     evaluation_memory,
     greedy_memory,
     learning_memory,
-    refit_memory,
 )
 from grasp.planning.ranks import Gpus, Spread, spread
 
@@ -169,6 +168,8 @@ def plan(
         raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
     over = _gpus(gpus, nodes, gpu_memory)
     config = PruneConfig.of(spec, **options)
+    if over and over.all > 1 and config.compensation == "blocks":
+        raise GraspError("`compensate='blocks'` runs on one rank: plan it without `gpus`")
     header = check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
     budget = config.budget.for_space(space)
@@ -201,7 +202,7 @@ def plan(
             if config.method.startswith("greedy-")
             else None
         ),
-        refit_memory=_refit_memory(header, config, width),
+        refit_memory=compensation_memory(header, config, width),
         teacher_bytes=(
             width * config.samples * config.seq_len * space.hidden_size if config.distils else None
         ),
@@ -211,14 +212,6 @@ def plan(
         runtimes=tuple(_runtimes(header, budget)),
         gpus=spread(header, config, width, over) if over else None,
     )
-
-
-def _refit_memory(header: Header, config: PruneConfig, width: int) -> int | None:
-    if config.compensation == "blocks":
-        return blocks_memory(header, config.seq_len, width)
-    if config.compensation == "refit":
-        return refit_memory(header, config.samples, config.seq_len, width)
-    return None
 
 
 def _gpus(each: int | None, nodes: int, memory: float | None) -> Gpus | None:

@@ -18,7 +18,7 @@ from grasp.model.header import Header
 from grasp.model.load import ShardMode
 from grasp.model.units import SHARED
 from grasp.planning.check import check_shard
-from grasp.planning.memory import Memory, evaluation_memory, learning_memory, refit_memory
+from grasp.planning.memory import Memory, compensation_memory, evaluation_memory, learning_memory
 
 USABLE = 0.9  # of a GPU, as for `memory="auto"`: runtimes and fragments take the rest
 GATHERED = 2  # layers that are whole at once: the one that runs, and the one that arrives
@@ -208,9 +208,8 @@ def _in_mode(
         weights=width * held,
         gates=memory.gates + gradients * gpus.all * (gpus.all > 1),
     )
-    refit = None
-    if config.compensation == "refit":
-        refit = refit_memory(header, config.samples, config.seq_len, width, ranks=gpus.all)
+    refit = compensation_memory(header, config, width, ranks=gpus.all)
+    if refit is not None:
         refit -= width * (apart - GATHERED * layer)
     way = Way(
         shard,

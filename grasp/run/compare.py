@@ -41,6 +41,7 @@ from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
     begin,
+    check_alone,
     check_budget,
     check_fidelity,
     finish,
@@ -137,6 +138,7 @@ def compare(
     cells = _cells(base, parts, methods, seeds)
     for cell in cells:
         check_fit(cell.config, header)
+        check_alone(cell.config)
     asked = {
         "config": _shared(base),
         "tasks": tasks and {"names": tasks, "data": tasks_data and str(tasks_data), "limit": limit},
@@ -276,8 +278,8 @@ class _Grid:
             _moved(model, self._places)
             with memory_mode(model, cell.config):
                 selection = select(model, projection, blocks, cell.config, part.stage, teacher)
-            _moved(self._dense, "cpu")
             self._chosen[cell.selection] = selection, part.remember("cost", partial(_cost, part))
+        _moved(self._dense, "cpu")
         return self._chosen[cell.selection]
 
     def _teacher(

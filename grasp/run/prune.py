@@ -117,7 +117,7 @@ def prune(
     show: Show = lambda record: None,
     **options: Any,
 ) -> PruneResult | list[PruneResult]:
-    """Prune to several budgets from one selection: out/keep-0.8 and so on, in the order given.
+    """Prune `model` to a budget: write a smaller dense checkpoint to `out`, complete or absent.
 
     `keep` (default 0.5), `params` or `kv_cache` is the budget (see `Budget`); `options` are these,
     the budget's multiples and layout, the other fields of `PruneConfig`, and `as_published`, which
@@ -149,9 +149,14 @@ def on_device(config: PruneConfig) -> PruneConfig:
     if criteria.get(config.method).learns or config.scale_epochs:
         _check_step(config)
     check_launched(config.shard)
+    check_alone(config)
+    return replace(config, device=device, dtype=pick_dtype(config.dtype, device))
+
+
+def check_alone(config: PruneConfig) -> None:
+    """Refuse block reconstruction on several ranks."""
     if config.compensation == "blocks" and ranks() > 1:
         raise GraspError("`compensate='blocks'` runs on one rank: use `compensate='refit'`")
-    return replace(config, device=device, dtype=pick_dtype(config.dtype, device))
 
 
 def _check_step(config: PruneConfig) -> None:
@@ -426,7 +431,6 @@ def apply_mask(
         columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
         compensation = [Refit(columns)]
     if config.compensation == "blocks":  # from the dense weights: scales learn anew after it
-        run.log(event="fidelity", cut=check_fold(model, mask, blocks[:1]))
         reconstruct(model, mask, blocks, config.seed, run.stage("blocks"))
         edits.append(Cut(mask))
     else:

@@ -35,6 +35,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -147,9 +148,17 @@ class Profiled(Journal):
             self.steps = step - self._from
 
     def table(self) -> str:
-        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        rows = self.profile.key_averages()
-        return f"{self.steps} steps\n" + rows.table(sort_by=order, row_limit=20)
+        if not torch.cuda.is_available():
+            rows = self.profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+            return f"{self.steps} steps\n{rows}"
+        # without the ops, which count the time of their kernels once more
+        kernels = [e for e in self.profile.key_averages() if e.device_type == DeviceType.CUDA]
+        kernels.sort(key=lambda e: e.self_device_time_total, reverse=True)
+        lines = [f"{self.steps} steps", "  ms in all   calls  kernel"]
+        lines += [
+            f"{e.self_device_time_total / 1e3:11.3f} {e.count:7d}  {e.key}" for e in kernels[:20]
+        ]
+        return "\n".join([*lines, ""])
 
 
 @dataclass(frozen=True)

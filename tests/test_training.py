@@ -527,8 +527,10 @@ def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
     monkeypatch.setattr(torch.cuda, "device", fail)
-    notes = []
+    notes, ended = [], []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: ended.append(pool))
     with one_step("cpu") as plain, one_step("cpu") as captured:
         replayed = CapturedStep(captured, notes.append)
         for number, rows in enumerate((2, 2, 2, 2, 2, 1)):
@@ -539,6 +541,7 @@ def test_a_step_that_cannot_be_captured_says_so_and_runs_on(monkeypatch):
         "steps run one kernel at a time, not as a CUDA graph: "
         "operation not permitted when stream is capturing and more"
     ]
+    assert ended == [(0, (0, 7))]  # the allocator is told, too
 
 
 @on_gpu

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in parts, what is most worth knowing first; tools/README.md tells more.
+# Everything that needs a GPU, in parts, the most useful ones first; tools/README.md tells more.
 #   tools/measure_gpu.sh [--only PART,...] [--out FOLDER] [--small]
 # A part has a time limit, a log and an exit code of its own, and none stops the others. Figures are
 # lines of JSON, written as soon as they are known. --small runs all of it on a CPU, to try it out.
@@ -59,14 +59,14 @@ END
 else
   tests=(tests/kernels tests/test_gating.py tests/test_training.py)
   tests+=(--ignore tests/kernels/test_processes.py)
-  "$python" -c 'import xdist' 2> /dev/null && tests+=(-n 4)
+  "$python" -c 'import xdist' 2> /dev/null && tests+=(-n 12)
   tune=(--seconds 100) case=llama-2-7b
   job=(--samples 512 --seq-len 512 --epochs 4 --eval-seq-len 1024)
 fi
 
 # ---- is it right, and how long does a step take?
 part roofs 40 "$python" -m benchmarks.kernels $small --op roof --out "$out/kernels.jsonl"
-part tests 150 "$python" -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" "${tests[@]}"
+part tests 210 "$python" -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" "${tests[@]}"
 steps step-512x1 120 --models llama-2-7b --cases 512x1 --steps 20 --profile "$out/kernels-512x1.txt"
 steps step-2048x4 120 --models llama-2-7b --cases 2048x4 --steps 6 \
   --profile "$out/kernels-2048x4.txt"

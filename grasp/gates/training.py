@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -218,14 +218,17 @@ class CapturedStep:
 
     def _capture(self) -> None:
         graph, device = torch.cuda.CUDAGraph(), self._batch.ids.device
+        pool = torch.cuda.graph_pool_handle()
         try:
             with (
                 torch.cuda.device(device),  # which need not be the first
                 torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it after a failure
-                torch.cuda.graph(graph, stream=torch.cuda.Stream(device)),
+                torch.cuda.graph(graph, pool, torch.cuda.Stream(device)),
             ):
                 self._loss = self._step(self._batch, self._progress)
         except RuntimeError as error:
+            with suppress(RuntimeError):  # torch before 2.12 leaves the allocator in the capture
+                torch._C._cuda_endAllocateToPool(device.index or 0, pool)
             self._note(f"steps run one kernel at a time, not as a CUDA graph: {reason(error)}")
         else:
             self._graph = graph

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 import grasp
 from grasp.cli import main as cli
-from tools import picture
+from tools import picture, planned
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -174,3 +174,8 @@ def test_the_readme_is_short():
 
 def test_the_picture_shows_the_committed_figures():
     assert picture.PICTURE.read_text(encoding="utf-8") == picture.draw(picture.figures())
+
+
+@pytest.mark.parametrize("page", planned.PAGES, ids=lambda page: page.name)
+def test_pages_hold_what_plan_says(page):
+    assert page.read_text(encoding="utf-8") == planned.written(page), "run python tools/planned.py"

@@ -5,9 +5,6 @@ A page asks for it by a comment on a line of its own:
     <!-- include: CONTRIBUTING.md -->             the file, with its links made to fit
     <!-- cli -->                                  the command's reference, by typer
     <!-- api: grasp -->                           the docstrings of all public names
-    <!-- plan: FILE --keep 0.5 -->                what `grasp plan` prints
-    <!-- plans: FILE, FILE -->                    a table of memory and time
-    <!-- gpus: FILE, FILE -->                     a table of memory over several GPUs
 
 Links to files outside of docs/ lead to the page that includes them, or to a copy in the site.
 Blocks of ```math become MathML, which browsers draw without a script.
@@ -17,10 +14,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import posixpath
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +33,7 @@ PAGES = {  # repository path -> page of the site that shows it
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "results.md",
 }
-REQUEST = re.compile(r"^<!-- (include|cli|api|plan|plans|gpus)(?:: (.+))? -->$", re.MULTILINE)
+REQUEST = re.compile(r"^<!-- (include|cli|api)(?:: (.+))? -->$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 FOREIGN = re.compile(
     r"<(?:script|img)\b[^>]*\bsrc=[\"']?https?:|<link\b[^>]*stylesheet[^>]*https?:"
@@ -87,13 +82,7 @@ def _answer(what: str, about: str, page: Page) -> str:
         return _links((ROOT / about).read_text(encoding="utf-8"), about, page)
     if what == "cli":
         return _cli()
-    if what == "api":
-        return _api(about)
-    if what == "plan":
-        from grasp.cli.main import as_options
-
-        return "```text\n" + as_options(str(_plan(*shlex.split(about)))) + "\n```"
-    return (_gpus if what == "gpus" else _plans)(about.split(", "))
+    return _api(about)
 
 
 def _links(markdown: str, own: str, page: Page) -> str:
@@ -138,53 +127,6 @@ def _api(package: str) -> str:
         home = f"{value.__module__}.{value.__qualname__}"
         blocks.append(f"::: {home}\n    options:\n      heading: {package}.{name}\n")
     return "\n".join(blocks)
-
-
-def _plan(config: str, *options: str) -> Any:
-    """What `grasp plan CONFIG` decides; its options are `--name value`."""
-    from grasp.planning.plan import plan
-
-    names = [option.removeprefix("--").replace("-", "_") for option in options[::2]]
-    values = [json.loads(v) if re.fullmatch(r"[\d.]+", v) else v for v in options[1::2]]
-    return plan(
-        str((ROOT / config).relative_to(Path.cwd())), **dict(zip(names, values, strict=True))
-    )
-
-
-def _plans(configs: list[str]) -> str:
-    """Memory of each stage and mode."""
-    lines = [
-        "| model | parameters, dense → at 0.5 | gates learn: fast | balanced | low | refit "
-        "| evaluation |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for config in configs:
-        modes = [_plan(config, "--memory", mode) for mode in ("fast", "balanced", "low")]
-        first = modes[0]
-        sizes = [plan.memory.total for plan in modes]
-        sizes += [first.refit_memory, first.evaluation_memory]
-        params = f"{first.params.before / 1e9:.2f} → {first.params.after.most / 1e9:.2f} B"
-        row = [Path(config).stem, params, *(f"{size / 1e9:.1f} GB" for size in sizes)]
-        lines.append("| " + " | ".join(row) + " |")
-    tokens = f"{first.learning_tokens:,}"
-    return "\n".join([*lines, "", f"Learning takes {tokens} tokens, forward and backward."])
-
-
-def _gpus(configs: list[str]) -> str:
-    """The best way that fits on GPUs of 80 GB, or the one that takes the least, and its peak."""
-    machines = [(1, 1), (2, 1), (8, 1), (8, 2)]
-    names = [f"{nodes} × {each} GPUs" if nodes > 1 else f"{each} GPUs" for each, nodes in machines]
-    lines = [f"| model | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
-    for config in configs:
-        row = [Path(config).stem]
-        for each, nodes in machines:
-            given = f"--gpus {each} --nodes {nodes} --gpu-memory 80"
-            ways = _plan(config, *given.split()).gpus.ways
-            best = next((way for way in ways if way.fits), ways[-1])
-            fits = f"`{best.shard}`" if best.fits else "no"
-            row.append(f"{fits}, {best.peak / 1e9:.1f} GB")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
 
 
 def _math(source: str, *_: Any, **__: Any) -> str:

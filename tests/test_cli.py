@@ -28,7 +28,7 @@ from transformers import (
 import grasp
 from grasp.checkpoint import verify as verify_module
 from grasp.cli import main as cli
-from grasp.cli import progress
+from grasp.cli import output, progress
 from grasp.config import PruneConfig, SparsifyConfig
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity as evaluate
@@ -140,6 +140,7 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
         ),
         (["plan", "MODEL", "--params=1e400B"], "3.5B or 120M, got '1e400B'"),
         (["eval", "MODEL"], "Invalid value: give --text, --tasks or both"),
+        (["eval", "MODEL", "--tasks=x", "--bos"], "--bos and --text-field are for --text"),
         (["eval", "MODEL", "--text=x", "--limit=9"], "--limit and --tasks-data are for --tasks"),
         (["prun", "MODEL"], "No such command 'prun'"),
     ],
@@ -449,6 +450,16 @@ def test_progress_is_one_line_that_changes(call, tiny, text, tmp_path, monkeypat
     for part in ("learn", "loss ", "kept 47.62% of 50.00%", "tokens/s"):  # no time is ever left
         assert part in shown, part
     assert "\x1b[2K" in shown and shown.count("\n") < 12  # the line is rewritten
+
+
+def test_what_is_printed_may_hold_brackets(capsys):
+    with progress.progress() as show:
+        show({"event": "note", "stage": "learn", "text": "of /data/[v2]/model and [/y]"})
+        show({"stage": "evaluate, notes[v2].txt", "step": 1, "steps": 1})
+    output.print_table(("text",), [("notes[v2].txt",)])
+    out, err = capsys.readouterr()
+    assert "notes[v2].txt" in out
+    assert err == "of /data/[v2]/model and [/y]\nevaluate, notes[v2].txt: 1 of 1\n"
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,16 @@ def test_the_result_is_the_same_model_with_better_weights(tiny, pruned, result, 
     assert code == 0 and "Recovered by distillation on" in shown and "all weights" in shown
 
 
+def test_a_run_that_stops_early_says_so_and_ends(tiny, pruned, other, tmp_path, call, monkeypatch):
+    looks = iter([5.0, 4.0, 4.5])
+    monkeypatch.setattr(distil, "distance", lambda *of: next(looks))
+    monkeypatch.setattr(recovering, "distance", lambda *of: 4.0)
+    options = dict(watch_every=1, patience=1)
+    code, _, err = call(*command(pruned, tiny, other, tmp_path / "out", **options))
+    assert code == 0 and "stopped at step 2 of 8: 1 looks" in err
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_it_goes_on_to_other_formats_and_on_from_itself(tiny, result, other, tmp_path):
     assert grasp.export(result.folder, tmp_path / "uniform", to="hf-uniform")
     options = SMALL | dict(lora_rank=2, lr=1e-3)

@@ -38,5 +38,5 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: objec
 
     table = Table(*map(escape, head), title=None if title is None else Text(str(title)))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)

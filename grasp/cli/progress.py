@@ -20,10 +20,10 @@ def progress() -> Iterator[Show]:
 
     console = Console(stderr=True)
     with Progress(
-        TextColumn("{task.description:16}"),
+        TextColumn("{task.description:16}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         transient=True,
         disable=not (console.is_terminal and is_first()),
@@ -33,7 +33,7 @@ def progress() -> Iterator[Show]:
         def show(record: dict[str, Any]) -> None:
             if not is_first():
                 return
-            if "stage" in record:
+            if "step" in record:
                 bars.update(
                     task,
                     description=record["stage"],
@@ -43,11 +43,14 @@ def progress() -> Iterator[Show]:
                 )
                 if record["step"] == record["steps"]:
                     bars.console.print(
-                        f"{record['stage']}: {note(record)}", highlight=False, soft_wrap=True
+                        f"{record['stage']}: {note(record)}",
+                        markup=False,
+                        highlight=False,
+                        soft_wrap=True,
                     )
             elif record["event"] in ("resumed", "note"):
                 said = as_options(record.get("text", "resumed"))
-                bars.console.print(said, highlight=False, soft_wrap=True)
+                bars.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
         yield show
 

@@ -165,11 +165,8 @@ def _learning(records: Sequence[dict[str, Any]]) -> str:
     """Plot the losses of learning and calibration, and the kept cost with its limit."""
     stages: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
-        if record.get("stage") in (
-            "learn",
-            "calibrate",
-            "recover",
-        ):  # after an interruption some steps are logged twice: the last one counts
+        # a stage logs notes, too; after an interruption a step may be there twice: the last counts
+        if record.get("stage") in ("learn", "calibrate", "recover") and "step" in record:
             stages.setdefault(record["stage"], {})[record["step"]] = record
     if not stages:
         return ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import xllamacpp
-from families import save_tiny, tiny_tokenizer
+from families import save_brought, save_tiny, tiny_tokenizer
 from gguf import GGUFReader
 from test_checkpoint import UNEVEN, pruned
 from test_checkpoint import save as save_pruned
@@ -102,6 +102,16 @@ def test_the_cache_is_measured_and_not_planned(tmp_path):
     folder = save_tiny(tmp_path / "model", "mistral", sliding_window=8)
     found = bench(str(folder), **FAST | {"prompt_lens": (64,)}).models[0]
     assert found.kv_bytes_per_token < found.kv_bytes_per_token_planned / 2
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "lfm2", "deepseek v3"])
+def test_caches_of_other_kinds(name, tmp_path):
+    """Layers with states have no keys, and a latent cache is not what the config says."""
+    folder = str(save_brought(tmp_path / "model", name))
+    result = bench(folder, against=folder, **FAST)
+    rows = {row[0]: row for row in result.rows()}
+    assert rows["KV cache per token"][-1] == "100.00%"
+    assert ("by its config" in rows) == all(m.kv_bytes_per_token_planned for m in result.models)
 
 
 def test_speed_up_is_taken_pair_by_pair():

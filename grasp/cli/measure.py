@@ -25,6 +25,7 @@ from grasp.cli.output import print_json, print_line, print_table
 from grasp.cli.progress import progress, steps_of
 from grasp.config import EVAL_WINDOWS, TEXT_FIELD, Dtype, PruneConfig, Runtime
 from grasp.distributed import from_first
+from grasp.errors import GraspError
 from grasp.options import MACHINE
 from grasp.planning.check import check_reading
 
@@ -62,6 +63,8 @@ def eval_command(
     if not text and not tasks:
         raise typer.BadParameter("give --text, --tasks or both")
     check_tasks(tasks, tasks_data, limit)
+    if not text and (seq_len or windows or bos or text_field != PruneConfig.text_field):
+        raise typer.BadParameter("--seq-len, --windows, --bos and --text-field are for --text")
     if record and not tasks:
         raise typer.BadParameter("--record is for --tasks, which is not given")
     device, shard = reading.get("device", PruneConfig.device), reading.pop("shard", "none")
@@ -72,6 +75,9 @@ def eval_command(
     models = [model] if against is None else [model, against]
     for name in models:  # before torch is imported, which takes seconds
         check_reading(name, texts=text or (), seq_len=seq_len, device=device, shard=shard)
+    for name, count in (("windows", windows), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise GraspError(f"`{name}` must be at least 1, got {count}")
     from grasp.evaluate.perplexity import evaluate_texts
     from grasp.evaluate.zero_shot import evaluate_tasks
     from grasp.machine import memory_errors

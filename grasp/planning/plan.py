@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from grasp import criteria
 from grasp.budget.budget import NAMES, Budget, UnitKind
-from grasp.config import RECOMPUTE_EVERY, PlannedDtype, PlannedMemory, PruneConfig
+from grasp.config import RECOMPUTE_EVERY, PlannedDtype, PlannedMemory, PruneConfig, window
 from grasp.errors import GraspError
 from grasp.model.header import STATIC_ROPE, Header
 from grasp.model.units import UnitSpace
@@ -97,7 +97,7 @@ class Plan:
         budget, memory = self.budget, self.memory
         stages = {
             "choosing greedily": self.greedy_memory,
-            "gates learn": memory.total,
+            "gates learn": memory.total if self.learning_tokens else None,
             "refitting": self.refit_memory,
             "evaluating": self.evaluation_memory,
         }
@@ -206,7 +206,7 @@ def plan(
         teacher_bytes=(
             width * config.samples * config.seq_len * space.hidden_size if config.distils else None
         ),
-        evaluation_memory=evaluation_memory(header, config.eval_seq_len),
+        evaluation_memory=evaluation_memory(header, window(config, header.longest)),
         learning_tokens=tokens,
         learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
         runtimes=tuple(_runtimes(header, budget)),

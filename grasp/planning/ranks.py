@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from grasp.config import PlannedMemory, PruneConfig
+from grasp.config import PlannedMemory, PruneConfig, window
 from grasp.errors import GraspError
 from grasp.model.header import Header
 from grasp.model.load import ShardMode
@@ -110,7 +110,9 @@ class Spread:
         facts += [(f"shard {way.shard}", str(way)) for way in self.ways]
         facts += [("shard", f"none only: {self.refused}")] if self.refused else []
         more = f"{self.needed} such GPUs would do" if self.needed else "more GPUs do not help"
-        return [*facts, ("command", self.command or f"none fits: {more}")]
+        if self.command is None:
+            return [*facts, ("command", f"none fits: {more}")]
+        return [*facts, ("command", self.command), ("", "and the other options of this plan")]
 
 
 def spread(header: Header, config: PruneConfig, width: int, gpus: Gpus) -> Spread:
@@ -165,7 +167,9 @@ def over_layers(
         f"{room[0] / 1e9:,.1f} are free): its layers lie on {len({*own})} GPUs, which work in turns"
     )
     faster = spread(header, config, width, Gpus(len(gpus), 1, min(room))).command
-    return (gpus[0], *own), note + (f"; faster, all at once: {faster}" if faster else "")
+    return (gpus[0], *own), note + (
+        f"; faster, all at once, with your other options: {faster}" if faster else ""
+    )
 
 
 def _ends(header: Header) -> int:
@@ -217,7 +221,8 @@ def _in_mode(
         learning,
         width * gathered,
         refit,
-        evaluation_memory(header, config.eval_seq_len) - header.stored_bytes * (apart - gathered),
+        evaluation_memory(header, window(config, header.longest))
+        - header.stored_bytes * (apart - gathered),
         received=moved + exchanged,
         network=(moved * (shard == "full") + exchanged) * (gpus.nodes > 1),
         fits=True,

@@ -110,7 +110,9 @@ def explained(summary: Summary) -> str:
     several = f"mean over seeds {', '.join(map(str, seeds))} (minimum–maximum)"
     shown = several if len(seeds) > 1 else f"seed {seeds[0]}"
     epochs = config["scale_epochs"]
-    fitted = "" if config["dtype"] == "fp32" else " Greedy methods fit weights and run in fp32."
+    greedy = any(cell["method"].startswith("greedy-") for cell in summary["cells"])
+    narrow = greedy and config["dtype"] != "fp32"
+    fitted = " Greedy methods fit weights and run in fp32." * narrow
     beside = " (including the dense model)" if config["device"] == "cpu" else ""
     return (
         f"{how_measured(*_on_texts(summary['dense']))} Cells: {shown}, and × the ratio to dense. "

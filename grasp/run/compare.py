@@ -27,7 +27,7 @@ from grasp.budget.projection import Projection
 from grasp.config import COMPARED_WIDTHS, KEEP, SEEDS, SET_BY_COMPARE, PruneConfig
 from grasp.distributed import from_first
 from grasp.errors import GraspError
-from grasp.evaluate.zero_shot import evaluate_tasks
+from grasp.evaluate.zero_shot import check_tasks, evaluate_tasks
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
@@ -136,6 +136,9 @@ def compare(
     if methods is None:
         methods = all_methods(mixture=bool(header.space.experts), shard=base.shard)
     cells = _cells(base, parts, methods, seeds)
+    if tasks:  # a mistyped one is told before the work
+        data = None if tasks_data is None else Path(tasks_data)
+        from_first(partial(check_tasks, tasks, data, limit))
     for cell in cells:
         check_fit(cell.config, header)
         check_alone(cell.config)
@@ -159,7 +162,7 @@ def compare(
             **asked,
             "calibration": start.calibration.to_json(),
             "parameters": {
-                "prunable": start.space.prunable_params,
+                "prunable": base.budget.cost(start.space) * start.space.hidden_size,
                 "total": start.space.total_params,
             },
             "dense": {
@@ -331,7 +334,7 @@ class _Grid:
             "method": cell.method,
             "keep": config.budget.asked,
             "seed": config.seed,
-            "kept": record.kept_part,
+            "kept": config.budget.cost(mask.pruned_space()) / config.budget.cost(mask.space),
             "parameters": record.params["total_after"],
             "perplexity": perplexity,
             "other_texts": others,

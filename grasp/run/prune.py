@@ -30,7 +30,7 @@ from grasp.compress.edit import Bias, Cut, Edit, Layers, Refit, Scale
 from grasp.compress.fold import check_fold
 from grasp.compress.reconstruct import reconstruct
 from grasp.compress.refit import refit
-from grasp.config import PruneConfig, RunConfig
+from grasp.config import PruneConfig, RunConfig, window
 from grasp.data.corpus import Corpus, read_corpus
 from grasp.data.mixture import Mixture, read_mixture
 from grasp.data.sampling import sample_corpus
@@ -600,9 +600,10 @@ def _evaluation_sets(
     longest: int,
 ) -> tuple[EvaluationSet, ...]:
     """Use `eval_texts`, or text held out from calibration; empty if there is neither."""
-    length, texts = min(config.eval_seq_len, longest), eval_texts
+    texts = eval_texts
     if not texts and (rest := calibration.held_out(seq_len=config.seq_len)):
-        length, texts = config.seq_len, [rest]
+        texts = [rest]
+    length = window(config, longest)
     return tuple(EvaluationSet(text, length, config.eval_windows) for text in texts)
 
 

@@ -246,6 +246,15 @@ def test_gemma(family, tmp_path):
     check_same(done.path, model, tolerance=2e-2)  # neighbours in the table
 
 
+def test_norms_of_a_narrow_gemma_are_added_to_in_fp32(tmp_path):
+    options = dict(tied=True, layers=7, dtype=torch.bfloat16)
+    model = save(tmp_path / "model", "gemma", 7 * EVEN[:1], **options)
+    weight = model.model.layers[0].input_layernorm.weight
+    done = export(tmp_path / "model", tmp_path / "model.gguf", type="f32")
+    (written,) = (t for t in GGUFReader(done.path).tensors if t.name == "blk.0.attn_norm.weight")
+    assert written.data.tolist() == (weight.float() + 1).tolist()
+
+
 @pytest.mark.parametrize(("widths", "architecture"), [(UNEVEN, "deci"), (EVEN, "llama")])
 def test_fused_projections_are_taken_apart(widths, architecture, tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}

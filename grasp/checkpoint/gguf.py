@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.gguf_vocabulary import add_vocabulary
 from grasp.errors import GraspError
 from grasp.machine import check_room
-from grasp.model.header import FAMILIES, STATIC_ROPE
+from grasp.model.header import FAMILIES, MIXTURES, STATIC_ROPE
 from grasp.model.units import UnitSpace, decoder_layers
 
 FILE_TYPES = gguf.LlamaFileType.__members__  # MOSTLY_Q4_K_M and the like
@@ -34,7 +34,6 @@ GEMMA = ("gemma", "gemma2", "gemma3")  # their norms scale by 1 + weight
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # the last layer of a period attends to all tokens
 LARGEST = {"gemma2": 46, "gemma3": 62}
 # Their experts' weights are softmax values that sum to 1; any form beside that is refused
-MIXTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
 
 
 def write_gguf(
@@ -248,7 +247,7 @@ def _tensors(
         if target is None or (name.endswith("bias") and not _reads_bias(architecture, name)):
             raise GraspError(f"{name} has no place in llama.cpp's architecture {architecture}")
         if architecture in GEMMA and "norm." in name:
-            tensor = tensor + 1
+            tensor = tensor.float() + 1  # as transformers computes it
         if architecture in LLAMA_LIKE and (".q_proj." in name or ".k_proj." in name):
             tensor = _neighbours(tensor, space.layers[0].head_dim)
         yield target, tensor

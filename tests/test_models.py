@@ -86,6 +86,15 @@ def test_load_is_ready_to_prune(family, tmp_path):
     assert tokenizer.decode(tokenizer("naïve\n").input_ids) == "naïve\n"
 
 
+def test_cast_leaves_wide_what_the_class_keeps_wide():
+    model = tiny_model("llama")
+    model._keep_in_fp32_modules_strict = {"mlp.gate_proj"}
+    wide = {
+        n for n, p in cast(model, torch.bfloat16).named_parameters() if p.dtype != torch.bfloat16
+    }
+    assert wide == {f"model.layers.{layer}.mlp.gate_proj.weight" for layer in range(3)}
+
+
 def test_cast_computes_what_a_reloaded_model_computes(folder):
     ids = torch.arange(3, 200)[None]
     half, _ = load_model(folder, dtype=torch.bfloat16)

@@ -25,6 +25,7 @@ from grasp.model.source import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from grasp.model.places import Places
@@ -149,20 +150,26 @@ def longest(model: PreTrainedModel) -> int:
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Change the dtype of the parameters in place, and of nothing else.
 
+    Parameters that the model's class keeps in fp32, such as some routers', stay in fp32.
     `model.to(dtype)` would also round the rotary frequencies, which are fp32 in a loaded model. The
     model would then compute something else than after saving and loading.
     """
-    for parameter in model.parameters():
-        if parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+    import torch
+
+    wide = "|".join(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        own = torch.float32 if wide and re.search(rf"(^|\.)({wide})($|\.)", name) else dtype
+        if parameter.dtype != own:
+            parameter.data = parameter.data.to(own)
     return model
 
 
 @contextlib.contextmanager
-def widened(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """`cast` within the context, to a `dtype` that holds the stored values exactly."""
+def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters are in `dtype`, which holds the stored values exactly, within the context."""
     stored = [parameter.dtype for parameter in model.parameters()]
-    cast(model, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     try:
         yield
     finally:
@@ -303,9 +310,16 @@ def _load_safetensors(
                 f"{location} is not the model that its config.json describes: its weights "
                 f"{problem} {names[0]} ({len(names)} such tensors): get both from one place"
             )
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # older releases use SDPA, without the softcap
+    if (usual := usual_attention(model)) != model.config._attn_implementation:
+        model.set_attn_implementation(usual)
     return model, _tokenizer(location, **options)
+
+
+def usual_attention(model: PreTrainedModel) -> str:
+    """The attention that a loaded model has: SDPA where that computes the same."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    # older releases use SDPA without the softcap
+    return "eager" if capped or not model._supports_sdpa else "sdpa"
 
 
 def _load_shards(
@@ -321,9 +335,13 @@ def _load_shards(
 
     folder = source.location
     if source.kind == "hub":
-        files = ["*.json", "*.safetensors", *TOKENIZERS]
-        offline = not hub_answers()
-        folder = snapshot_download(folder, allow_patterns=files, local_files_only=offline)
+        files = ["*.json", "*.safetensors", "*.jinja", *TOKENIZERS, *["*.py"] * trust_remote_code]
+        folder = snapshot_download(
+            folder,
+            allow_patterns=files,
+            ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
+            local_files_only=not hub_answers(),
+        )
     own = {"trust_remote_code": trust_remote_code}
     return load_sharded(Path(folder), shard, dtype, device, **own), _tokenizer(folder, **own)
 

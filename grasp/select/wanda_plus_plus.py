@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options, runner
-from grasp.model.load import cast
+from grasp.model.load import widened
 from grasp.model.places import device_of
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.select.ratio import uniform_ratio
@@ -36,22 +36,20 @@ def wanda_plus_plus_scores(
     done = journal.load()
     if done is not None:
         return done["wanda++"].to(model.device)
-    layers, dtype, modules_of = model.get_decoder().layers, model.dtype, decoder_layers(model)
+    layers, modules_of = model.get_decoder().layers, decoder_layers(model)
     options = layer_options(model, blocks[:1])
     hidden = first_hidden(model, blocks).float()
     dense = torch.empty_like(hidden)
     raw = []
     for index, (layer, kwargs, modules) in enumerate(zip(layers, options, modules_of, strict=True)):
         run = runner(layer, tree_map(fp32, kwargs))
-        cast(layer, torch.float32)
         hidden, dense = hidden.to(device_of(layer)), dense.to(device_of(layer))
         linears = {str(place): linear for place, linear in enumerate(modules.outputs)}
-        block = Block(linears, run, hidden, dense)
-        factors = regional_factors(block)
         counts = [n for n in (units.layers[index].ffn, units.layers[index].kv_groups) if n]
-        for linear, factor, n in zip(linears.values(), factors, counts, strict=True):
-            raw.append((factor * linear.weight.abs()).mean(0).view(n, -1).sum(1))
-        cast(layer, dtype)
+        with widened(layer, torch.float32):
+            factors = regional_factors(Block(linears, run, hidden, dense))
+            for linear, factor, n in zip(linears.values(), factors, counts, strict=True):
+                raw.append((factor * linear.weight.abs()).mean(0).view(n, -1).sum(1))
         hidden, dense = dense, hidden
         norm = finite_mean([hidden.norm(dim=(1, 2)).mean()], index + 1)
         journal.progress(index + 1, len(layers), norm, blocks.numel())

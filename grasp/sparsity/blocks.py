@@ -22,7 +22,7 @@ from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options, runner
-from grasp.model.load import cast
+from grasp.model.load import widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,18 +128,19 @@ def sparse_layers(
     dense = torch.empty_like(hidden)
     for index, (layer, kwargs) in enumerate(zip(layers, options, strict=True)):
         journal, run = stage(f"block {index}"), runner(layer, tree_map(fp32, kwargs))
-        cast(layer, torch.float32)
         linears = {name: m for name, m in layer.named_modules() if type(m) is nn.Linear}
-        block, done = Block(linears, run, hidden, dense), journal.load()
-        if done is None:
-            method(block, pattern, torch.Generator().manual_seed(1_000_003 * seed + index))
-        for name, linear in linears.items():
-            weight = linear.weight if done is None else done[name]
-            linear.weight.copy_(weight.to(linear.weight.device, dtype))  # the next block sees it
-            if not pattern.holds(linear.weight):
-                raise ValueError(f"{name} of block {index} does not hold {pattern.text}")
-        error = block.advance()
-        cast(layer, dtype)
+        with widened(layer, torch.float32):
+            block, done = Block(linears, run, hidden, dense), journal.load()
+            if done is None:
+                method(block, pattern, torch.Generator().manual_seed(1_000_003 * seed + index))
+            for name, linear in linears.items():
+                weight = linear.weight if done is None else done[name]
+                linear.weight.copy_(
+                    weight.to(linear.weight.device, dtype)
+                )  # the next block sees it
+                if not pattern.holds(linear.weight):
+                    raise ValueError(f"{name} of block {index} does not hold {pattern.text}")
+            error = block.advance()
         if done is None:
             if not math.isfinite(error):
                 raise GraspError(

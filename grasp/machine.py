@@ -6,12 +6,14 @@ Torch is imported inside functions, because this module is loaded before the fir
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -60,6 +62,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise GraspError(
             f"cannot write {path}: {reason}; {fix} and run the command again"
         ) from None
+
+
+@contextmanager
+def new_beside(path: Path) -> Iterator[Path]:
+    """A new path to write to, in the folder of `path`, which it becomes at the end of the context.
+
+    After an error nothing is left.
+    """
+    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        yield beside
+        os.rename(beside, path)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        beside.unlink(missing_ok=True)
+
+
+def readable(folder: Path) -> None:
+    """Let all who read the config in `folder` read its weights, which some releases prevent."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def check_room(path: Path, what: str, needed: int, fix: str = "choose another `out`") -> None:

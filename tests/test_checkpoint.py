@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import grasp
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask
-from grasp.checkpoint import probe
+from grasp.checkpoint import probe, shards
 from grasp.checkpoint.save import record_of, save_checkpoint
 from grasp.checkpoint.verify import verify
 from grasp.compress.fold import fold_mask
@@ -292,6 +293,20 @@ def test_shards(tmp_path):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_weights_that_come_one_by_one_fill_file_after_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
+    writer, tensors = shards.ShardWriter(tmp_path), {f"w{n}": torch.rand(12) for n in range(5)}
+    for name, tensor in tensors.items():
+        writer.add({name: tensor})
+    writer.close()
+    index = read_json(tmp_path, "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == 5 * 48
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    found = {name: t for file in files for name, t in load_file(tmp_path / file).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 def test_disk_full(tmp_path, monkeypatch):
     model, mask = pruned("llama", UNEVEN)
 
@@ -484,6 +499,20 @@ def test_verify_elsewhere_allows_for_rounding(checkpoint, tmp_path, one_way, mon
     monkeypatch.setattr("grasp.model.load.processor", lambda device: "another processor")
     detail = {check.name: check.detail for check in verify(checkpoint).checks}
     assert "differ by 0.0e+00 (limit 5e-02)" in detail["logits with import grasp"]
+
+
+def test_verify_uses_a_gpu_that_can_hold_the_model_in_fp32(checkpoint, one_way, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(1) or (1000, 10**9))
+    environment = probe.Probe.read(checkpoint).environment | {"device": "cuda"}
+    with_gpu = probe.Probe.read
+    monkeypatch.setattr(
+        probe.Probe,
+        "read",
+        classmethod(lambda _, folder: replace(with_gpu(folder), environment=environment)),
+    )
+    assert verify(checkpoint).passed and asked
 
 
 def test_verify_refuses_what_is_no_checkpoint(tmp_path):

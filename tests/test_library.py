@@ -112,6 +112,15 @@ def test_as_documented(text, tmp_path, capsys):
         grasp.save(small, tokenizer, tmp_path / "DIR")
 
 
+def test_a_model_that_trains_with_eager_attention_is_saved(tmp_path):
+    model = tiny_model("llama").train()
+    model.set_attn_implementation("eager")
+    grasp.save(model, tiny_tokenizer(), tmp_path / "DIR")
+    assert model.training and model.config._attn_implementation == "eager"
+    assert grasp.verify(tmp_path / "DIR").passed
+    assert [path.name for path in tmp_path.iterdir()] == ["DIR"]
+
+
 def test_a_model_without_its_mask_is_a_checkpoint_too(scores, tmp_path):
     model = tiny_model("llama")
     units = grasp.units(model)

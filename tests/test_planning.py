@@ -388,6 +388,9 @@ def test_runtimes_depend_on_layout_and_family(tmp_path):
     assert all(loads(QWEN3_8B, "uniform").values())
     reasons = [r.why for r in plan(str(tmp_path), keep=0.5).runtimes if not r.loads]
     assert all("`layout='uniform'`" in why for why in reasons)
+    granite = LLAMA_2_7B | {"model_type": "granite"}
+    gguf = {r.why for r in plan(write_config(tmp_path, granite)).runtimes if r.name == "llama.cpp"}
+    assert gguf == {"grasp export writes no granite"}
     factors = [1.0] * 48  # of which a stock config has one for half of hidden size / heads
     rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
     rope |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096}

@@ -66,6 +66,16 @@ def test_the_dtype_stays(tmp_path):
     assert json.loads((done.path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_neither_other_files_nor_their_readers_are_shut_out(tmp_path):
+    other = tmp_path / "stock.new"
+    other.mkdir()
+    (other / "mine").write_text("kept")
+    _, _, done = padded(tmp_path, "llama", UNEVEN)
+    assert (other / "mine").read_text() == "kept"
+    assert {oct(file.stat().st_mode) for file in done.path.iterdir()} == {"0o100644"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "stock", "stock.new"}
+
+
 def test_equal_widths_need_no_padding(tmp_path):
     with pytest.raises(GraspError, match="same widths already: use the checkpoint as it is"):
         padded(tmp_path, "llama", EVEN)

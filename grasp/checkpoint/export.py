@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from grasp.errors import GraspError
-from grasp.machine import disk_errors
+from grasp.machine import disk_errors, new_beside
 from grasp.model.load import load_model
 from grasp.planning.check import check_export
 
@@ -68,19 +67,13 @@ def export(
     from grasp.checkpoint.uniform import write_uniform
 
     live, tokenizer = load_model(model, dtype=None)
-    beside = out.with_name(out.name + ".new")
-    _remove(beside)  # left by an export that was killed
-    try:
-        with disk_errors(out):
-            if to == "gguf":
-                architecture, note = write_gguf(
-                    live, tokenizer, beside, type=type or "f16", progress=progress
-                )
-            else:
-                architecture, note = write_uniform(live, tokenizer, beside)
-            os.rename(beside, out)
-    finally:
-        _remove(beside)
+    with disk_errors(out), new_beside(out) as beside:
+        if to == "gguf":
+            architecture, note = write_gguf(
+                live, tokenizer, beside, type=type or "f16", progress=progress
+            )
+        else:
+            architecture, note = write_uniform(live, tokenizer, beside)
     files = out.rglob("*") if out.is_dir() else [out]
     return Exported(out, architecture, sum(file.stat().st_size for file in files), note)
 
@@ -98,9 +91,3 @@ def _check_type(type: str, out: Path) -> None:
             f"`out={str(f16)!r}`, then run `llama-quantize {f16} {out} {type.upper()}`"
         )
     raise GraspError(f"`type` must be one of {', '.join(TYPES)}, got {type!r}")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

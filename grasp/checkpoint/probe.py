@@ -141,7 +141,9 @@ def load_and_compare(folder: str, way: str) -> dict[str, Any]:
         if loading[problem]:
             return {"error": f"{problem}: {sorted(loading[problem])}"}
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
-    model.to(probe.environment["device"] if torch.cuda.is_available() else "cpu").eval()
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())  # in fp32, below
+    fits = torch.cuda.is_available() and needed < torch.cuda.mem_get_info()[0]
+    model.to(probe.environment["device"] if fits else "cpu").eval()
     found = probe.compare(model, tokenizer)
     # In fp32: in bf16 the two round differently, so near-ties may give different tokens.
     model.float()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ from grasp.checkpoint.probe import TEXT, Probe
 from grasp.checkpoint.record import Record, sha256
 from grasp.checkpoint.verify import check_saved, not_finite
 from grasp.errors import GraspError, reason
+from grasp.machine import new_beside, readable
 from grasp.model.classes import as_saved, without_weights
-from grasp.model.load import environment, load_model, quiet
+from grasp.model.load import environment, load_model, quiet, usual_attention
 from grasp.model.places import places_of
 from grasp.model.source import copy_processor
 from grasp.model.units import LayerUnits, UnitSpace
@@ -70,17 +73,24 @@ def save(
         space = UnitSpace.of(model)
         mask = Mask(space, torch.ones(space.size, dtype=torch.bool))
     record = record_of(mask, model, name=model.name_or_path or type(model).__name__, seed=seed)
-    beside = out.with_name(f"{out.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_beside(out) as beside, _as_loaded(model):
+        beside.mkdir()
         _, record = save_checkpoint(model, tokenizer, beside, record)
         reread, read_tokenizer = load_model(beside, dtype=None, device=places_of(model))
         check_saved(beside, reread, read_tokenizer)
-        os.rename(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return record
+
+
+@contextmanager
+def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """The model computes as it does once it is loaded: in eval mode, with the same attention."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval().set_attn_implementation(usual_attention(model))
+    try:
+        yield
+    finally:
+        model.train(training).set_attn_implementation(attention)
 
 
 def record_of(mask: Mask, model: PreTrainedModel, *, name: str, seed: int, **more: Any) -> Record:
@@ -152,8 +162,7 @@ def save_checkpoint(
         if model.config.get_text_config() is not model.config and model.name_or_path:
             copy_processor(model.name_or_path, folder)
         Probe.of(model, tokenizer, environment(model.device), record.seed).write(folder)
-        for path in folder.rglob("*.safetensors"):  # some releases let only the owner read them
-            path.chmod((folder / "config.json").stat().st_mode)
+        readable(folder)
         hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
         record = replace(record, sha256=hashes)
         record.write(folder)

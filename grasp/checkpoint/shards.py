@@ -18,8 +18,8 @@ SHARD_BYTES = 5_000_000_000
 class ShardWriter:
     """Writes `folder`/model-0000N-of-0000M.safetensors and their index; call `close` at the end."""
 
-    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._waiting: dict[str, Tensor] = {}
         self._files: list[list[str]] = []  # names of the tensors in each
         self.bytes = 0
@@ -27,7 +27,7 @@ class ShardWriter:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors, by their names in the checkpoint; write those that waited if many."""
         self._waiting |= {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        if sum(t.nbytes for t in self._waiting.values()) >= self._limit:
+        if sum(t.nbytes for t in self._waiting.values()) >= SHARD_BYTES:
             self._write()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from grasp.checkpoint.probe import Probe
 from grasp.checkpoint.save import write_pretrained
 from grasp.checkpoint.verify import check_exported
 from grasp.errors import GraspError
-from grasp.machine import check_room
+from grasp.machine import check_room, readable
 from grasp.model.classes import as_saved
 from grasp.model.load import environment, load_model, move
 from grasp.model.units import Rows, UnitSpace, decoder_layers
@@ -42,6 +42,7 @@ def write_uniform(
     needed = sum(p.numel() * p.element_size() for p in target.parameters())
     check_room(folder, "weights need", needed)
     write_pretrained(target, tokenizer, folder, max_shard_size="5GB")
+    readable(folder)
     architecture = type(target).__name__
     del target
     move(model, "meta")  # frees its memory for the model that is read back

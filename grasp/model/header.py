@@ -64,6 +64,7 @@ FAMILIES = {
     "gemma2": replace(_GEMMA, norms=4, softcap=True, gguf="gemma2"),
     "gemma3_text": replace(_GEMMA, norms=4, qk_norm=True, gguf="gemma3"),
 }
+MIXTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}  # and llama.cpp's architectures for them
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on length
 
 
@@ -159,6 +160,7 @@ def of_model(model: Any) -> Header:
 
 def _rope(config: Mapping[str, Any]) -> str:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)  # of Gemma 3, beside that of its windows
     part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     return kind if part == 1.0 else f"partial {kind}"

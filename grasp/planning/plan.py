@@ -13,7 +13,7 @@ from grasp import criteria
 from grasp.budget.budget import NAMES, Budget, UnitKind
 from grasp.config import RECOMPUTE_EVERY, PlannedDtype, PlannedMemory, PruneConfig, window
 from grasp.errors import GraspError
-from grasp.model.header import STATIC_ROPE, Header
+from grasp.model.header import FAMILIES, MIXTURES, STATIC_ROPE, Header
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check
 from grasp.planning.memory import (
@@ -302,7 +302,9 @@ def _runtimes(header: Header, budget: Budget) -> list[Runtime]:
             Runtime("llama.cpp", no_gguf is None, no_gguf or stock),
             Runtime("SGLang, TensorRT-LLM, MLX", True, stock),
         ]
-    if header.facts.deci_lacks:
+    if header.family not in (*FAMILIES, *MIXTURES):  # equal widths are for llama.cpp's own tools
+        no_gguf = f"grasp export writes no {header.family}"
+    elif header.facts.deci_lacks:
         no_gguf = f"deci, its per-layer architecture, has no {header.facts.deci_lacks}"
         no_gguf += ": needs `layout='uniform'`"
     gguf = "grasp export --to gguf writes its per-layer architecture, deci"

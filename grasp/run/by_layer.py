@@ -30,7 +30,7 @@ from grasp.distributed import from_first, is_first
 from grasp.gates.memory import memory_mode
 from grasp.gates.scales import scale_count
 from grasp.gates.training import TrainSettings
-from grasp.machine import disk_errors
+from grasp.machine import disk_errors, readable
 from grasp.model.classes import without_weights
 from grasp.model.layerwise import layer_options, runner
 from grasp.model.load import cast, environment, load_model
@@ -81,6 +81,7 @@ def add_record(folder: Path, model: PreTrainedModel, tokenizer: Any, record: Rec
     def write() -> Record:
         with disk_errors(folder):
             probe.write(folder)
+            readable(folder)
             hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
             replace(record, sha256=hashes).write(folder)
             return replace(record, sha256=hashes)

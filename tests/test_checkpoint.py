@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 import grasp
 from grasp.budget.budget import Budget
@@ -291,6 +291,29 @@ def test_shards(tmp_path):
     assert len(set(index["weight_map"].values())) > 1
     loaded, _ = load_model(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_who_reads_the_config_reads_the_weights(checkpoint):
+    assert len({file.stat().st_mode for file in checkpoint.glob("*.*")}) == 1
+
+
+@pytest.mark.parametrize("found", ["another token", "no cache"])
+def test_verify_generates_with_a_cache_and_without(checkpoint, one_way, monkeypatch, found):
+    load, generate, asked = probe.load_and_compare, GenerationMixin.generate, []
+
+    def changed(*of):
+        return load(*of) | {"uncached": [0]}
+
+    def seen(*args, **options):
+        asked.append(options["use_cache"])
+        return generate(*args, **options)
+
+    if found == "another token":
+        monkeypatch.setattr(probe, "load_and_compare", changed)
+        assert failures(verify(checkpoint)).keys() == {"generate with import grasp"}
+    else:
+        monkeypatch.setattr(GenerationMixin, "generate", seen)
+        assert verify(checkpoint).passed and asked == [True, False]
 
 
 def test_weights_that_come_one_by_one_fill_file_after_file(tmp_path, monkeypatch):

@@ -131,6 +131,12 @@ def test_one_process_asks_nobody():
     distributed.check_same("what", {"a": 1})
 
 
+def test_ranks_that_differ_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "everywhere", lambda value: [value, value, "other"])
+    with pytest.raises(GraspError, match=r"ranks 0 and 2 differ in weights \('own', 'other'\)"):
+        distributed.check_same("weights", "own")
+
+
 def test_a_rank_has_the_gpu_of_its_number(monkeypatch):
     """A model is read again where it lies, which is cuda:1 on rank 1."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

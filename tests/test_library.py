@@ -10,6 +10,8 @@ from families import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import grasp
+from grasp.checkpoint import save as saving
+from grasp.checkpoint.save import save_checkpoint
 from grasp.errors import GraspError
 from grasp.run import stages
 from grasp.select import select
@@ -119,6 +121,19 @@ def test_a_model_that_trains_with_eager_attention_is_saved(tmp_path):
     assert model.training and model.config._attn_implementation == "eager"
     assert grasp.verify(tmp_path / "DIR").passed
     assert [path.name for path in tmp_path.iterdir()] == ["DIR"]
+
+
+def test_what_would_fail_verify_is_not_published(tmp_path, monkeypatch):
+    def damaged(model, tokenizer, folder, record):
+        saved = save_checkpoint(model, tokenizer, folder, record)
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\x3c")
+        return saved
+
+    monkeypatch.setattr(saving, "save_checkpoint", damaged)
+    with pytest.raises(GraspError, match="is not published, as it would fail `grasp verify`"):
+        grasp.save(tiny_model("llama"), tiny_tokenizer(), tmp_path / "DIR")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_without_its_mask_is_a_checkpoint_too(scores, tmp_path):

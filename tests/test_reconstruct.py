@@ -17,6 +17,7 @@ from grasp.compress import reconstruct as reconstruct_module
 from grasp.compress.reconstruct import reconstruct
 from grasp.errors import GraspError
 from grasp.journal import Journal
+from grasp.model.load import load_model
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.run import prune as prune_module
 
@@ -161,6 +162,23 @@ def test_several_ranks_are_refused_before_the_work(tiny, text, tmp_path, monkeyp
     with pytest.raises(GraspError, match="`compensate='blocks'` runs on one rank"):
         grasp.compare(tiny, tmp_path / "out", methods=["random", "fisher+blocks"], **options)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_result_is_what_reconstruction_leaves(dtype, tmp_path):
+    """From the dense weights: scales that learned along with the gates are left out."""
+    folder, text = save_tiny(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j " * 300)
+    options = dict(calibration=str(text), samples=8, seq_len=16, epochs=1, ffn_multiple=8)
+    options |= dict(eval_windows=2, dtype=dtype, scale_epochs=0, device="cpu")
+    made = grasp.prune(folder, tmp_path / "out", compensate="blocks", **options)
+    working = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    by_hand, tokenizer = load_model(folder, dtype=working)
+    blocks = grasp.blocks(tokenizer, str(text), samples=8, seq_len=16)
+    reconstruct(by_hand, made.mask, blocks, 0, Journal())
+    found = load_model(made.folder, dtype=torch.float32)[0].model.layers.parameters()
+    for ours, theirs in zip(found, by_hand.model.layers.parameters(), strict=True):
+        assert torch.equal(ours, theirs.float())
 
 
 def test_the_whole_command(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, WORDS, save_tiny, tiny_model
+from families import FAMILIES, WORDS, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -23,6 +23,7 @@ from grasp.errors import GraspError
 from grasp.gates.objective import Batch, last_hidden, loss
 from grasp.journal import Journal
 from grasp.model.header import of_model
+from grasp.model.load import load_model
 from grasp.planning.recovery import learned_values, plan_recovery, saved_activations
 from grasp.report.summary import model_card, recovered
 from grasp.run import folder as run
@@ -258,7 +259,7 @@ def test_a_stopped_run_ends_in_the_same_weights(tiny, pruned, other, tmp_path, r
     one_step, taken = distil._one_step, []
 
     def stopped(*args):
-        taken.append(1)
+        taken.append(args[3])
         if len(taken) in (5, 7):
             raise KeyboardInterrupt
         return one_step(*args)
@@ -272,6 +273,9 @@ def test_a_stopped_run_ends_in_the_same_weights(tiny, pruned, other, tmp_path, r
         assert not (tmp_path / "b").exists()
     resumed = grasp.recover(pruned, tmp_path / "b", teacher=tiny, calibration=other, **options)
     assert len(taken) == 8 + 2  # two steps were begun twice
+    watched = grasp.blocks(tiny_tokenizer(), str(other), samples=100, seq_len=32)[:4]
+    for block in torch.cat(taken):
+        assert not (block == watched).all(1).any()
     assert (whole.folder / "model.safetensors").read_bytes() == (
         resumed.folder / "model.safetensors"
     ).read_bytes()
@@ -297,6 +301,12 @@ def test_tied_heads_and_bf16_stay(text, other, tmp_path):
     old, new = tensors(pruned.folder), tensors(found.folder)
     assert {t.dtype for t in new.values()} == {torch.bfloat16} and "lm_head.weight" not in new
     assert torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+    teacher, tokenizer = load_model(dense, dtype=torch.float32)
+    watched = grasp.blocks(tokenizer, str(other), samples=100, seq_len=32)[:4]
+    batch = Batch(watched, last_hidden(teacher, watched))
+    again, _ = load_model(found.folder, dtype=torch.float32)  # rounded, as stored
+    after = distil.distance(again, batch, config())
+    assert after == pytest.approx(found.record.recovery[0]["after"], rel=1e-5)
     assert verify.verify(found.folder).passed
 
 

@@ -323,6 +323,26 @@ def test_another_text_under_the_same_name_is_refused(tiny, text, tmp_path):
     grasp.prune(tiny, out, calibration=words, **AT_ONCE)
 
 
+@pytest.mark.parametrize("what", ["evaluation texts", "weights", "threads"])
+def test_what_else_a_run_depends_on(what, tiny, text, tmp_path, monkeypatch):
+    out, other, model = tmp_path / "out", tmp_path / "other.txt", tmp_path / "model"
+    other.write_text(text.read_text().upper())
+    shutil.copytree(tiny, model)
+    options = AT_ONCE | dict(calibration=text, eval_text=other, eval_seq_len=32)
+    start(command(model, out, **options), dies="before").join()
+    if what == "evaluation texts":
+        other.write_text(text.read_text().replace("stone", "brick"))
+    if what == "weights":
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"] *= 1.01
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    if what == "threads":
+        own = pipeline.environment
+        monkeypatch.setattr(pipeline, "environment", lambda d: own(d) | {"threads": "77"})
+    with pytest.raises(GraspError, match=rf"another configuration \({what}[:.].* now\)"):
+        grasp.prune(model, out, **options)
+
+
 def test_a_folder_in_use_is_refused(tiny, tmp_path):
     out = tmp_path / "out"
     holding = open_run(out, {})
@@ -344,6 +364,14 @@ def test_a_failure_without_anything_to_resume_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), open_run(tmp_path / "new" / "parent" / "out", {}):
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
+
+
+def test_gates_start_from_the_ranks_of_fisher(tiny, text, tmp_path):
+    fisher, learned = (
+        grasp.prune(tiny, tmp_path / m, calibration=text, **AT_ONCE | dict(method=m, lr=1e-9))
+        for m in ("fisher", "learned")
+    )
+    assert torch.equal(fisher.mask.keep, learned.mask.keep)
 
 
 def test_the_seed_fixes_everything(tiny, text, tmp_path, learned):

@@ -97,6 +97,7 @@ def test_budget_holds_at_every_step_and_anneals():
         assert record["cost"] <= allowed
     unspent = [projection.limit - r["cost"] for r in journal.records[12:]]
     assert min(unspent) >= 0 and max(unspent) < projection.budget.step(projection.space)
+    assert annealed(10, 90, at(0.25), 0.5) == 20  # a cubic, half way
     assert annealed(projection.limit, whole, at(0), 0.5) == whole
     assert annealed(projection.limit, whole, at(0), 0.0) == projection.limit
 

@@ -6,7 +6,6 @@ Triton reads TRITON_INTERPRET when it is imported. The processes run in parallel
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,8 @@ def run(name: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    pytest.importorskip("triton")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {name: pool.submit(run, name) for name in COMMANDS}
-
-
 @pytest.mark.parametrize("name", COMMANDS)
-def test_process(name, processes):
-    done = processes[name].result()
+def test_process(name):
+    pytest.importorskip("triton")
+    done = run(name)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -36,9 +36,10 @@ def check_gate(z: Tensor, size: int, meaning: str, called: str = "z", **tensors:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype of the active autocast region on the device of x, or None outside one."""
+    """Return the dtype that autocast gives x, or None: outside of it, fp64 or no floats."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    narrows = x.is_floating_point() and x.dtype != torch.float64
+    if kind == "meta" or not narrows or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

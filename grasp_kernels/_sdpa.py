@@ -138,6 +138,7 @@ def _cpu_backward(
     scale: float,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q = _aligned(q)  # as in `forward`
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(grad, q, _per_query(q, k), _per_query(q, v), raw, lse, 0.0, causal),
         attn_mask=_additive(key_mask, q),

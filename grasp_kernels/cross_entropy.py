@@ -155,7 +155,7 @@ def _in_chunks(
     rows: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    losses, dx = [], torch.empty_like(x) if gradient else x.new_empty(0)
+    losses, dx = [], x.new_empty(x.shape if gradient else 0)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         value, d_logits = loss(part)
@@ -188,7 +188,18 @@ def _save(ctx, inputs, output):
 
 def _vjp(ctx, grad, _):
     (dx,) = ctx.saved_tensors
-    return dx * (grad / len(dx)), *[None] * ctx.others
+    return _times(dx, grad / len(dx)), *[None] * ctx.others
+
+
+@torch.library.custom_op("grasp::loss_vjp", mutates_args=())
+def _times(dx: Tensor, factor: Tensor) -> Tensor:
+    """dx * factor, without a derivative: dx is a constant here, and depends on x."""
+    return dx * factor
+
+
+@_times.register_fake
+def _(dx, factor):
+    return torch.empty_like(dx)
 
 
 _cross_entropy.register_autograd(_vjp, setup_context=_save)

@@ -73,17 +73,40 @@ def apply(model: nn.Module) -> dict[str, GatedSwiGLUFFN]:
     The whole model is frozen except for the gates.
 
     Raises:
-        ValueError: the model has no such FFN.
+        ValueError: the model has no such FFN, is one itself, or has one that computes more.
     """
-    found = {name: module for name, module in model.named_modules() if _is_swiglu(module)}
-    expect(bool(found), f"{type(model).__name__} has no FFN of gate_proj, up_proj, down_proj, SiLU")
+    modules = model.named_modules(remove_duplicate=False)  # one FFN may have several names
+    found = {name: module for name, module in modules if _is_swiglu(module)}
+    kind = type(model).__name__
+    expect(bool(found), f"{kind} has no FFN of gate_proj, up_proj, down_proj, SiLU")
+    expect("" not in found, f"{kind} is an FFN itself: use GatedSwiGLUFFN")
+    of = {
+        ffn: GatedSwiGLUFFN(*(getattr(ffn, linear) for linear in NAMES)) for ffn in found.values()
+    }
+    for name, ffn in found.items():
+        expect(
+            _compute_the_same(ffn, of[ffn]),
+            f"{name} ({type(ffn).__name__}) computes more than a SwiGLU FFN: gate it by hand",
+        )
     model.requires_grad_(False)
-    gated = {}
     for name, ffn in found.items():
         parent, _, child = name.rpartition(".")
-        gated[name] = GatedSwiGLUFFN(*(getattr(ffn, linear) for linear in NAMES))
-        setattr(model.get_submodule(parent), child, gated[name])
-    return gated
+        setattr(model.get_submodule(parent), child, of[ffn])
+    return {name: of[ffn] for name, ffn in found.items()}
+
+
+@torch.no_grad()
+def _compute_the_same(ffn: nn.Module, gated: GatedSwiGLUFFN) -> bool:
+    """Whether both give the same on rows of several sizes: some families multiply or clamp."""
+    weight = gated.gate_proj.weight
+    if weight.is_meta:
+        return True
+    sizes = torch.tensor([[0.1], [1.0], [10.0], [100.0]])
+    x = sizes * torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight)
+    want, got = ffn(x).double(), gated(x).double()
+    errors = (want - got).norm(dim=1) / want.norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+    return bool((errors < torch.finfo(x.dtype).eps ** 0.5).all())
 
 
 def _is_swiglu(module: Any) -> bool:

@@ -1,6 +1,7 @@
 """The budget projection: keep the best units with a total integer cost within the budget."""
 
-from typing import NamedTuple
+from operator import index
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ def budget_topk(
     if not scores.is_floating_point():
         raise TypeError(f"scores is {scores.dtype}, expected a floating dtype: use scores.float()")
     if not isinstance(budget, Tensor):
-        budget = torch.full((), budget, dtype=torch.int64, device=scores.device)
+        if isinstance(budget, bool) or not isinstance(budget, SupportsIndex):
+            raise TypeError(f"budget is {budget!r}, expected an int: use int(part * costs.sum())")
+        budget = torch.full((), index(budget), dtype=torch.int64, device=scores.device)
     if floor is None:
         floor = torch.zeros_like(scores, dtype=torch.bool)
     if tie_rank is None:

@@ -133,6 +133,36 @@ def test_non_contiguous(name, device):
     op.check(lambda *inputs: spread(op.run(*map(spread, inputs))))
 
 
+def test_non_contiguous_attention_with_every_gate_open(device):
+    """Nothing is packed then, so q reaches the op as it lies."""
+    op = make("attention", device)
+    op.inputs[-1] = torch.ones(2, device=device)
+
+    def spread(x):
+        return torch.stack([x, x.detach()], -1)[..., 0]
+
+    op.check(lambda q, k, v, z: op.run(spread(q), spread(k), spread(v), z))
+
+
+@pytest.mark.parametrize("name", ["loss", "distillation"])
+def test_losses_have_no_second_derivative(name, device):
+    op = make(name, device)
+    (x,) = (tensor.requires_grad_() for tensor in op.inputs)
+    (dx,) = torch.autograd.grad(op.run(x) ** 2, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        dx.square().sum().backward()
+
+
+def test_fp64_stays_under_autocast(device):
+    x, weight = (torch.randn(4, 8, dtype=torch.float64, device=device) for _ in range(2))
+    targets = torch.arange(4, device=device)
+    want = linear_cross_entropy(x, weight, targets)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        assert torch.equal(linear_cross_entropy(x, weight, targets), want)
+        with pytest.raises(TypeError, match="one floating dtype"):
+            linear_cross_entropy(x.long(), weight.long(), targets)
+
+
 def test_down_projection_by_channel(device):
     """The same FFN from a w_down that lies in memory as [F, d]; kept channels are rows of it."""
     x, z = torch.randn(5, 8, device=device), (torch.arange(96, device=device) % 3 == 0).float()

@@ -87,6 +87,8 @@ def trained(w):
         (lambda: linear_distillation(X, UP, X, TARGETS, 2.0), ValueError, "hard is 2.0"),
         (lambda: budget_topk(SCORES, COSTS[:2], 1), ValueError, "costs has shape .2., expected"),
         (lambda: budget_topk(SCORES, COSTS.float(), 1), TypeError, r"use costs.long\(\)"),
+        (lambda: budget_topk(SCORES, COSTS, 0.5), TypeError, "budget is 0.5, expected an int"),
+        (lambda: budget_topk(SCORES, COSTS, True), TypeError, "budget is True, expected an int"),
         (lambda: budget_topk(COSTS, COSTS, 1), TypeError, r"use scores.float\(\)"),
         (lambda: budget_topk(SCORES, -COSTS, 1), ValueError, "costs holds -1, expected >= 0"),
         (

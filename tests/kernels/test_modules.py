@@ -60,7 +60,29 @@ def test_the_other_modules():
     assert close(scale(q), q * scale.scale)
 
 
+def test_an_ffn_of_two_names_is_gated_under_both():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    gated = grasp_kernels.apply(model)
+    assert gated["model.layers.0.mlp"] is gated["model.layers.1.mlp"]
+    assert model.model.layers[1].mlp is gated["model.layers.1.mlp"] and len(gated) == 3
+
+
+@pytest.mark.parametrize("more", [lambda y: 0.5 * y, lambda y: y.clamp(-50, 50)])
+def test_an_ffn_that_computes_more_is_refused(more):
+    model = tiny_model("llama")
+    ffn = model.model.layers[1].mlp
+    plain, before = ffn.forward, [name for name, p in model.named_parameters() if p.requires_grad]
+    ffn.forward = lambda x: more(plain(x))
+    with pytest.raises(ValueError, match=r"layers.1.mlp \(LlamaMLP\) computes more than a SwiGLU"):
+        grasp_kernels.apply(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == before
+    assert not any(isinstance(m, GatedSwiGLUFFN) for m in model.modules())
+
+
 def test_what_is_no_swiglu():
+    with pytest.raises(ValueError, match="LlamaMLP is an FFN itself: use GatedSwiGLUFFN"):
+        grasp_kernels.apply(tiny_model("llama").model.layers[0].mlp)
     for family in ("gemma", "phi3"):  # GeGLU; a fused projection
         with pytest.raises(ValueError, match="has no FFN of gate_proj, up_proj, down_proj, SiLU"):
             grasp_kernels.apply(tiny_model(family))

@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 import grasp
+from benchmarks.rows import keep_settings
 from grasp.checkpoint.record import Record
 from grasp.report.comparison import span
 from grasp.report.summary import how_measured, markdown_table
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, out = options.pop("model"), options.pop("out")
     keep = [float(part) for part in options.pop("keep").split(",")]
     seeds = [int(seed) for seed in options.pop("seeds").split(",")]
+    keep_settings(out, {"model": model, "keep": keep, **options})
     for seed in seeds:
         measure(model, out, keep, seed, ffn_multiple=1, **options)
     found = table(out, keep, seeds)

@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 import grasp
+from benchmarks.rows import keep_settings
 from grasp.evaluate.perplexity import evaluate_text
 from grasp.report.comparison import span
 from grasp.report.summary import markdown_table
@@ -36,6 +37,8 @@ def measure(folder: str, text: str, options: argparse.Namespace) -> dict[str, An
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The perplexities on each of the texts: of the dense model and of each result."""
     out, evaluations = options.out, options.eval_texts.split(",")
+    own = ("texts", "samples", "seq_len", "epochs", "model", "keep")  # more seeds may be added
+    keep_settings(out, {name: getattr(options, name) for name in own})
     counts = [int(n) for n in options.samples.split(",")]
     dense = {text: measure(options.model, text, options) for text in evaluations}
     rows = []

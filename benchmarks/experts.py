@@ -240,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seeds": seeds,
         "perplexity": found,
     }
+    if options.out.exists():  # what was added by hand stays
+        result = json.loads(options.out.read_text()) | result
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     rows = [(method, span(values)) for method, values in found.items()]
     print(markdown_table(("method", "perplexity"), rows))

@@ -83,8 +83,11 @@ class Bench:
         if texts[1:]:
             settings["evaluation"]["other_texts"] = [text.to_json() for text in texts[1:]]
         results = resume(options.out, settings)
+        here = machine(device)
+        if results is not None and results["machine"] != here:
+            sys.exit(f"{options.out} holds rows of another machine: choose another --out")
         if results is None:
-            results = {"settings": settings, "machine": machine(device), "rows": []}
+            results = {"settings": settings, "machine": here, "rows": []}
             results["dense"], *others = scores(dense)
             results |= {"dense_other_texts": others} if others else {}
         return cls(dense, corpus, score, scores, results, options.out)
@@ -102,6 +105,12 @@ def measured_in(evaluation: dict[str, Any]) -> str:
         f"Perplexity on the first {evaluation['windows']} windows of {' and '.join(names)} "
         f"at length {evaluation['seq_len']}, no BOS, fp32; mean of the seeds (least to most)."
     )
+
+
+def keep_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Note in the folder `out` what its checkpoints are made with; ends the program if other."""
+    if resume(out / "settings.json", settings) is None:
+        write({"settings": settings}, out / "settings.json")
 
 
 def resume(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

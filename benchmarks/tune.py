@@ -274,7 +274,8 @@ def _loss(dtype: torch.dtype, small: bool) -> Iterator[Sweep]:
     shapes = ((5, 70), (3, 40)) if small else ((256, 32_000), (1024, 32_000))
 
     def inputs(shape, device, dtype) -> Tensors:
-        return _normal(shape, device, dtype), torch.arange(shape[0], device=device)
+        # so wide that the target's own entry does not hide what is wrong in the others
+        return 3 * _normal(shape, device, dtype), torch.arange(shape[0], device=device)
 
     def call(module, logits, targets) -> Tensors:
         return module.softmax_loss(logits.clone(), targets, True)  # it may write over them

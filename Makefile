@@ -45,7 +45,9 @@ wheel-test:
 .venv/docs: WHAT = .[docs]
 .venv/test: WHAT = .[test]
 .venv/%: pyproject.toml grasp_kernels/pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"grasp needs Python 3.10 or newer, this is " + sys.version + ": add PYTHON=python3.12")'
+	@[ "$$($(PYTHON) -V)" = "$$($(BIN)/python -V 2>&1)" ] || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python $(PIP) torch
 	$(BIN)/python $(PIP) $(MODEL)
 	$(BIN)/python $(PIP) --editable grasp_kernels --editable "$(WHAT)"

@@ -77,6 +77,7 @@ def test_a_checkpoint_of_one_text_reads_as_before(made, texts):
 def test_from_the_command_line(made, tiny, texts, tmp_path, call):
     out, both = tmp_path / "out", [f"--eval-text={text}" for text in texts]
     options = ["--method=fisher", "--ffn-multiple=8", f"--calibration={texts[0]}", *OPTIONS]
+    options.append("--dtype=bf16")
     code, said, err = call("prune", tiny, f"--out={out}", *options, *both)
     assert code == 0 and "perplexity, words.txt" in said and "perplexity, other.txt" in said
     assert "evaluate dense, other.txt: 2 of 2" in err

@@ -33,7 +33,6 @@ LLAMA_LIKE = ("llama", "deci")
 GEMMA = ("gemma", "gemma2", "gemma3")  # their norms scale by 1 + weight
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # the last layer of a period attends to all tokens
 LARGEST = {"gemma2": 46, "gemma3": 62}
-# Their experts' weights are softmax values that sum to 1; any form beside that is refused
 
 
 def write_gguf(

@@ -33,8 +33,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` of the host on a device, without waiting for what a GPU still computes."""
-    if device.type == "cuda":
+    """`tensor` on a device; from the host, without waiting for what a GPU still computes."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

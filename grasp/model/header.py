@@ -64,7 +64,7 @@ FAMILIES = {
     "gemma2": replace(_GEMMA, norms=4, softcap=True, gguf="gemma2"),
     "gemma3_text": replace(_GEMMA, norms=4, qk_norm=True, gguf="gemma3"),
 }
-# and llama.cpp's architectures, whose experts' weights are softmax values that sum to 1
+# of experts, and llama.cpp's architectures for them: their weights are softmax values that sum to 1
 MIXTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on length
 

@@ -169,6 +169,19 @@ def test_scales_fold(family):
     assert torch.allclose(model(IDS).logits, want, atol=1e-4)
 
 
+def test_refit_leaves_columns_that_are_all_kept():
+    model = tiny_mixture("qwen3_moe")
+    space = UnitSpace.of(model)
+    keep = torch.ones(space.size, dtype=torch.bool)
+    _, experts = next(space.expert_segments())
+    keep[experts.start + 2 : experts.stop] = False
+    dense = model(IDS).logits
+    refit(model, Mask(space, keep), IDS)
+    # no column was dropped, so none changes; the routers are as before
+    assert torch.allclose(model(IDS).logits, dense, atol=1e-4)
+    assert "forward" not in vars(all_routed_experts(model)[0].router)
+
+
 def test_refit_sees_what_is_left():
     """The second layer's o_proj is fitted to inputs that no dropped expert of the first made."""
     model = tiny_mixture("qwen3_moe")

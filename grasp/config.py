@@ -91,7 +91,7 @@ class PruneConfig:
     seq_len: int = option(512, "Tokens per block.")
     epochs: int = option(4, "Passes over the blocks while gates learn.", LEARNING)
     batch_size: int = option(1, "Blocks per forward pass.", LEARNING)
-    accumulate: int = option(1, "Forward passes per step.", ABLATION)
+    accumulate: int = option(1, "Forward passes per step.", LEARNING)
     lr: float = option(1e-2, "Learning rate of gates and scales.", LEARNING)
     lm_weight: float = option(
         1.0,
@@ -228,7 +228,9 @@ class SparsifyConfig:
     seq_len: int = option(512, "Tokens per block.")
     rounds: int = option(5, "Rounds of Wanda++'s regional optimisation.", LEARNING)
     lr: float = option(
-        1e-2, "Size of a step of it, relative to the output of each matrix.", LEARNING
+        1e-2,
+        "Step size of Wanda++'s regional optimisation, relative to the output of each matrix.",
+        LEARNING,
     )
     eval_text: tuple[str, ...] = option((), EVAL_TEXT, EVALUATION)
     eval_seq_len: int = option(2048, EVAL_SEQ_LEN, EVALUATION)
@@ -415,5 +417,5 @@ def _check_part(config: Any, *names: str) -> None:
 def _check_draw(seed: int, lr: float) -> None:
     if not 0 <= seed < 2**32:
         raise GraspError(f"`seed` must be between 0 and {2**32 - 1}, got {seed}")
-    if not lr > 0:
-        raise GraspError(f"`lr` must be above 0, got {lr}")
+    if not 0 < lr < math.inf:
+        raise GraspError(f"`lr` must be a finite number above 0, got {lr}")

@@ -57,11 +57,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         full = full or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
+        why = "the disk is full" if full else str(error)
         fix = "free some space" if full else "check the path and its permissions"
-        raise GraspError(
-            f"cannot write {path}: {reason}; {fix} and run the command again"
-        ) from None
+        raise GraspError(f"cannot write {path}: {why}; {fix} and run the command again") from None
 
 
 @contextmanager

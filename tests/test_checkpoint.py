@@ -19,6 +19,7 @@ import grasp
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask
 from grasp.checkpoint import probe, shards
+from grasp.checkpoint import save as saving
 from grasp.checkpoint.save import record_of, save_checkpoint
 from grasp.checkpoint.verify import verify
 from grasp.compress.fold import fold_mask
@@ -50,10 +51,10 @@ def pruned(family, widths, **options):
     return model, mask
 
 
-def save(model, mask, folder, tokenizer=None, **options):
+def save(model, mask, folder, tokenizer=None):
     folder.mkdir()
     record = record_of(mask, model, name="tiny", seed=5)
-    return save_checkpoint(model, tokenizer or tiny_tokenizer(), folder, record, **options)[0]
+    return save_checkpoint(model, tokenizer or tiny_tokenizer(), folder, record)[0]
 
 
 def read_json(folder, name="config.json"):
@@ -283,9 +284,10 @@ def test_a_family_outside_the_list_gets_a_per_layer_class():
     assert config_of(config, whole)[0].model_type == "smollm3"
 
 
-def test_shards(tmp_path):
+def test_shards(tmp_path, monkeypatch):
     model, mask = pruned("llama", UNEVEN)
-    saved = save(model, mask, tmp_path / "out", max_shard_size="100KB")
+    monkeypatch.setattr(saving, "SHARD_BYTES", 100_000)
+    saved = save(model, mask, tmp_path / "out")
     index = read_json(tmp_path / "out", "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == saved.weight_bytes
     assert len(set(index["weight_map"].values())) > 1

@@ -92,7 +92,8 @@ def damaged(tiny, folder, value):
         (["--accumulate=0"], "--accumulate must be at least 1, got 0"),
         (["--scale-epochs=-1"], "--scale-epochs must be at least 0, got -1"),
         (["--seed=-1"], "--seed must be between 0 and 4294967295, got -1"),
-        (["--lr=0"], "--lr must be above 0, got 0.0"),
+        (["--lr=0"], "--lr must be a finite number above 0, got 0.0"),
+        (["--lr=inf"], "--lr must be a finite number above 0, got inf"),
         (
             ["--compensate=refit", "--method=greedy-head-similarity"],
             "--compensate must be none with",
@@ -143,6 +144,10 @@ def test_bad_options_of_prune(refused, tiny, text, options, message):
         (["eval", "MODEL", "--tasks=x", "--bos"], "--bos and --text-field are for --text"),
         (["eval", "MODEL", "--text=x", "--limit=9"], "--limit and --tasks-data are for --tasks"),
         (["prun", "MODEL"], "No such command 'prun'"),
+        (["plan", "MODEL", "--samples=1e9"], "Invalid value for '--samples': "),
+        (["plan", "MODEL", "--samples=1e9"], "'1e9'"),  # in the words of any release of typer
+        (["compare", "MODEL", "--out=x", "--seeds="], "Invalid value for '--seeds': expected a"),
+        (["bench", "MODEL", "--batch-sizes=a"], "Invalid value for '--batch-sizes': expected a"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -156,6 +161,21 @@ def test_no_place_for_the_result(refused, tiny, text, tmp_path, out):
     message = refused("prune", tiny, f"--out={out}", f"--calibration={text}", *SMALL)
     expected = {".": ". exists already: choose another --out or remove it first"}
     assert message.startswith(expected.get(out, "cannot write file/out.run: [Errno 20]"))
+
+
+def test_no_methods_are_not_all(refused, tiny, text):
+    message = refused("compare", tiny, "--out=out", "--methods=", f"--calibration={text}", *SMALL)
+    assert message.startswith("--methods must be among learned, ") and message.endswith("got ''")
+
+
+def test_an_empty_name_is_not_this_folder(refused, tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    assert "'' names no model: expected a folder" in refused("plan", "")
+
+
+def test_a_model_is_no_text(refused, tiny):
+    message = refused("prune", tiny, "--out=out", f"--calibration={tiny}", *SMALL)
+    assert message.startswith(f"{tiny} is a model's folder, not a text: expected a text")
 
 
 def test_a_name_too_long(refused, tiny):
@@ -362,14 +382,18 @@ def test_help_has_panels(call):
     out = call("prune", "--help")[1]
     panels = re.split(r"╭─ (\w+) ─+╮", out)
     by_name = dict(zip(panels[1::2], panels[2::2], strict=True))
-    for name, option in [("Options", "--keep"), ("Learning", "--epochs"), ("Machine", "--device")]:
+    for name, option in [
+        ("Options", "--keep"),
+        ("Learning", "--epochs"),
+        ("Learning", "--accumulate"),
+        ("Machine", "--device"),
+    ]:
         assert f" {option} " in by_name[name]
     for option in (
         "init-scores",
         "anneal",
         "gate-site",
         "schedule",
-        "accumulate",
         "scale-decay",
         "scales",
     ):

@@ -84,5 +84,9 @@ def test_plan_shows_it(call, refused, tiny):
     assert [way["shard"] for way in values["gpus"]["ways"]] == ["none", "full"]
     assert plan(str(tiny), seq_len=32).gpus is None
     assert refused("plan", tiny, "--gpus=2", "--seq-len=32").startswith("--gpus and --gpu-memory")
+    assert "and --nodes needs them: give both" in refused("plan", tiny, "--nodes=2", "--seq-len=32")
+    assert "--gpu-memory must be a finite number of GB above 0, got inf" in refused(
+        "plan", tiny, "--gpus=2", "--gpu-memory=inf", "--seq-len=32"
+    )
     with pytest.raises(GraspError, match="`gpus` must be at least 1, got 0"):
         plan(str(tiny), seq_len=32, gpus=0, gpu_memory=80)

@@ -13,10 +13,11 @@ from test_refit import half
 from grasp.budget.projection import Mask
 from grasp.compress import layer_fit
 from grasp.compress import reconstruct as reconstruct_module
-from grasp.compress.layer_fit import RIDGES, LayerFit, Sums, best_ridge
+from grasp.compress.layer_fit import RIDGES, LayerFit, Sums, adds_up, best_ridge
 from grasp.errors import GraspError
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, layer_options, runner
+from grasp.model.load import cast
 from grasp.model.units import UnitSpace, decoder_layers
 
 
@@ -135,11 +136,24 @@ def one_layer():
     @torch.no_grad()
     def change(pruned, dense, kept):
         down.weight.copy_(weight)
-        fit = LayerFit.of(run, ends, pruned, dense.clone(), range(20), range(20, 24))
+        fit = LayerFit.of(run, ends, True, pruned, dense.clone(), range(20), range(20, 24))
         fit.keep(down, torch.arange(kept))
         return (down.weight - weight)[:, :kept]
 
     return first_hidden(model, blocks), change
+
+
+@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("qwen3", True), ("gemma2", False)])
+def test_a_large_hidden_state_in_bf16_does_not_hide_that_a_layer_adds_up(family, plain):
+    """Rounded to bf16, the state is off by more than a hundredth of what the layer adds to it."""
+    model, blocks = tiny_model(family, layers=2), random_blocks(1, 32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(100)
+    cast(model, torch.bfloat16)
+    x, options = first_hidden(model, blocks), layer_options(model, blocks)
+    for layer, modules, own in zip(model.model.layers, decoder_layers(model), options, strict=True):
+        assert adds_up(layer, own, modules.outputs, x) == plain
+        assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
 
 
 def test_a_massive_first_position_does_not_rule_the_fit(one_layer):

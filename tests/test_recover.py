@@ -333,7 +333,7 @@ def stop(*args):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(lr=0), "--lr must be above 0, got 0.0"),
+        (dict(lr=0), "--lr must be a finite number above 0, got 0.0"),
         (dict(warmup=2), "--warmup must be between 0 and 1, got 2.0"),
         (dict(held_out=100), "--held-out must be below --samples (100), got 100"),
         (dict(held_out=0), "--held-out must be at least 1, got 0"),
@@ -362,6 +362,7 @@ def test_what_does_not_belong_together(refused, tiny, pruned, other, text, tmp_p
         *command(pruned, shuffled, other, "out")
     )
     assert "--teacher must be the model that" in refused(*command(pruned, small, other, "out"))
+    assert "which is no larger" in refused(*command(pruned, pruned, other, "out"))
     sparse = grasp.sparsify(
         tiny, folder / "sparse", method="magnitude", calibration=text, samples=2, seq_len=32,
         eval_windows=1, device="cpu",

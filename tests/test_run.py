@@ -303,6 +303,23 @@ def test_another_configuration_is_refused_with_the_difference(tiny, text, tmp_pa
     assert sorted(run_folder(out).rglob("*")) == before
 
 
+def test_a_run_of_another_verb_is_refused_in_a_line(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    start(command(tiny, out, calibration=text, **AT_ONCE), dies="before").join()
+    with pytest.raises(GraspError, match=r"unfinished run of another command or release: remove"):
+        grasp.sparsify(tiny, out, calibration=text, samples=2, seq_len=32, device="cpu")
+
+
+def test_damaged_options_of_a_run_are_told(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    start(command(tiny, out, calibration=text, **AT_ONCE), dies="before").join()
+    (run_folder(out) / "config.json").write_text("{")
+    with pytest.raises(
+        GraspError, match=r"config\.json is damaged \(.*\): remove .* to start anew"
+    ):
+        grasp.prune(tiny, out, calibration=text, **AT_ONCE)
+
+
 def test_a_foreign_folder_is_never_touched(tiny, tmp_path):
     notes = run_folder(tmp_path / "out") / "notes.txt"
     notes.parent.mkdir()

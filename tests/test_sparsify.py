@@ -389,7 +389,7 @@ def test_bf16_weights_stay_bf16(text, tmp_path):
         (["--pattern=1.5"], "--pattern must be N:M or a part between 0 and 1, got 1.5"),
         (["--pattern=3:7"], "--pattern 3:7 does not fit model.layers.0.self_attn.q_proj, whose 64"),
         (["--rounds=-1"], "--rounds must be at least 0, got -1"),
-        (["--lr=0"], "--lr must be above 0, got 0.0"),
+        (["--lr=0"], "--lr must be a finite number above 0, got 0.0"),
         (["--samples=900"], "too little text: words.txt has "),
         (["--seq-len=257"], "--seq-len must be at most 256 for this model, got 257"),
         (["--eval-text=none.jsonl"], "none.jsonl does not exist: expected a text, .jsonl"),

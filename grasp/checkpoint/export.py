@@ -44,7 +44,7 @@ def export(
     the widest one, which leaves the outputs unchanged. `out` is complete or absent. Raises
     GraspError if `out` exists or the other runtime cannot compute the same as the model.
     """
-    out = Path(out)
+    out, type = Path(out), type and type.lower()
     if to not in ("gguf", "hf-uniform"):
         raise GraspError(f"`to` must be gguf or hf-uniform, got {to!r}")
     if to == "gguf":

@@ -83,9 +83,12 @@ class Record:
         known = {f.name for f in fields(cls)}
         try:
             record = cls(**{name: value for name, value in content.items() if name in known})
-            record.params["total_after"], record.widths["after"], record.sha256.items()
+            (record.kept_part, record.params["total_before"], record.params["total_after"])
+            (record.kv_cache_bytes_per_token["before"], record.kv_cache_bytes_per_token["after"])
+            (record.widths["before"], record.widths["after"])
+            (record.perplexities, record.sha256.items())
             [(layer["ffn"], layer["kv"]) for layer in record.kept]
-        except (AttributeError, LookupError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(str(error)) from None
         return record
 
@@ -96,6 +99,8 @@ class Record:
             return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise GraspError(f"{folder} is not a grasp checkpoint: it has no {FILE}") from None
+        except NotADirectoryError:
+            raise GraspError(f"{folder} is a file: name the folder of a checkpoint") from None
         except (OSError, ValueError, AttributeError) as error:
             raise GraspError(f"{folder} is not a grasp checkpoint: {FILE}: {error}") from None
 

@@ -30,6 +30,7 @@ from grasp import __version__, distributed
 from grasp.budget.projection import Mask
 from grasp.checkpoint.probe import TEXT, Probe
 from grasp.checkpoint.record import Record, sha256
+from grasp.checkpoint.shards import SHARD_BYTES
 from grasp.checkpoint.verify import check_saved, not_finite
 from grasp.errors import GraspError, reason
 from grasp.machine import new_beside, readable
@@ -71,7 +72,7 @@ def save(
         raise GraspError(f"{out} exists already: choose another folder or remove it first")
     if mask is None:
         space = UnitSpace.of(model)
-        mask = Mask(space, torch.ones(space.size, dtype=torch.bool))
+        mask = Mask.first(space, space)
     record = record_of(mask, model, name=model.name_or_path or type(model).__name__, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_beside(out) as beside, _as_loaded(model):
@@ -145,8 +146,6 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     record: Record,
-    *,
-    max_shard_size: str = "5GB",
 ) -> tuple[Saved, Record]:
     """Write weights, tokenizer, configs, probe and grasp.json into `folder`, which must exist.
 
@@ -158,19 +157,26 @@ def save_checkpoint(
     weights = dict(target.named_parameters())  # tied tensors once
     weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
     try:
-        write_pretrained(target, tokenizer, folder, max_shard_size=max_shard_size)
+        write_pretrained(target, tokenizer, folder)
         if model.config.get_text_config() is not model.config and model.name_or_path:
             copy_processor(model.name_or_path, folder)
-        Probe.of(model, tokenizer, environment(model.device), record.seed).write(folder)
-        readable(folder)
-        hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-        record = replace(record, sha256=hashes)
-        record.write(folder)
+        probe = Probe.of(model, tokenizer, environment(model.device), record.seed)
+        record = seal(folder, probe, record)
     except (OSError, SafetensorError) as error:
         raise GraspError(
             f"cannot write {folder}: {error} (the weights need {weight_bytes:,} bytes)"
         ) from error
     return Saved(type(target).__name__, weight_bytes, note), record
+
+
+def seal(folder: Path, probe: Probe, record: Record) -> Record:
+    """Write the probe, and grasp.json with the hashes of the weights; returns that record."""
+    probe.write(folder)
+    readable(folder)
+    hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    record = replace(record, sha256=hashes)
+    record.write(folder)
+    return record
 
 
 def try_saving(
@@ -222,7 +228,7 @@ def write_pretrained(
     as_read, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with quiet():
-            model.save_pretrained(folder, **options)
+            model.save_pretrained(folder, max_shard_size=SHARD_BYTES, **options)
             tokenizer.save_pretrained(folder)
     finally:
         model.generation_config = as_read

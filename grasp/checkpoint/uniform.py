@@ -41,7 +41,7 @@ def write_uniform(
     target, note = as_saved(model, after, stock_only=True)
     needed = sum(p.numel() * p.element_size() for p in target.parameters())
     check_room(folder, "weights need", needed)
-    write_pretrained(target, tokenizer, folder, max_shard_size="5GB")
+    write_pretrained(target, tokenizer, folder)
     readable(folder)
     architecture = type(target).__name__
     del target

@@ -13,15 +13,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp.checkpoint.record import Record, sha256
 from grasp.errors import GraspError
+from grasp.model.stored import INDEX, SINGLE
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse other folders
+    from torch import Tensor
+
     from grasp.checkpoint.probe import Probe
 
 SEES = re.compile("vision|visual|image|audio")  # in names of weights that no text passes
@@ -138,16 +141,14 @@ def _check_files(folder: Path, hashes: dict[str, str]) -> Check:
 
 def _check_tensors(folder: Path) -> Check:
     """Check that every tensor of the index exists and is finite."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     count = 0
     try:
-        for file, names in _index(folder):
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in names if names is not None else tensors.keys():
-                    count += 1
-                    if not tensors.get_tensor(name).isfinite().all():
-                        return Check("tensors", False, f"{name} in {file} is not finite")
+        for file, name, tensor in _tensors(folder):
+            count += 1
+            if not tensor.isfinite().all():
+                return Check("tensors", False, f"{name} in {file} is not finite")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         return Check("tensors", False, _one_line(str(error)))
     return Check("tensors", count > 0, f"{count} tensors, all finite")
@@ -164,33 +165,33 @@ def check_sparsity(folder: Path, sparsity: dict[str, Any]) -> Check:
 
 
 def _zeros_by_pattern(folder: Path, sparsity: dict[str, Any]) -> Check:
-    from safetensors import safe_open
-
     from grasp.budget.pattern import Pattern
 
     pattern, zeros, matrices = Pattern.parse(sparsity["pattern"]), 0, 0
-    for file, names in _index(folder):
-        with safe_open(folder / file, framework="pt") as tensors:
-            for name in names if names is not None else tensors.keys():
-                weight = tensors.get_tensor(name)
-                if ".layers." not in name or SEES.search(name) or weight.dim() != 2:
-                    continue
-                if not pattern.holds(weight):
-                    return Check("sparsity", False, f"{name} is not {pattern.text}")
-                matrices += 1
-                zeros += int((weight == 0).sum())
+    for _, name, weight in _tensors(folder):
+        if ".layers." not in name or SEES.search(name) or weight.dim() != 2:
+            continue
+        if not pattern.holds(weight):
+            return Check("sparsity", False, f"{name} is not {pattern.text}")
+        matrices += 1
+        zeros += int((weight == 0).sum())
     detail = f"{pattern.text} in {matrices} matrices, {zeros:,} zeros"
     return Check("sparsity", zeros == sparsity["zeros_after"], detail)
 
 
-def _index(folder: Path) -> Iterable[tuple[str, list[str] | None]]:
-    """Return (file, names of its tensors); None means all, for a single file without an index."""
-    path = folder / "model.safetensors.index.json"
-    if not path.is_file():
-        return [("model.safetensors", None)]
-    weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    files = sorted(set(weight_map.values()))
-    return [(file, [name for name, f in weight_map.items() if f == file]) for file in files]
+def _tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (file, name, tensor) of all that the index names, or of all in the single file."""
+    from safetensors import safe_open
+
+    named: dict[str, list[str]] = {}  # by file
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        for name, file in weight_map.items():
+            named.setdefault(file, []).append(name)
+    for file in sorted(named) or [SINGLE]:
+        with safe_open(folder / file, framework="pt") as tensors:
+            for name in named.get(file) or tensors.keys():
+                yield file, name, tensors.get_tensor(name)
 
 
 def _check_loaded(folder: Path, title: str, way: str, record: Record) -> list[Check]:

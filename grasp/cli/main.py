@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import redirect_stdout
+from typing import Any
 
 import typer
 
@@ -53,7 +54,7 @@ def _run() -> tuple[str, int]:
         _settle()
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
-        message = error.format_message()  # none where the help was printed instead
+        message = _usage(error)  # none where the help was printed instead
         return (f"error: {message}" if message else ""), 2
     _settle()
     if code in (INTERRUPTED, TERMINATED):  # newer releases of typer return the first
@@ -61,6 +62,15 @@ def _run() -> tuple[str, int]:
         resumable = sys.argv[1:2] in [[verb] for verb in RESUMABLE]
         return stopped + RESUME * resumable, code
     return "", code
+
+
+def _usage(error: Any) -> str:
+    """What click says of a usage error, and the value, which newer releases of typer leave out."""
+    message: str = error.format_message().replace("Value error, ", "")
+    for found in getattr(error.__cause__, "errors", list)():  # of pydantic, which typer asks
+        value = repr(found["input"])
+        message += "" if value in message else f", got {value}"
+    return message
 
 
 def _settle() -> None:

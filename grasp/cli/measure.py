@@ -121,9 +121,11 @@ def _eval_json(texts: list[tuple[str, Any]], scores: Any) -> dict[str, Any]:
 def bench_command(
     model: Model,
     against: Against = None,
-    batch_sizes: Annotated[str, typer.Option(metavar="COUNTS", help="Prompts at once.")] = "1,4",
+    batch_sizes: Annotated[
+        Any, typer.Option(parser=parse_counts, metavar="COUNTS", help="Prompts at once.")
+    ] = "1,4",
     prompt_lens: Annotated[
-        str, typer.Option(metavar="COUNTS", help="Tokens of a prompt.")
+        Any, typer.Option(parser=parse_counts, metavar="COUNTS", help="Tokens of a prompt.")
     ] = "128,512",
     tokens: Annotated[int, typer.Option(help="Tokens to decode after each prompt.")] = 32,
     repetitions: Annotated[
@@ -159,8 +161,8 @@ def bench_command(
         result = bench(
             model,
             against=against,
-            batch_sizes=parse_counts(batch_sizes),
-            prompt_lens=parse_counts(prompt_lens),
+            batch_sizes=batch_sizes,
+            prompt_lens=prompt_lens,
             tokens=tokens,
             repetitions=repetitions,
             dtype=dtype,

@@ -44,7 +44,10 @@ Limit = Annotated[
     typer.Option(help="First documents of each task only.", rich_help_panel=EVALUATION),
 ]
 Record = Annotated[
-    bool, typer.Option("--record", help="Add it to MODEL's report.html, README.md and grasp.json.")
+    bool,
+    typer.Option(
+        "--record", help="Add the result to MODEL's report.html, README.md and grasp.json."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -46,7 +46,7 @@ def plan_command(
         float | None, typer.Option(help="GB of each of them.", rich_help_panel=MACHINE)
     ] = None,
     nodes: Annotated[
-        int, typer.Option(help="Machines with so many GPUs.", rich_help_panel=MACHINE)
+        int, typer.Option(help="Number of machines with --gpus GPUs each.", rich_help_panel=MACHINE)
     ] = 1,
     as_json: Json = False,
     **options: Any,

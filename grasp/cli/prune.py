@@ -88,7 +88,10 @@ def compare_command(
         typer.Option(metavar="NAMES", help="As learned,fisher,fisher+refit (default: all)."),
     ] = None,
     seeds: Annotated[
-        str, typer.Option(metavar="NUMBERS", help="Every method runs once per seed.")
+        str,
+        typer.Option(
+            parser=parse_counts, metavar="NUMBERS", help="Every method runs once per seed."
+        ),
     ] = ",".join(map(str, SEEDS)),
     *,
     tasks: Tasks = None,
@@ -101,13 +104,13 @@ def compare_command(
     from grasp.run.ready import ready
 
     check_tasks(tasks, tasks_data, limit)
-    options |= {"seeds": parse_counts(seeds)}
+    options |= {"seeds": seeds}
     shared = {name: value for name, value in options.items() if name in OPTIONS}
     ready(model, out, **{"keep": KEEP} | COMPARED_WIDTHS | shared)  # before torch is imported
     from grasp.report.comparison import explained, perplexity_table
     from grasp.run.compare import compare
 
-    if methods:
+    if methods is not None:
         options["methods"] = methods.split(",")
     with progress() as show:
         result = compare(
@@ -147,7 +150,9 @@ def recover_command(
     teacher: Annotated[
         str, typer.Option(metavar="MODEL", help="The dense model that DIR was pruned from.")
     ],
-    calibration: Annotated[str, typer.Option(help=f"Other text than DIR's own. {CALIBRATION}")],
+    calibration: Annotated[
+        str, typer.Option(help=f"Text to learn from, other than DIR was pruned with. {CALIBRATION}")
+    ],
     *,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print steps, memory and time, and do nothing.")

@@ -99,7 +99,10 @@ def distil(
         value = _one_step(model, teacher, optimizer, blocks[chosen], config)
         course.step += 1
         if not math.isfinite(value):
-            raise GraspError(f"the loss is {value} at step {course.step}: try a smaller `lr`")
+            raise GraspError(
+                f"the loss is {value} at step {course.step}: try a smaller `lr`; other options "
+                "need a new start: remove the .run folder"
+            )
         course.tokens += chosen.numel() * blocks.shape[1]
         if course.step % config.watch_every == 0 or course.step == steps:
             course.look(distance(model, held_out, config))

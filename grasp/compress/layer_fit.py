@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from grasp.compress.refit import ridge_solve
 from grasp.errors import GraspError
-from grasp.model.layerwise import first_hidden, inputs_of, runner
+from grasp.model.layerwise import first_hidden, fp32_options, inputs_of, runner
+from grasp.model.load import widened
 from grasp.model.places import device_of, sent
 from grasp.model.units import LayerModules
 
@@ -57,8 +58,9 @@ class Streams:
 
     def fit(self, layer: nn.Module, options: dict[str, Any], modules: LayerModules) -> LayerFit:
         """Run the dense layer, which changes `dense` to its outputs."""
+        plain = adds_up(layer, options, modules.outputs, self.dense[:1])
         run, samples = on_device(layer, options), (self.fitted, self.held)
-        return LayerFit.of(run, modules.outputs, self.pruned, self.dense, *samples)
+        return LayerFit.of(run, modules.outputs, plain, self.pruned, self.dense, *samples)
 
 
 def on_device(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -114,13 +116,13 @@ class LayerFit:
         cls,
         run: Callable[[Tensor], Tensor],
         ends: tuple[nn.Linear, ...],
+        adds_up: bool,
         pruned: Tensor,
         dense: Tensor,
         fitted: Sequence[int],
         held: Sequence[int],
     ) -> LayerFit:
         """`run` is the layer before it is pruned; it changes `dense` to the layer's outputs."""
-        adds_up = _adds_up(run, ends, dense[:1])
         targets: dict[nn.Linear, Tensor] = {}
         found = cls(run, ends, adds_up, pruned, dense, targets, fitted, held)
         with _outputs(ends) as seen:
@@ -223,12 +225,18 @@ def _power(target: Tensor, found: Tensor) -> Tensor:
     return torch.maximum(*squares).clamp(min=TINY)
 
 
-def _adds_up(run: Callable[[Tensor], Tensor], ends: Iterable[nn.Linear], x: Tensor) -> bool:
-    """Whether a layer adds the outputs of `ends` to its input as they are, without a norm."""
-    with _outputs(ends) as seen:
-        out = run(x)
+def adds_up(
+    layer: nn.Module, options: dict[str, Any], ends: Iterable[nn.Linear], x: Tensor
+) -> bool:
+    """Whether a layer adds the outputs of `ends` to its input x as they are, without a norm.
+
+    It is run in fp32: bf16 rounds a large hidden state by as much as a layer changes it.
+    """
+    with widened(layer, torch.float32), _outputs(ends) as seen:
+        out = on_device(layer, fp32_options(options))(x.float())
         change = out - x.to(out.device)
-    return bool((change - sum(out for _, out in seen)).norm() < 1e-2 * change.norm())
+        rest = change - sum(own for _, own in seen)
+    return bool(rest.norm() < 1e-2 * change.norm())
 
 
 @contextmanager

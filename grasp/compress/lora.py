@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.model.patched import patched
 from grasp.model.units import decoder_layers
 
 SCALE = 2.0  # of the update: alpha / rank, with an alpha of twice the rank
@@ -53,10 +54,9 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> Iterator[dict[str, 
     generator = torch.Generator().manual_seed(seed)
     linears = [linear for layer in decoder_layers(model) for linear in layer.linears]
     adapters = [Adapter.of(linear, rank, generator) for linear in linears]
-    before = [vars(linear).get("forward") for linear in linears]
-    for adapter in adapters:
-        adapter.linear.forward = adapter.forward
-    try:
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(patched(adapter.linear, adapter.forward))
         yield {
             f"{index}.{name}": getattr(adapter, name)
             for index, adapter in enumerate(adapters)
@@ -64,8 +64,3 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> Iterator[dict[str, 
         }
         for adapter in adapters:
             adapter.merge()
-    finally:
-        for linear, forward in zip(linears, before, strict=True):
-            del linear.forward
-            if forward is not None:
-                linear.forward = forward

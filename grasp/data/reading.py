@@ -88,6 +88,8 @@ def find_source(spec: str, split: str = "train") -> Source:
     if os.path.isfile(name):
         raise GraspError(f"{name} is a file, which has no splits: leave out what follows it")
     if os.path.isdir(name):
+        if os.path.isfile(os.path.join(name, "config.json")):
+            raise GraspError(f"{name} is a model's folder, not a text: expected {SOURCES}")
         if not _has_data(name):
             raise GraspError(f"{name} is a folder without data files: expected {SOURCES}")
     elif "://" in spec or any(_kind(name)) or not HUB_NAME.fullmatch(name):

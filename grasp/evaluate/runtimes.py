@@ -24,7 +24,7 @@ from transformers import StaticCache
 from grasp.config import Dtype
 from grasp.errors import GraspError, install, reason
 from grasp.model.header import read_header
-from grasp.model.load import TORCH_NAMES, load_model, longest, packed_errors, pick_dtype
+from grasp.model.load import load_model, longest, packed_errors, pick_dtype, torch_dtype
 from grasp.model.source import Source, resolve
 
 open_url = build_opener(ProxyHandler({})).open  # no proxy for a local server
@@ -84,7 +84,7 @@ class Transformers:
         self.header = read_header(name)
         self.model: Any = load_model(
             name,
-            dtype=getattr(torch, TORCH_NAMES[pick_dtype(dtype, device)]),
+            dtype=torch_dtype(pick_dtype(dtype, device)),
             device=device,
             trust_remote_code=trust_remote_code,
         )[0]
@@ -290,10 +290,10 @@ class LlamaCpp:
             with open_url(Request(self._server.listening_address + path, data, head)) as answer:
                 return json.load(answer)
         except HTTPError as error:
-            reason = error.read().decode()
+            said = error.read().decode()
             with suppress(ValueError, KeyError, TypeError):
-                reason = json.loads(reason)["error"]["message"]
-            raise GraspError(f"llama.cpp refused to run {self.name}: {reason}") from None
+                said = json.loads(said)["error"]["message"]
+            raise GraspError(f"llama.cpp refused to run {self.name}: {said}") from None
         except OSError as error:
             raise GraspError(f"llama.cpp stopped while it ran {self.name}: {error}") from None
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from grasp.config import Dtype
 from grasp.errors import GraspError
-from grasp.evaluate.runtimes import Benched, Run, open_url, weight_files_bytes
+from grasp.evaluate.runtimes import Benched, Run, is_for_llama_cpp, open_url, weight_files_bytes
 from grasp.model.header import Header, read_header
-from grasp.model.load import TORCH_NAMES, load_model, pick_dtype
+from grasp.model.load import TORCH_NAMES, load_model, pick_dtype, torch_dtype
 from grasp.model.source import resolve
 
 START = 600.0  # seconds at most until the server answers
@@ -56,7 +56,7 @@ def room_for(names: Sequence[str], dtype: Dtype, device: str, largest: tuple[int
     """
     batch, longest = largest[0], largest[1] + 1
     tokens = (batch * -(-longest // PAGE) + 1) * PAGE  # vLLM keeps a block for itself
-    size = getattr(torch, TORCH_NAMES[pick_dtype(dtype, device)]).itemsize
+    size = torch_dtype(pick_dtype(dtype, device)).itemsize
     headers = map(read_header, names)
     memory = max(
         _weights(header, size) + tokens * header.space.kv_cache_bytes_per_token(size)
@@ -252,7 +252,7 @@ def check_vllm(name: str) -> None:
             "vLLM is not installed here: install grasp in the environment of your vLLM, and run "
             "`grasp` there"
         )
-    if resolve(name).kind == "gguf" and not name.startswith("demo:"):
+    if is_for_llama_cpp(name):
         raise GraspError(f"{name} runs in llama.cpp: name a folder, or leave `runtime` out")
 
 

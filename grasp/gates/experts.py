@@ -13,7 +13,7 @@ to those of the open model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,21 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from grasp.model.patched import patched
 from grasp.model.places import device_of
 from grasp.model.units import LayerModules
 
 
-@contextmanager
-def gated_router(router: Any, gates: Callable[[], Tensor]) -> Iterator[None]:
+def gated_router(router: Any, gates: Callable[[], Tensor]) -> AbstractContextManager[None]:
     """Put gates on the experts of a router, fp32 [experts], read in every forward pass."""
-    # a library's hook may already have put a forward on the instance
-    before = {k: v for k, v in vars(router).items() if k == "forward"}
-    router.forward = _gated(router, gates)
-    try:
-        yield
-    finally:
-        del router.forward
-        router.__dict__.update(before)
+    return patched(router, _gated(router, gates))
 
 
 def _gated(router: Any, gates: Callable[[], Tensor]) -> Any:

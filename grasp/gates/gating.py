@@ -23,6 +23,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grasp.config import GateSite
 from grasp.gates.experts import gated_router
+from grasp.model.patched import patched
 from grasp.model.places import device_of
 from grasp.model.sharding import own_part
 from grasp.model.units import FFN, UnitSpace, decoder_layers
@@ -38,7 +39,7 @@ class Gate(NamedTuple):
 
     z: Tensor
     open_count: int
-    site: GateSite = "output"
+    site: GateSite
 
 
 class Gates:
@@ -95,8 +96,6 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
     down = [w for f in ffns if _fused(f) and (w := f.down.weight).device.type != "cpu"]
     down = [w for w in down if own_part(w) is w]  # a sharded one is gathered as it is stored
     gates = Gates(model, space, site)
-    # a library's hook may already have put a forward on the instance
-    forwards = [{k: v for k, v in vars(f.module).items() if k == "forward"} for f in ffns]
     hooks = ExitStack()
     try:
         decoder.set_attn_implementation(EAGER if before == "eager" else SDPA)
@@ -104,7 +103,7 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
             hooks.enter_context(gated_router(router, partial(_values, router)))
         for ffn in ffns:
             if _fused(ffn):
-                ffn.module.forward = _fused_forward(ffn)
+                hooks.enter_context(patched(ffn.module, _fused_forward(ffn)))
             else:
                 hooks.enter_context(ffn.down.register_forward_pre_hook(_on_channels(ffn)))
         for w in down:  # one by one: same values, but each channel contiguous in memory
@@ -115,9 +114,6 @@ def gated(model: PreTrainedModel, space: UnitSpace, site: GateSite = "output") -
         for w in down:
             w.data = w.data.contiguous()
         decoder.set_attn_implementation(before)
-        for ffn, forward in zip(ffns, forwards, strict=True):
-            ffn.module.__dict__.pop("forward", None)
-            ffn.module.__dict__.update(forward)
         for module in (*(ffn.module for ffn in ffns), *attentions, *routers):
             del module.grasp_gate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from torch.utils.checkpoint import checkpoint
@@ -13,12 +13,10 @@ from grasp.config import RECOMPUTE_EVERY, MemoryMode, PruneConfig, RecoverConfig
 from grasp.distributed import everywhere
 from grasp.machine import free_memory, memory_errors
 from grasp.model.header import Header, of_model
+from grasp.model.patched import patched
 from grasp.model.places import device_of
-from grasp.planning.memory import learning_memory
+from grasp.planning.memory import MODES, USABLE, learning_memory
 from grasp.planning.recovery import OPTIMISER, learned_values, saved_activations
-
-MODES: tuple[MemoryMode, ...] = ("fast", "balanced", "low")  # by the memory that each needs
-SLACK = 0.9  # of free memory; the rest is for fragmentation and the estimate's error
 
 
 @contextmanager
@@ -34,20 +32,14 @@ def memory_mode(
         mode = max(everywhere(choose(model, config)), key=MODES.index)
     every = RECOMPUTE_EVERY.get(mode)
     layers = list(model.get_decoder().layers)[::every] if every else []
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
+    recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     fix = f"run the same with `memory='low'` (now {mode}) to resume"
-    try:
-        with memory_errors(config.device, fix) if mode != "low" else nullcontext():
-            yield mode
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+    with ExitStack() as stack:
+        if mode != "low":
+            stack.enter_context(memory_errors(config.device, fix))
+        for layer in layers:
+            stack.enter_context(patched(layer, partial(recomputed, layer.forward)))
+        yield mode
 
 
 def choose(model: PreTrainedModel, config: PruneConfig | RecoverConfig) -> MemoryMode:
@@ -55,7 +47,7 @@ def choose(model: PreTrainedModel, config: PruneConfig | RecoverConfig) -> Memor
     if model.device.type != "cuda":
         return "fast"
     gpus = [str(device_of(layer)) for layer in model.get_decoder().layers]
-    free = {gpu: SLACK * free_memory(gpu) for gpu in (str(model.device), *gpus)}
+    free = {gpu: USABLE * free_memory(gpu) for gpu in (str(model.device), *gpus)}
     header = of_model(model)
     for mode in MODES[:-1]:
         of_layers, beside = _needed(model, header, config, mode)

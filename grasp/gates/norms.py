@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from grasp.model.patched import patched
 from grasp_kernels import rms_norm_scale
 
 Linears = tuple[nn.Linear, ...]
@@ -28,18 +29,9 @@ class Norm:
     weight: Tensor  # the factor, [d]: Gemma's is 1 + the stored weight
     eps: float
 
-    @contextmanager
-    def scaled(self, scale: Callable[[], Tensor]) -> Iterator[None]:
+    def scaled(self, scale: Callable[[], Tensor]) -> AbstractContextManager[None]:
         """Multiply its output by `scale()`, [d], in the same op; restored on exit."""
-        module: Any = self.module
-        before = vars(module).get("forward")
-        module.forward = lambda x: rms_norm_scale(x, self.weight, scale(), self.eps)
-        try:
-            yield
-        finally:
-            del module.forward
-            if before is not None:
-                module.forward = before
+        return patched(self.module, lambda x: rms_norm_scale(x, self.weight, scale(), self.eps))
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ share, turns them into logits again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from grasp.gates.gating import unpadded
+from grasp.model.patched import patched
 from grasp.model.places import sent
 from grasp.model.sharding import whole
 from grasp_kernels import linear_cross_entropy, linear_distillation
@@ -87,7 +87,8 @@ def loss(model: PreTrainedModel, batch: Batch, lm_weight: float) -> Tensor:
         return next_token_loss(model, ids)
     if not _head_is_plain(model, ids):
         logits = model(input_ids=ids, attention_mask=unpadded(ids), use_cache=False).logits
-        with torch.no_grad(), _decoder_gives(model, teacher):
+        given = BaseModelOutputWithPast(last_hidden_state=teacher)
+        with torch.no_grad(), patched(model.get_decoder(), lambda *_, **__: given):
             taught = model(input_ids=ids, use_cache=False).logits
         own, known = (x[:, :-1].flatten(0, 1).float().log_softmax(1) for x in (logits, taught))
         divergence = F.kl_div(own, known, log_target=True, reduction="batchmean")
@@ -145,16 +146,3 @@ def _gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
     with hook:
         logits = model(input_ids=ids, use_cache=False).logits
     return torch.equal(logits, F.linear(passed.pop().last_hidden_state, _head(model)))
-
-
-@contextmanager
-def _decoder_gives(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    """Within the context, the decoder gives `hidden` without running: the rest makes logits."""
-    decoder = model.get_decoder()
-    before = {k: v for k, v in vars(decoder).items() if k == "forward"}
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
-    try:
-        yield
-    finally:
-        del decoder.forward
-        vars(decoder).update(before)

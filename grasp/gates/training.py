@@ -266,7 +266,8 @@ def finite_mean(losses: list[Tensor], step: int) -> float:
         if not math.isfinite(value):
             raise GraspError(
                 f"the loss is {value} at step {step - back}: try a smaller `lr` or `dtype='fp32'`, "
-                "and check that the dense model's own loss is finite"
+                "and check that the dense model's own loss is finite; other options need a new "
+                "start: remove the .run folder"
             )
     return sum(values) / len(values)
 

@@ -136,6 +136,11 @@ def from_config(config: Mapping[str, Any]) -> Header:
         own = {**config, **overrides.get(index, {})}
         heads = _size(own, "num_attention_heads")
         groups = _size(own, "num_key_value_heads") if own.get("num_key_value_heads") else heads
+        if heads % groups:
+            raise GraspError(
+                f"config.json: num_attention_heads is {heads}: expected a multiple of "
+                f"num_key_value_heads, {groups}"
+            )
         layer = LayerUnits(
             ffn=_size(own, "intermediate_size"),
             kv_groups=groups,
@@ -161,6 +166,8 @@ def of_model(model: Any) -> Header:
 
 def _rope(config: Mapping[str, Any]) -> str:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise GraspError(f"config.json: the parameters of RoPE are {rope!r}: expected an object")
     rope = rope.get("full_attention", rope)  # of Gemma 3, beside that of its windows
     part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     kind = rope.get("rope_type") or rope.get("type") or "default"

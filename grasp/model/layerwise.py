@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 
@@ -68,6 +69,16 @@ def layer_options(model: PreTrainedModel, block: Tensor) -> list[dict[str, Any]]
 def runner(layer: nn.Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """A decoder layer as a function of hidden states [samples, seq_len, hidden]."""
     return lambda x: output_of(layer(x, **options))
+
+
+def fp32_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a layer, with its floating tensors in fp32."""
+    wide: dict[str, Any] = tree_map_only(Tensor, _fp32, options)
+    return wide
+
+
+def _fp32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def output_of(output: Any) -> Tensor:

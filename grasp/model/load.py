@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,10 +43,8 @@ def load(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model or pruned checkpoint and its tokenizer, in bf16 on a GPU and fp32 on a CPU."""
-    import torch
-
     device = pick_device(device)
-    dtype = getattr(torch, TORCH_NAMES[pick_dtype("auto", device)])
+    dtype = torch_dtype(pick_dtype("auto", device))
     return load_model(spec, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
@@ -197,6 +195,14 @@ def pick_dtype(dtype: Literal["auto", "fp32", "bf16"], device: str) -> Literal["
     return dtype
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that our option names: fp32 or bf16."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
+
+
 def check_launched(shard: ShardMode) -> None:
     """Raise GraspError if weights are to be split over ranks, and torchrun has started none."""
     if shard != "none" and not launched():
@@ -303,16 +309,22 @@ def _load_safetensors(
         device_map=places,
         **options,
     )
-    for problem, keys in (("lack", "missing_keys"), ("hold, unused by it,", "unexpected_keys")):
-        # transformers would continue with random weights, or without the unexpected ones
-        if names := sorted(loading[keys]):
-            raise GraspError(
-                f"{location} is not the model that its config.json describes: its weights "
-                f"{problem} {names[0]} ({len(names)} such tensors): get both from one place"
-            )
+    check_names(location, loading["missing_keys"], loading["unexpected_keys"])
     if (usual := usual_attention(model)) != model.config._attn_implementation:
         model.set_attn_implementation(usual)
     return model, _tokenizer(location, **options)
+
+
+def check_names(
+    location: str | Path, lacking: Collection[str], unused: Collection[str], fix: str = ""
+) -> None:
+    """Raise GraspError where transformers would use random weights, or leave some out."""
+    for problem, names in (("lack", lacking), ("hold, unused by it,", unused)):
+        if names:
+            raise GraspError(
+                f"{location} is not the model that its config.json describes: its weights "
+                f"{problem} {min(names)} ({len(names)} such tensors): get both from one place{fix}"
+            )
 
 
 def usual_attention(model: PreTrainedModel) -> str:

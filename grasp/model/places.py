@@ -15,7 +15,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.model.units import decoder_of
+from grasp.model.units import decoder_of, layers_name
 
 # one device, or that of all but the decoder layers and then that of each layer
 Places = str | tuple[str, ...]
@@ -41,8 +41,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def device_map(model: PreTrainedModel, places: tuple[str, ...]) -> dict[str, str]:
     """`places` as `from_pretrained` takes them: by the names of modules."""
-    layers = decoder_of(model).layers
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+    prefix = layers_name(model)
     beside = [name for name in model.state_dict() if not name.startswith(f"{prefix}.")]
     own = {f"{prefix}.{index}": place for index, place in enumerate(places[1:])}
     return {name.rpartition(".")[0]: places[0] for name in beside} | own

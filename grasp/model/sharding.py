@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from grasp import distributed
 from grasp.errors import GraspError
-from grasp.model.load import ShardMode
+from grasp.model.load import ShardMode, check_names, usual_attention
 from grasp.model.stored import Stored, has_own_head, stored_tensors
 
 _TEMPLATES: WeakKeyDictionary[PreTrainedModel, _Template] = WeakKeyDictionary()
@@ -67,8 +67,7 @@ def load_sharded(
         )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    if getattr(config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")
+    model.set_attn_implementation(usual_attention(model))
     model.tie_weights()  # which the context has undone
     model.requires_grad_(False)
     decoder = model.get_decoder()
@@ -139,16 +138,8 @@ def _read(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
     own = tensors.keys() & {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
     unused = model._keys_to_ignore_on_load_unexpected or []
     known = tensors.keys() | {n for n in stored if any(re.search(key, n) for key in unused)}
-    for problem, names in (
-        ("lack", own - stored.keys()),
-        ("hold, unused by it,", stored.keys() - known),
-    ):
-        if names:
-            raise GraspError(
-                f"{folder} is not the model that its config.json describes: its weights {problem} "
-                f"{min(names)} ({len(names)} such tensors): get both from one place, or use "
-                "`shard='none'`"
-            )
+    fix = ", or use `shard='none'`"
+    check_names(folder, own - stored.keys(), stored.keys() - known, fix)
     values = {name: _values(tensors[name], name, stored[name], device) for name in own}
     model.load_state_dict(values, assign=True, strict=False)
     model.tie_weights()

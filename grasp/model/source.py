@@ -49,6 +49,11 @@ def resolve(spec: str | os.PathLike[str]) -> Source:
     Hub names are `org/name`; a path that exists on disk comes first.
     """
     spec = os.fspath(spec)
+    if not spec.strip():
+        raise GraspError(
+            f"{spec!r} names no model: expected a folder, a .gguf file, a hub name or "
+            f"demo:{next(iter(DEMOS))}"
+        )
     if spec.startswith("demo:"):
         return Source("gguf", str(_demo_file(spec.removeprefix("demo:"))))
     path = Path(spec).expanduser()

@@ -310,6 +310,13 @@ def decoder_of(model: Any) -> Any:
     return model.get_decoder() if hasattr(model, "get_decoder") else None
 
 
+def layers_name(model: Any) -> str:
+    """The name of the list of decoder layers, such as model.layers."""
+    layers = decoder_of(model).layers
+    name: str = next(name for name, module in model.named_modules() if module is layers)
+    return name
+
+
 def why_whole(model: Any) -> tuple[str, ...]:
     """What stays whole in the layers of a model and why, each reason once, with its layers."""
     reasons: dict[str, list[int]] = {}

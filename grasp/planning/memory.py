@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from grasp.config import (
     RECOMPUTE_EVERY,
     TOKENS_PER_CHANNEL,
     MemoryMode,
+    PlannedMemory,
     PruneConfig,
     ScaleKind,
 )
 from grasp.model.header import Header
 
+MODES: tuple[PlannedMemory, ...] = get_args(PlannedMemory)  # by the memory that each needs
+USABLE = 0.9  # of free memory: fragments, the runtime and the estimate's error take the rest
 LOGITS_AT_ONCE = 2**25  # as in grasp_kernels.linear_cross_entropy
 
 

@@ -6,17 +6,19 @@ estimate.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from grasp import criteria
 from grasp.budget.budget import NAMES, Budget, UnitKind
-from grasp.config import RECOMPUTE_EVERY, PlannedDtype, PlannedMemory, PruneConfig, window
+from grasp.config import PlannedDtype, PlannedMemory, PruneConfig, window
 from grasp.errors import GraspError
 from grasp.model.header import FAMILIES, MIXTURES, STATIC_ROPE, Header
 from grasp.model.units import UnitSpace
 from grasp.planning.check import check
 from grasp.planning.memory import (
+    MODES,
     Memory,
     compensation_memory,
     evaluation_memory,
@@ -162,7 +164,7 @@ def plan(
     """
     if dtype not in DTYPE_BYTES:
         raise GraspError(f"`dtype` of a plan must be {' or '.join(DTYPE_BYTES)}, got {dtype!r}")
-    if memory not in ("fast", *RECOMPUTE_EVERY):
+    if memory not in MODES:
         raise GraspError(f"`memory` of a plan must be fast, balanced or low, got {memory!r}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
@@ -219,7 +221,10 @@ def _gpus(each: int | None, nodes: int, memory: float | None) -> Gpus | None:
     if each is None and memory is None and nodes == 1:
         return None
     if each is None or memory is None:
-        raise GraspError("`gpus` and `gpu_memory` belong together: give both")
+        one = "`nodes` needs them" if nodes != 1 else "one is missing"
+        raise GraspError(f"`gpus` and `gpu_memory` belong together, and {one}: give both")
+    if not 0 < memory < math.inf:
+        raise GraspError(f"`gpu_memory` must be a finite number of GB above 0, got {memory}")
     return Gpus(each, nodes, round(memory * 1e9))
 
 

@@ -18,13 +18,18 @@ from grasp.model.header import Header
 from grasp.model.load import ShardMode
 from grasp.model.units import SHARED
 from grasp.planning.check import check_shard
-from grasp.planning.memory import Memory, compensation_memory, evaluation_memory, learning_memory
+from grasp.planning.memory import (
+    MODES,
+    USABLE,
+    Memory,
+    compensation_memory,
+    evaluation_memory,
+    learning_memory,
+)
 
-USABLE = 0.9  # of a GPU, as for `memory="auto"`: runtimes and fragments take the rest
 GATHERED = 2  # layers that are whole at once: the one that runs, and the one that arrives
 GATHERS = 2  # of a layer in a step: for the forward and for the backward pass
 ENDS = 2  # the embedding and the head, which may be one weight: each is gathered once in a step
-MODES: tuple[PlannedMemory, ...] = ("fast", "balanced", "low")
 MOST_GPUS = 4096
 
 

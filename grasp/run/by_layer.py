@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
 from grasp.checkpoint.probe import Probe
-from grasp.checkpoint.record import Record, sha256
-from grasp.checkpoint.save import write_pretrained
+from grasp.checkpoint.record import Record
+from grasp.checkpoint.save import seal, write_pretrained
 from grasp.checkpoint.shards import ShardWriter
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Cut, Edit, Refit, Scale
@@ -30,12 +29,12 @@ from grasp.distributed import from_first, is_first
 from grasp.gates.memory import memory_mode
 from grasp.gates.scales import scale_count
 from grasp.gates.training import TrainSettings
-from grasp.machine import disk_errors, readable
+from grasp.machine import disk_errors
 from grasp.model.classes import without_weights
 from grasp.model.layerwise import layer_options, runner
 from grasp.model.load import cast, environment, load_model
 from grasp.model.sharding import free, one_layer, whole
-from grasp.model.units import UnitSpace, decoder_layers
+from grasp.model.units import UnitSpace, decoder_layers, layers_name
 from grasp.run.chosen import Chosen
 from grasp.run.folder import Run
 
@@ -80,11 +79,7 @@ def add_record(folder: Path, model: PreTrainedModel, tokenizer: Any, record: Rec
 
     def write() -> Record:
         with disk_errors(folder):
-            probe.write(folder)
-            readable(folder)
-            hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-            replace(record, sha256=hashes).write(folder)
-            return replace(record, sha256=hashes)
+            return seal(folder, probe, record)
 
     return from_first(write)
 
@@ -148,8 +143,7 @@ def write_layers(
     """Write `layers`, and what `model` has beside its layers, as a checkpoint of `target`."""
     from_first(partial(_write_configs, folder, target, tokenizer))
     writer = ShardWriter(folder)
-    decoder = target.get_decoder().layers
-    prefix = next(name for name, module in target.named_modules() if module is decoder)
+    prefix = layers_name(target)
     for index, layer in enumerate(layers):  # all ranks gather, the first writes
         if is_first():
             writer.add({f"{prefix}.{index}.{k}": v for k, v in layer.state_dict().items()})

@@ -31,7 +31,7 @@ from grasp.evaluate.zero_shot import check_tasks, evaluate_tasks
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
 from grasp.machine import disk_errors, peak_memory, reset_peak_memory
-from grasp.model.load import ShardMode, cast, move
+from grasp.model.load import ShardMode, cast, move, torch_dtype
 from grasp.model.places import Places, places_of
 from grasp.model.sharding import is_sharded
 from grasp.planning.check import check_fit
@@ -51,7 +51,6 @@ from grasp.run.prune import (
     on_device,
     open_job,
     pruned_record,
-    working_dtype,
 )
 from grasp.run.ready import check_run
 from grasp.select import select
@@ -154,7 +153,7 @@ def compare(
         if not start.evaluation_sets:
             raise GraspError("the samples leave no text to evaluate on: give `eval_text`")
         perplexities = measure_dense(dense, start, run)
-        cast(dense, working_dtype(base))
+        cast(dense, torch_dtype(base.dtype))
         score = partial(_score, base, run, tasks, tasks_data, limit)
         grid = _Grid(run, dense, start, perplexities, score)
         summary = {
@@ -199,7 +198,7 @@ def _score(
         batch_size=TASK_BATCH,
         device=base.device,
         trust_remote_code=base.trust_remote_code,
-        progress=lambda n, of: run.log(stage="evaluate tasks", step=n, steps=of),
+        progress=run.steps_of("evaluate tasks"),
     )
     return from_first(lambda: evaluate().to_json())
 
@@ -301,7 +300,7 @@ class _Grid:
 
         A sharded model is no copy, since its layers are cut one by one as they are written.
         """
-        dtype = working_dtype(config)
+        dtype = torch_dtype(config.dtype)
         if is_sharded(self._dense):
             return self._dense
         if self._dense.dtype == dtype:

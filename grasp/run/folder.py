@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grasp.checkpoint.record import Record
 from grasp.distributed import after_first, check_same, from_first, is_first
 from grasp.errors import GraspError
 from grasp.journal import Journal, read_log
@@ -35,6 +37,19 @@ OWN_FILES = {
     *("checkpoint", "config.json", "facts", "finished", "inputs.json", "lock", "log.jsonl", "state")
 }
 Show = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished checkpoint and its record."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of the checkpoint's grasp.json."""
+        return self.record.to_json()
 
 
 class Run:
@@ -76,9 +91,13 @@ class Run:
             return
         path = self.folder / "inputs.json"
         if path.exists():
-            _same(self.folder, json.loads(path.read_text()), inputs)
+            _same(self.folder, _read(path), inputs)
         else:
             _write(path, json.dumps(inputs, indent=2).encode())
+
+    def steps_of(self, stage: str) -> Callable[[int, int], None]:
+        """A function that logs how many steps of a stage are done, and of how many."""
+        return lambda step, steps: self.log(stage=stage, step=step, steps=steps)
 
     def log(self, **record: Any) -> None:
         """Write one JSON line to the log, and pass it on to show progress."""
@@ -168,7 +187,13 @@ def open_run(out: Path, config: dict[str, Any], show: Show = lambda record: None
             ) from None
         resumed = (folder / "config.json").exists()
         if resumed:
-            _same(folder, json.loads((folder / "config.json").read_text()), asked)
+            before = _read(folder / "config.json")
+            if before.keys() != asked.keys():
+                raise GraspError(
+                    f"{folder} holds an unfinished run of another command or release: remove the "
+                    "folder, or choose another `out`"
+                )
+            _same(folder, before, asked)
         try:
             check_out(out)  # another process may just have finished it
             if not resumed:
@@ -252,6 +277,16 @@ class StageJournal(Journal):
             **info,
         )
         self._seen = now
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise GraspError(
+            f"{path} is damaged ({error}): remove {path.parent} to start anew"
+        ) from None
+    return found
 
 
 def _write(path: Path, content: bytes) -> None:

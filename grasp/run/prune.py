@@ -49,7 +49,6 @@ from grasp.gates.training import TrainSettings
 from grasp.machine import disk_errors, free_memory, memory_errors
 from grasp.model.header import of_model, read_header
 from grasp.model.load import (
-    TORCH_NAMES,
     ShardMode,
     cast,
     check_launched,
@@ -59,6 +58,7 @@ from grasp.model.load import (
     move,
     pick_device,
     pick_dtype,
+    torch_dtype,
     widened,
 )
 from grasp.model.places import Places, places_of
@@ -72,23 +72,16 @@ from grasp.planning.ranks import over_layers
 from grasp.report.results import add_reports
 from grasp.run.by_layer import add_record, write_pruned
 from grasp.run.chosen import Chosen
-from grasp.run.folder import Run, Show, open_run
+from grasp.run.folder import Result, Run, Show, open_run
 from grasp.run.ready import ready
 from grasp.select import select
 
 
 @dataclass(frozen=True)
-class PruneResult:
+class PruneResult(Result):
     """The result of `prune`."""
 
-    folder: Path
     mask: Mask
-    record: Record
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The content of the checkpoint's grasp.json."""
-        return self.record.to_json()
 
 
 @overload
@@ -191,15 +184,13 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
     for budget in budgets.values():
         check_budget(replace(config, budget=budget), model)
     check_fidelity([config], model, start, run)
-    if not start.evaluation_sets:
-        run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
-    cast(model, working_dtype(config))
+    cast(model, torch_dtype(config.dtype))
     blocks = start.blocks(config)
     with memory_mode(model, config) as mode:
         if config.memory == "auto" and mode != "fast":
             run.log(event="note", text=f"`memory={mode!r}`, for what is free on {config.device}")
-        teacher = teacher_of(model, blocks, config)
+        teacher = last_hidden(model, blocks) if config.distils else None
         projection = start.projection(config)
         selection = select(model, projection, blocks, config, run.stage, teacher)
     places = places_of(model)
@@ -225,7 +216,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part.log(event="finished", folder=str(run.out / name), **record.results)
             if name:
                 run.finish(name)
-        results.append(PruneResult(run.out / name, mask, Record.read(folder)))
+        results.append(PruneResult(run.out / name, Record.read(folder), mask))
     run.publish()
     return results
 
@@ -258,7 +249,7 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
     """Load the model as stored, and the texts; refuse here what must fail after the long work."""
     model, tokenizer = load_dense(config, where(config, run))
     check_budget(config, model)
-    if is_sharded(model) and working_dtype(config) != model.dtype:
+    if is_sharded(model) and torch_dtype(config.dtype) != model.dtype:
         raise GraspError(
             f"`shard` keeps weights as they are stored, in {model.dtype}, and `dtype` is "
             f"{config.dtype}: give the stored one, or `shard='none'`"
@@ -273,7 +264,7 @@ def begin(config: PruneConfig, run: Run) -> tuple[PreTrainedModel, Start]:
 def check_budget(config: PruneConfig, model: PreTrainedModel) -> None:
     """Refuse a budget that the loaded model cannot meet, and a dtype too narrow for the method."""
     check_fit(config, of_model(model))  # for GGUF and remote code, the live model says more
-    working = working_dtype(config)
+    working = torch_dtype(config.dtype)
     updates = criteria.get(config.method).updates_weights
     if updates and torch.promote_types(working, model.dtype) != working:
         raise GraspError(
@@ -290,7 +281,7 @@ def where(config: PruneConfig, run: Run) -> Places:
         return config.device
     own, count = torch.cuda.current_device(), torch.cuda.device_count()
     gpus = [f"cuda:{(own + other) % count}" for other in range(count)]
-    width = getattr(torch, TORCH_NAMES[config.dtype]).itemsize
+    width = torch_dtype(config.dtype).itemsize
     found = over_layers(read_header(config.model), config, width, gpus, free_memory)
     if found is None:
         return config.device
@@ -349,7 +340,7 @@ def check_fidelity(
     The check runs in the dtype in which gates learn, or in the stored dtype if that is wider.
     """
     config, ids = configs[0], start.blocks(configs[0])[:1]
-    stored, working = model.dtype, working_dtype(config)
+    stored, working = model.dtype, torch_dtype(config.dtype)
     with widened(model, working if torch.promote_types(stored, working) == working else stored):
         found = {"gates": check_gates(model, config.scales, config.gate_site, ids)}
         if not is_sharded(model):  # a layer in shards cannot be copied
@@ -371,6 +362,8 @@ def _runs_layers(config: PruneConfig) -> tuple[str, str] | None:
 
 def measure_dense(model: PreTrainedModel, start: Start, run: Run) -> list[dict[str, Any]]:
     """Bind the run to its inputs, and return the dense model's perplexity on each text."""
+    if not start.evaluation_sets:
+        run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     run.same_inputs(inputs_of(start, model))
     return measure_once(start, model, "dense", run)
 
@@ -383,17 +376,6 @@ def measure_once(
         which, partial(_measure, start.evaluation_sets, model, which, run)
     )
     return found
-
-
-def teacher_of(model: PreTrainedModel, blocks: Tensor, config: PruneConfig) -> Tensor | None:
-    """What gates and scales learn from besides the text: `last_hidden` of the dense model."""
-    return last_hidden(model, blocks) if config.distils else None
-
-
-def working_dtype(config: PruneConfig) -> torch.dtype:
-    """Return the dtype in which gates and scales learn."""
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[config.dtype])
-    return dtype
 
 
 def make(
@@ -428,7 +410,7 @@ def apply_mask(
     if config.compensation == "bias":
         compensation = [Bias(mean_biases(model, mask, blocks, run.stage("bias")))]
     elif config.compensation == "refit":
-        columns = refit(model, mask, blocks, lambda n, of: run.log(stage="refit", step=n, steps=of))
+        columns = refit(model, mask, blocks, run.steps_of("refit"))
         compensation = [Refit(columns)]
     if config.compensation == "blocks":  # from the dense weights: scales learn anew after it
         reconstruct(model, mask, blocks, config.seed, run.stage("blocks"))
@@ -577,7 +559,7 @@ def _own_text(
             samples=samples,
             seq_len=config.seq_len,
             seed=config.seed,
-            progress=lambda n, total: run.log(stage="self", step=n, steps=total),
+            progress=run.steps_of("self"),
         )
         run.stage("self").save(lambda: {"ids": corpus.ids}, final=True)
         return corpus
@@ -626,10 +608,6 @@ def inputs_of(start: Start, *models: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _log_step(run: Run, stage: str, step: int, steps: int) -> None:
-    run.log(stage=stage, step=step, steps=steps)
-
-
 def _measure(
     sets: Sequence[EvaluationSet], model: PreTrainedModel, which: str, run: Run
 ) -> list[dict[str, Any]]:
@@ -642,7 +620,7 @@ def _measure(
             own.text,
             seq_len=own.seq_len,
             windows=own.windows,
-            progress=partial(_log_step, run, stage),
+            progress=run.steps_of(stage),
         )
         found.append(measured.to_json())
     return found

@@ -61,6 +61,11 @@ def check_recovery(config: RecoverConfig, out: str | os.PathLike[str]) -> tuple[
             f"got {config.teacher}, which differs in hidden size, vocabulary or layers "
             f"({sizes[1]}, expected {sizes[0]})"
         )
+    if teacher.space.prunable_params <= pruned.space.prunable_params:
+        raise GraspError(
+            f"`teacher` must be the dense model that {config.model} was pruned from "
+            f"({record.model}), got {config.teacher}, which is no larger"
+        )
     return pruned, teacher
 
 

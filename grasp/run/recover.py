@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,12 @@ from grasp.errors import GraspError
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import Batch, last_hidden
 from grasp.machine import disk_errors, memory_errors
-from grasp.model.load import TORCH_NAMES, cast, pick_device, pick_dtype, widened
+from grasp.model.load import cast, pick_device, pick_dtype, torch_dtype, widened
 from grasp.model.units import UnitSpace
 from grasp.report.results import add_reports
-from grasp.run.folder import Run, Show, open_run
+from grasp.run.folder import Result, Run, Show, open_run
 from grasp.run.prune import Start, finish, inputs_of, load_dense, measure_once, read_texts
 from grasp.run.ready import check_recovery
-
-
-@dataclass(frozen=True)
-class RecoverResult:
-    """The result of `recover`."""
-
-    folder: Path
-    record: Record
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The content of the checkpoint's grasp.json."""
-        return self.record.to_json()
 
 
 def recover(
@@ -47,7 +34,7 @@ def recover(
     calibration: str | os.PathLike[str],
     show: Show = lambda record: None,
     **options: Any,
-) -> RecoverResult:
+) -> Result:
     """Train the pruned checkpoint in `folder` by distillation from `teacher`; write it to `out`.
 
     `teacher` is the dense model that it was pruned from, `calibration` the text to train on, which
@@ -69,7 +56,7 @@ def recover(
         return _recover(config, run)
 
 
-def _recover(config: RecoverConfig, run: Run) -> RecoverResult:
+def _recover(config: RecoverConfig, run: Run) -> Result:
     model, tokenizer = load_dense(config)
     teacher, _ = load_dense(replace(config, model=config.teacher))
     record = Record.read(Path(config.model))
@@ -97,7 +84,7 @@ def _recover(config: RecoverConfig, run: Run) -> RecoverResult:
         add_reports(run.checkpoint, record, run.records())
     run.log(event="finished", folder=str(run.out), **record.results)
     run.publish()
-    return RecoverResult(run.out, Record.read(run.out))
+    return Result(run.out, Record.read(run.out))
 
 
 def _train(
@@ -108,7 +95,7 @@ def _train(
     Weights that learn are fp32. The teacher has `config.dtype`; in bf16, a model under adapters
     stays as stored.
     """
-    stored, working = model.dtype, getattr(torch, TORCH_NAMES[config.dtype])
+    stored, working = model.dtype, torch_dtype(config.dtype)
     cast(teacher, working)
     if config.dtype == "fp32" or config.lora_rank is None:
         cast(model, torch.float32)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ from grasp.model.load import cast, check_launched, pick_device
 from grasp.model.sharding import free, is_sharded, whole, whole_layers
 from grasp.model.units import UnitSpace
 from grasp.run.by_layer import write_layers
-from grasp.run.folder import Run, Show, open_run
+from grasp.run.folder import Result, Run, Show, open_run
 from grasp.run.prune import (
     finish,
     load_dense,
@@ -39,26 +38,13 @@ from grasp.sparsity.blocks import linears_of, sparse_layers, sparsify_blocks
 from grasp.sparsity.methods import method_of
 
 
-@dataclass(frozen=True)
-class SparsifyResult:
-    """The result of `sparsify`."""
-
-    folder: Path
-    record: Record
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The content of the checkpoint's grasp.json."""
-        return self.record.to_json()
-
-
 def sparsify(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     show: Show = lambda record: None,
     **options: Any,
-) -> SparsifyResult:
+) -> Result:
     """Sparsify all linear layers of decoder blocks, save, evaluate. `out` is complete or absent.
 
     `options` are the other fields of `SparsifyConfig`, above all `pattern` and `method`. The result
@@ -78,7 +64,7 @@ def sparsify(
         return _sparsify(config, run)
 
 
-def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
+def _sparsify(config: SparsifyConfig, run: Run) -> Result:
     model, tokenizer = load_dense(config)
     pattern, linears = Pattern.parse(config.pattern), linears_of(model)
     for name, linear in linears.items():
@@ -92,8 +78,6 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     start = read_texts(config, model, tokenizer, run)
     found = check_layers(model, start.blocks(config), "grasp sparsify")
     run.log(event="fidelity", layers=found)
-    if not start.evaluation_sets:
-        run.log(event="note", text="no text is left to evaluate on: give `eval_text`")
     dense = measure_dense(model, start, run)
 
     how: Any = (pattern, method_of(config), start.blocks(config))
@@ -104,14 +88,14 @@ def _sparsify(config: SparsifyConfig, run: Run) -> SparsifyResult:
     else:
         sparsity["errors"] = sparsify_blocks(model, *how, **more)
         sparsity["zeros_after"] = _zeros(model)
-    everything = Mask(start.space, torch.ones(start.space.size, dtype=torch.bool))
+    everything = Mask.first(start.space, start.space)
     record = run_record(config, start, everything, model, sparsity=sparsity)
     record = finish(config, model, record, start, dense, run, run.checkpoint)
     record = record.measured(seconds=run.seconds())
     from_first(partial(_write, run.checkpoint, record))
     run.log(event="finished", folder=str(run.out), **record.results)
     run.publish()
-    return SparsifyResult(run.out, Record.read(run.out))
+    return Result(run.out, Record.read(run.out))
 
 
 def _write_sparse(

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from grasp.budget.projection import Projection
 from grasp.compress.fold import expand
-from grasp.compress.layer_fit import LayerFit
+from grasp.compress.layer_fit import LayerFit, adds_up
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, inputs_of, layer_options, runner
@@ -94,7 +94,8 @@ def prune_greedily(
         for index, (layer, modules) in enumerate(zip(layers, decoder_layers(model), strict=True)):
             run, device = runner(layer, options[index]), device_of(layer)
             dense, pruned = dense.to(device), pruned.to(device)
-            fit = LayerFit.of(run, modules.outputs, pruned, dense, fitted, held)
+            plain = adds_up(layer, options[index], modules.outputs, dense[:1])
+            fit = LayerFit.of(run, modules.outputs, plain, pruned, dense, fitted, held)
             own = _Scored(run, pruned[scored])
             if (attention := modules.attention) is not None:
                 out, groups = attention.out, space.layers[index].kv_groups

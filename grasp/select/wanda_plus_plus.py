@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from grasp.gates.training import finite_mean
 from grasp.journal import Journal
-from grasp.model.layerwise import first_hidden, layer_options, runner
+from grasp.model.layerwise import first_hidden, fp32_options, layer_options, runner
 from grasp.model.load import widened
 from grasp.model.places import device_of
 from grasp.model.units import UnitSpace, decoder_layers
 from grasp.select.ratio import uniform_ratio
-from grasp.sparsity.blocks import Block, fp32
+from grasp.sparsity.blocks import Block
 from grasp.sparsity.methods import regional_factors
 
 
@@ -42,7 +41,7 @@ def wanda_plus_plus_scores(
     dense = torch.empty_like(hidden)
     raw = []
     for index, (layer, kwargs, modules) in enumerate(zip(layers, options, modules_of, strict=True)):
-        run = runner(layer, tree_map(fp32, kwargs))
+        run = runner(layer, fp32_options(kwargs))
         hidden, dense = hidden.to(device_of(layer)), dense.to(device_of(layer))
         linears = {str(place): linear for place, linear in enumerate(modules.outputs)}
         counts = [n for n in (units.layers[index].ffn, units.layers[index].kv_groups) if n]

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from grasp.budget.pattern import Pattern
 from grasp.errors import GraspError
 from grasp.journal import Journal
-from grasp.model.layerwise import first_hidden, layer_options, runner
+from grasp.model.layerwise import first_hidden, fp32_options, layer_options, runner
 from grasp.model.load import widened
+from grasp.model.units import layers_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,7 @@ def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
     Raises GraspError if a block has a matrix outside of linear layers.
     """
-    layers = model.get_decoder().layers
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+    layers, prefix = model.get_decoder().layers, layers_name(model)
     found = {
         f"{prefix}.{name}": module
         for name, module in layers.named_modules()
@@ -127,7 +126,7 @@ def sparse_layers(
     hidden = first_hidden(model, blocks).float()
     dense = torch.empty_like(hidden)
     for index, (layer, kwargs) in enumerate(zip(layers, options, strict=True)):
-        journal, run = stage(f"block {index}"), runner(layer, tree_map(fp32, kwargs))
+        journal, run = stage(f"block {index}"), runner(layer, fp32_options(kwargs))
         linears = {name: m for name, m in layer.named_modules() if type(m) is nn.Linear}
         with widened(layer, torch.float32):
             block, done = Block(linears, run, hidden, dense), journal.load()
@@ -145,15 +144,11 @@ def sparse_layers(
             if not math.isfinite(error):
                 raise GraspError(
                     f"activations are not finite in decoder block {index}: check that the dense "
-                    "model's own loss is finite, and use a smaller `lr`"
+                    "model's own loss is finite, and use a smaller `lr`; other options need a new "
+                    "start: remove the .run folder"
                 )
             done = {"error": torch.tensor(error, dtype=torch.float64)}
             done |= {name: linear.weight for name, linear in linears.items()}
             journal.save(partial(dict, done), final=True)
             progress.progress(index + 1, len(options), error, blocks.numel())
         yield layer, done["error"].item()
-
-
-def fp32(value: Any) -> Any:
-    """Cast a floating tensor to fp32; return anything else unchanged."""
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
+from grasp_kernels._triton import launch
+
 
 def add(out: Path | None, row: dict[str, Any]) -> None:
     """Add a row to a file of such lines: a stop at any moment leaves those that are there."""
@@ -29,6 +33,14 @@ def passed(report: Path, *modules: str) -> bool:
         ):
             return False
     return True
+
+
+def tiles() -> dict[str, str]:
+    """Whose launch configurations the kernels take on this GPU: its own, or its chip's."""
+    if not torch.cuda.is_available():
+        return {}
+    own = launch.CONFIGS / f"{launch.slug(torch.cuda.get_device_name())}.json"
+    return {"tiles": "own" if own.exists() else "chip"}
 
 
 def words(text: str) -> list[str]:

@@ -24,7 +24,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -40,12 +40,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import published
-from benchmarks.evidence import add, passed
+from benchmarks.evidence import add, passed, tiles
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.config import GateSite, MemoryMode, PruneConfig, ScaleKind
 from grasp.errors import GraspError, reason
 from grasp.gates import training
+from grasp.gates.compiled import compiled
 from grasp.gates.gating import gated
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import next_token_loss
@@ -62,7 +63,10 @@ SLACK = 1e-3  # of relative error, for the other order of fp32 sums
 TESTS = (
     "test_gating",
     "test_training",
-    *(f"on_device.test_{op}" for op in ("swiglu", "attention")),
+    *(
+        f"on_device.test_{op}"
+        for op in ("swiglu", "attention", "projection", "cross_entropy", "scale")
+    ),
 )
 QUANTILES = {"median": 0.5, "q10": 0.1, "q90": 0.9}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -314,6 +318,8 @@ def stages(
     theta = scores.clone().requires_grad_()
     optimizer = torch.optim.AdamW([theta], lr=1e-2)
     found: dict[str, Any] = {}
+    on_gpu = model.device.type == "cuda"
+    counted = on_gpu and ids.numel() > training.GRAPH_TOKENS
 
     def project() -> None:
         p = torch.sigmoid(theta / TAU)
@@ -321,7 +327,7 @@ def stages(
 
     def forward() -> None:
         found["leaf"] = found["z"].detach().requires_grad_()
-        gates.set(found["leaf"])
+        gates.set(found["leaf"], gates.count(found["leaf"]) if counted else None)
         found["loss"] = next_token_loss(model, ids)
 
     def backward() -> None:
@@ -331,7 +337,10 @@ def stages(
     parts = {"project": project, "forward": forward, "backward": backward}
     parts["optimiser"] = optimizer.step
     times: dict[str, list[float]] = {name: [] for name in parts}
-    with gated(model, projection.space) as gates:
+    with (
+        compiled(model, print) if on_gpu else nullcontext(),
+        gated(model, projection.space) as gates,
+    ):
         for _ in range(4):
             for name, part in parts.items():
                 times[name].append(1e3 * timed(part, model.device))
@@ -518,7 +527,7 @@ def _row(
     errors: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """A measured case of a model, with what tells whether it is a figure."""
-    said: dict[str, Any] = {"model": name, "graph_tokens": training.GRAPH_TOKENS}
+    said: dict[str, Any] = {"model": name, "graph_tokens": training.GRAPH_TOKENS, **tiles()}
     if options.tested:
         said["tests"] = "green" if passed(options.tested, *TESTS) else "red"
 

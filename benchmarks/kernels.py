@@ -33,7 +33,7 @@ from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.evidence import add, numbers, passed, words
+from benchmarks.evidence import add, numbers, passed, tiles, words
 from grasp.errors import reason
 from grasp_kernels import (
     budget_topk,
@@ -566,7 +566,7 @@ def run(options: argparse.Namespace, op: str | None) -> bool:
     torch.manual_seed(0)
     name = "CPU" if options.small else torch.cuda.get_device_name()
     roof = measured_roof(device, dtype)
-    said = {"device": name, "dtype": str(dtype).removeprefix("torch."), **versions()}
+    said = {"device": name, "dtype": str(dtype).removeprefix("torch."), **versions(), **tiles()}
     if op is None:
         add(options.out, {"op": "roof", **said, **roof})
         print(f"{name}: copy {roof['GB/s']:.0f} GB/s, matmul {roof['TFLOP/s']:.2f} TFLOP/s")

@@ -193,22 +193,21 @@ def _swiglu(dtype: torch.dtype, small: bool) -> Iterator[Sweep]:
 
     def inputs(shape, device, dtype) -> Tensors:
         gate_pre, up, grad = (_normal(shape, device, dtype) for _ in range(3))
-        z = _gate(shape[1], device)
-        return grad, gate_pre, up, z, (z == 0).to(torch.int8).argsort(stable=True)
+        z, kept = _gate(shape[1], device), shape[1] // 2
+        parts = gate_pre[:, :kept], up[:, :kept], gate_pre[:, kept:]  # any values will do
+        order = (z == 0).to(torch.int8).argsort(stable=True)
+        return grad, gate_pre, up, z, order, *(part.contiguous() for part in parts)
 
-    def pack(module, grad, gate_pre, up, z, order) -> Tensors:
+    def pack(module, grad, gate_pre, up, z, order, *parts) -> Tensors:
         return module.swiglu_pack(gate_pre, up, z, order, len(z) // 2)
 
-    def pack_backward(module, grad, gate_pre, up, z, order) -> Tensors:
-        kept = len(z) // 2  # of kept channels any values will do
-        columns = gate_pre[:, :kept].contiguous(), up[:, :kept].contiguous()
-        dropped = gate_pre[:, kept:].contiguous()
-        return module.swiglu_pack_backward(grad, *columns, dropped, z, order)
+    def pack_backward(module, grad, gate_pre, up, z, order, *parts) -> Tensors:
+        return module.swiglu_pack_backward(grad, *parts, z, order)
 
-    def forward(module, grad, gate_pre, up, z, order) -> Tensors:
+    def forward(module, grad, gate_pre, up, z, *rest) -> Tensors:
         return (module.gated_swiglu(gate_pre, up, z),)
 
-    def backward(module, grad, gate_pre, up, z, order) -> Tensors:
+    def backward(module, grad, gate_pre, up, z, *rest) -> Tensors:
         return module.swiglu_backward(grad, gate_pre, up, z)
 
     sums = _tiles(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "measure_gpu.sh"
@@ -45,3 +46,18 @@ def test_only_the_parts_that_were_asked_for_run(tmp_path):
     done, parts = measure(tmp_path, "--only", "tune,op-swiglu")
     assert parts == {"tune": 0, "op-swiglu": 0}
     assert done.returncode == 0
+
+
+def test_a_part_that_might_end_too_late_does_not_start(tmp_path):
+    done, parts = measure(tmp_path, "--only", "roofs,tune", "--within", "200")
+    assert parts == {"roofs": 3}  # of 40 and 130 seconds, and three times as many on a CPU
+    assert (tmp_path / "out/tune.log").read_text() == "tune is left out: no time is left for it\n"
+    assert "tune is left out" in done.stdout
+
+
+def test_the_archive_has_what_is_known_after_every_part(tmp_path):
+    archive = tmp_path / "all.tgz"
+    measure(tmp_path, "--only", "tune,op-swiglu", "--archive", archive)
+    with tarfile.open(archive) as found:
+        names = {Path(name).name for name in found.getnames()}
+    assert {"parts.jsonl", "tune.log", "op-swiglu.log"} <= names

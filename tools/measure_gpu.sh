@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts, the most useful ones first; tools/README.md tells more.
-#   tools/measure_gpu.sh [--only PART,...] [--out FOLDER] [--small]
+#   tools/measure_gpu.sh [--only PART,...] [--out FOLDER] [--within SECONDS] [--archive FILE.tgz]
+#                        [--small]
 # A part has a time limit, a log and an exit code of its own, and none stops the others. Figures are
-# lines of JSON, written as soon as they are known. --small runs all of it on a CPU, to try it out.
+# lines of JSON, written as soon as they are known. A part that might end after --within SECONDS does
+# not start; after each part, --archive holds all of FOLDER. --small runs all of it on a CPU, to try it out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=benchmarks/results/gpu only='' small=''
+out=benchmarks/results/gpu only='' small='' within=86400 archive=''
 while [ $# -gt 0 ]; do
   case $1 in
     --only) only=$2; shift 2 ;;
     --out) out=$2; shift 2 ;;
+    --within) within=$2; shift 2 ;;
+    --archive) archive=$(realpath "$2"); shift 2 ;;
     --small) small=--small; shift ;;
-    *) sed -n '2,5p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,7p' "$0" >&2; exit 2 ;;
   esac
 done
 mkdir -p "$out" && out=$(realpath "$out") || exit 2
@@ -25,10 +29,12 @@ part() { # NAME SECONDS COMMAND...
   shift 2
   wanted "$name" || return 0
   [ -z "$small" ] || limit=$((3 * limit)) # of a busy CPU
+  [ $((SECONDS + limit)) -le "$within" ] || { skip "$name" 'no time is left for it'; return 0; }
   timeout --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1 < /dev/null || code=$?
   printf '{"part": "%s", "exit": %d, "seconds": %d, "limit": %d}\n' \
     "$name" "$code" $((SECONDS - began)) "$limit" | tee -a "$out/parts.jsonl"
   [ "$code" = 0 ] || { failed="$failed $name"; tail -n 3 "$out/$name.log"; }
+  [ -z "$archive" ] || tar czf "$archive" -C "$out" .
 }
 skip() { # NAME WHY
   wanted "$1" && echo "$1 is left out: $2" | tee "$out/$1.log"
@@ -44,6 +50,15 @@ steps() { # NAME SECONDS OPTION...: steps of gate training with random weights
     --tested "$out/tests.xml" --log "$out/steps.jsonl" --out "$out/$name.json" "$@"
 }
 
+use_tiles() { # what `tune` has found in this call or an earlier one: all parts after it use it
+  if [ -z "$small" ] && [ -s "$out/configurations.json" ]; then
+    "$python" -m benchmarks.tune --install "$out/configurations.json"
+  else
+    false
+  fi
+}
+
+use_tiles
 parallel=()
 if [ -n "$small" ]; then
   tests=(tests/kernels/test_reference.py -k 'swiglu or attention') tune=(--only attention_delta) case=tiny
@@ -76,8 +91,7 @@ steps step-2048x4 120 --models llama-2-7b --cases 2048x4 --steps 6 \
 
 # ---- which tiles are the fastest, and how long do the ops take with them?
 part tune 130 "$python" -m benchmarks.tune $small --out "$out/configurations.json" "${tune[@]}"
-if [ -z "$small" ] && wanted tune && [ -s "$out/configurations.json" ]; then
-  "$python" -m benchmarks.tune --install "$out/configurations.json" # for all parts from here on
+if wanted tune && use_tiles; then
   only='' part retests 90 "$python" -m pytest -q -p no:cacheprovider tests/kernels/on_device \
     "${parallel[@]}"
   tail -n 1 "$out/parts.jsonl" | grep -q '"exit": 0' || rm -f "$out/tests.xml" # figures are red
@@ -91,7 +105,7 @@ op norm 40
 op cross_entropy 40
 op distillation 40
 steps graph-off 60 --models llama-2-7b --cases 512x1,2048x1 --steps 10 --graph-tokens 0
-steps graph-on 60 --models llama-2-7b --cases 2048x1 --steps 10
+steps graph-on 60 --models llama-2-7b --cases 512x1,2048x1 --steps 10
 
 # ---- from text to checkpoint; faults that no test sees; other models, and less memory
 if [ -n "${MODEL:-}" ] && [ -n "${TEXT:-}" ]; then

@@ -25,11 +25,14 @@ from grasp.model.units import UnitSpace
 from grasp.planning.memory import (
     LOGITS_AT_ONCE,
     blocks_memory,
+    choosing_memory,
     greedy_memory,
     learning_memory,
     refit_memory,
 )
 from grasp.select.greedy_output_approximation import prune_greedily
+from grasp.select.taylor import taylor_scores
+from grasp.select.wanda_plus_plus import wanda_plus_plus_scores
 from grasp_kernels import cross_entropy
 
 MODES = ("fast", "balanced", "low")
@@ -90,6 +93,19 @@ def test_the_plan_is_within_a_tenth_of_what_reconstruction_takes(samples, length
     blocks = torch.randint(3, 250, (samples, length))
     measured = peak_bytes(lambda: reconstruct(model, mask, blocks, 0, Journal()))
     assert measured == pytest.approx(planned - 4 * space.total_params + hidden, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "score"), [("taylor", taylor_scores), ("wanda++", wanda_plus_plus_scores)]
+)
+def test_the_plan_is_within_a_sixth_of_what_choosing_takes(method, score):
+    model = tiny_model("llama", hidden=128, ffn=352, layers=2, vocab=256)
+    config = PruneConfig.of("tiny", keep=0.5, method=method, samples=8, seq_len=64)
+    planned = choosing_memory(from_config(model.config.to_dict()), config, 4)
+    space = UnitSpace.of(model)
+    blocks = torch.randint(3, 250, (8, 64))
+    measured = peak_bytes(lambda: score(model, space, blocks, Journal()))
+    assert measured == pytest.approx(planned - 4 * space.total_params, rel=1 / 6)
 
 
 @pytest.mark.parametrize("samples", [4, 64])

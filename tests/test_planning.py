@@ -196,10 +196,22 @@ def test_refit_is_planned_where_it_runs(tmp_path, option):
 def test_a_greedy_method_is_planned_where_it_chooses(tmp_path):
     spec = write_config(tmp_path, LLAMA_2_7B)
     greedy = plan(spec, method="greedy-head-similarity", samples=128, seq_len=128)
-    assert greedy.greedy_memory > 2 * 6_738_415_616 + 4 * 2 * 128 * 128 * 4096
-    assert "GB while choosing greedily" in str(greedy)
-    assert plan(spec).greedy_memory is None
-    assert "greedily" not in str(plan(spec))
+    assert greedy.choosing_memory > 2 * 6_738_415_616 + 4 * 2 * 128 * 128 * 4096
+    assert "GB while choosing" in str(greedy)
+    assert plan(spec).choosing_memory is None
+    assert "choosing" not in str(plan(spec))
+    fisher = plan(spec, method="fisher", scale_epochs=0)  # nothing learns, and the pass is there
+    assert fisher.choosing_memory > 2 * 6_738_415_616 and fisher.learning_tokens == 0
+
+
+@pytest.mark.parametrize("method", ["greedy-output-approximation", "taylor"])
+def test_a_gpu_too_small_to_choose_is_too_small(tmp_path, method):
+    spec = write_config(tmp_path, LLAMA_2_7B)
+    fits = [
+        plan(spec, method=own, gpus=1, gpu_memory=24).gpus.ways[0].fits
+        for own in ("learned", method)
+    ]
+    assert fits == [True, False]
 
 
 def test_the_demo_models_gguf_header():

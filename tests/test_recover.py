@@ -6,11 +6,12 @@ import copy
 import json
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, WORDS, save_tiny, tiny_model, tiny_tokenizer
+from families import FAMILIES, WORDS, save_tiny, tiny_mixture, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -229,9 +230,9 @@ def test_the_result_is_the_same_model_with_better_weights(tiny, pruned, result, 
 
 
 def test_a_run_that_stops_early_says_so_and_ends(tiny, pruned, other, tmp_path, call, monkeypatch):
-    looks = iter([5.0, 4.0, 4.5])
+    looks, ends = iter([5.0, 4.0, 4.5]), iter([5.0, 4.0])
     monkeypatch.setattr(distil, "distance", lambda *of: next(looks))
-    monkeypatch.setattr(recovering, "distance", lambda *of: 4.0)
+    monkeypatch.setattr(recovering, "distance", lambda *of: next(ends))
     options = dict(watch_every=1, patience=1)
     code, _, err = call(*command(pruned, tiny, other, tmp_path / "out", **options))
     assert code == 0 and "stopped at step 2 of 8: 1 looks" in err
@@ -291,6 +292,17 @@ def test_what_is_no_better_is_not_written(tiny, pruned, other, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_rounding_alone_is_no_gain(text, other, tmp_path):
+    """LoRA in bf16 at a rate of next to nothing, which leaves all weights as they are."""
+    dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    pruned = grasp.prune(dense, tmp_path / "pruned", keep=0.5, calibration=text, **PRUNING)
+    options = SMALL | dict(lora_rank=2, lr=1e-12, dtype="bf16")
+    with pytest.raises(GraspError, match="nothing is written: the loss on held-out") as refused:
+        grasp.recover(pruned.folder, tmp_path / "out", teacher=dense, calibration=other, **options)
+    before, after = re.findall(r"\d+\.\d{4}", str(refused.value))
+    assert before == after
+
+
 def test_tied_heads_and_bf16_stay(text, other, tmp_path):
     dense = save_tiny(tmp_path / "dense", "qwen2", tied=True, dtype=torch.bfloat16)
     pruned = grasp.prune(dense, tmp_path / "pruned", keep=0.5, calibration=text, **PRUNING)
@@ -347,6 +359,16 @@ def stop(*args):
 )
 def test_bad_options(refused, tiny, pruned, other, options, message):
     assert message in refused(*command(pruned, tiny, other, "new/out", **options))
+
+
+def test_adapters_need_a_linear_layer(refused, other, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    dense = folder / "dense"
+    tiny_mixture("olmoe").save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    pruned = grasp.prune(dense, folder / "half", keep=0.7, calibration=text, **PRUNING).folder
+    said = refused(*command(pruned, dense, other, "out", lora_rank=2))
+    assert said.startswith(f"--lora-rank finds no linear layer to adapt in {pruned}")
 
 
 def test_what_does_not_belong_together(refused, tiny, pruned, other, text, tmp_path_factory):
@@ -419,11 +441,14 @@ def test_the_plan_of_a_recovery():
     planned = plan_recovery(own, header, header)
     assert planned.tokens == 2 * 990 * 24 and planned.steps == 165
     params, learned = header.space.total_params, planned.learned
-    assert planned.operations == planned.tokens * 8 * params
+    looks = 3 + math.ceil(165 / own.watch_every)  # at the start, on the way, and at both ends
+    watched = looks * own.held_out * own.seq_len
+    assert planned.operations == (planned.tokens * 8 + watched * 2) * params
     assert planned.state_bytes == 16 * learned
     memory = planned.memory
     assert memory.total - memory.activations == 8 * params + 16 * learned
     low = plan_recovery(replace(own, memory="low"), header, header)
     assert low.memory.activations < planned.memory.activations
+    assert low.operations == planned.operations + 2 * params * planned.tokens
     assert planned.to_json()["memory"]["total"] == memory.total
     assert "165 steps" in str(planned)

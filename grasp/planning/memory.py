@@ -114,6 +114,25 @@ def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, rank
     return width * space.total_params + hidden + widest * (32 * widest + 24 * space.hidden_size)
 
 
+def choosing_memory(header: Header, config: PruneConfig, width: int) -> int | None:
+    """Estimate of the peak bytes while a one-shot method chooses, where that takes more than gates.
+
+    Taylor's gradients are those of all prunable weights, in fp32. Wanda++ has hidden states twice
+    in fp32, a layer in fp32, and gradients of it. None for the other methods.
+    """
+    space, hidden = header.space, header.space.hidden_size
+    if config.method.startswith("greedy-"):
+        return greedy_memory(header, config.samples, config.seq_len, width)
+    one = learning_memory(header, config.seq_len, config.seq_len, width, "fast", "unit").total
+    if config.method == "taylor":
+        return one + 4 * space.prunable_params
+    if config.method == "wanda++":
+        layer = hidden * max(layer.cost for layer in space.layers)
+        states = 8 * config.samples * config.seq_len * hidden
+        return width * space.total_params + states + (12 - width) * layer
+    return one if config.method == "fisher" else None
+
+
 def greedy_memory(header: Header, samples: int, seq_len: int, width: int) -> int:
     """Estimate of the peak bytes of the greedy methods on a GPU, in a dtype of `width` bytes.
 

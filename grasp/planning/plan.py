@@ -20,9 +20,9 @@ from grasp.planning.check import check
 from grasp.planning.memory import (
     MODES,
     Memory,
+    choosing_memory,
     compensation_memory,
     evaluation_memory,
-    greedy_memory,
     learning_memory,
 )
 from grasp.planning.ranks import Gpus, Spread, spread
@@ -78,7 +78,7 @@ class Plan:
     weight_bytes: Size
     kv_bytes_per_token: Size
     memory: Memory
-    greedy_memory: int | None  # estimated peak bytes of a greedy method, if it chooses
+    choosing_memory: int | None  # estimated peak bytes while a one-shot method chooses, if it does
     refit_memory: int | None  # the same of refit or block reconstruction, if one runs
     teacher_bytes: int | None  # of the dense model's hidden states, in the host's memory
     evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
@@ -98,7 +98,7 @@ class Plan:
     def __str__(self) -> str:
         budget, memory = self.budget, self.memory
         stages = {
-            "choosing greedily": self.greedy_memory,
+            "choosing": self.choosing_memory,
             "gates learn": memory.total if self.learning_tokens else None,
             "refitting": self.refit_memory,
             "evaluating": self.evaluation_memory,
@@ -199,11 +199,7 @@ def plan(
             space.kv_cache_bytes_per_token(width), _times(2 * width, kv_values)
         ),
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
-        greedy_memory=(
-            greedy_memory(header, config.samples, config.seq_len, width)
-            if config.method.startswith("greedy-")
-            else None
-        ),
+        choosing_memory=choosing_memory(header, config, width),
         refit_memory=compensation_memory(header, config, width),
         teacher_bytes=(
             width * config.samples * config.seq_len * space.hidden_size if config.distils else None

@@ -22,6 +22,7 @@ from grasp.planning.memory import (
     MODES,
     USABLE,
     Memory,
+    choosing_memory,
     compensation_memory,
     evaluation_memory,
     learning_memory,
@@ -67,6 +68,7 @@ class Way:
     memory: PlannedMemory
     learning: Memory
     gathered: int
+    choosing: int | None
     refit: int | None
     evaluation: int
     received: int
@@ -75,15 +77,16 @@ class Way:
 
     @property
     def peak(self) -> int:
-        return max(self.learning.total + self.gathered, self.refit or 0, self.evaluation)
+        learning = self.learning.total + self.gathered
+        return max(learning, self.choosing or 0, self.refit or 0, self.evaluation)
 
     def __str__(self) -> str:
         own = self.learning
         parts = {"weights": own.weights, "gathered": self.gathered}
         parts |= {"activations": own.activations, "workspace": own.workspace, "gates": own.gates}
         said = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items() if size)
-        stages = {"learning": own.total + self.gathered, "refit": self.refit}
-        stages["evaluation"] = self.evaluation
+        stages = {"choosing": self.choosing, "learning": own.total + self.gathered}
+        stages |= {"refit": self.refit, "evaluation": self.evaluation}
         peaks = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in stages.items() if size)
         network = f", {self.network / 1e9:,.2f} over the network" if self.network else ""
         return (
@@ -217,6 +220,9 @@ def _in_mode(
         weights=width * held,
         gates=memory.gates + gradients * gpus.all * (gpus.all > 1),
     )
+    choosing = choosing_memory(header, config, width)
+    if choosing is not None:
+        choosing -= width * (apart - gathered)
     refit = compensation_memory(header, config, width, ranks=gpus.all)
     if refit is not None:
         refit -= width * (apart - GATHERED * layer)
@@ -225,6 +231,7 @@ def _in_mode(
         mode,
         learning,
         width * gathered,
+        choosing,
         refit,
         evaluation_memory(header, window(config, header.longest))
         - header.stored_bytes * (apart - gathered),

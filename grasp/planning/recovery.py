@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,15 +79,19 @@ def plan_recovery(config: RecoverConfig, pruned: Header, teacher: Header) -> Rec
     """Plan the run of `config`; headers are those of its model and its teacher.
 
     Operations are counted as 6 per token and weight that learns, 4 per frozen weight under
-    adapters and 2 of the teacher's; attention's own are left out.
+    adapters and 2 of the teacher's, with those of recomputed layers and of looks at the held-out
+    blocks; attention's own are left out.
     """
     frozen, dense = active(pruned.space), active(teacher.space)
     learned = learned_values(pruned, config.lora_rank)
     tokens = config.epochs * (config.samples - config.held_out) * config.seq_len
     per_token = FORWARD * dense + PER_WEIGHT * (learned if config.lora_rank else frozen)
     per_token += FROZEN * frozen if config.lora_rank else 0
-    width = 4 if pick_dtype(config.dtype, config.device) == "fp32" else 2
     mode: MemoryMode = "fast" if config.memory == "auto" else config.memory
+    per_token += FORWARD * frozen // every if (every := RECOMPUTE_EVERY.get(mode)) else 0
+    looks = 3 + math.ceil(config.steps / config.watch_every)  # those at both ends included
+    watched = looks * config.held_out * config.seq_len
+    width = 4 if pick_dtype(config.dtype, config.device) == "fp32" else 2
     return RecoveryPlan(
         model=config.model,
         teacher=config.teacher,
@@ -95,7 +100,7 @@ def plan_recovery(config: RecoverConfig, pruned: Header, teacher: Header) -> Rec
         steps=config.steps,
         memory=recovery_memory(config, pruned, teacher, mode, width),
         state_bytes=4 * MASTER * learned,
-        operations=tokens * per_token,
+        operations=tokens * per_token + watched * FORWARD * frozen,
     )
 
 

@@ -61,6 +61,11 @@ def check_recovery(config: RecoverConfig, out: str | os.PathLike[str]) -> tuple[
             f"got {config.teacher}, which differs in hidden size, vocabulary or layers "
             f"({sizes[1]}, expected {sizes[0]})"
         )
+    if config.lora_rank and not any(n.ffn or n.kv_groups for n in pruned.space.layers):
+        raise GraspError(
+            f"`lora_rank` finds no linear layer to adapt in {config.model}, whose units are routed "
+            "experts: leave it out"
+        )
     if teacher.space.prunable_params <= pruned.space.prunable_params:
         raise GraspError(
             f"`teacher` must be the dense model that {config.model} was pruned from "

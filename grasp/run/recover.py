@@ -93,7 +93,8 @@ def _train(
     """Distil, and return to the stored dtype. Raises GraspError if the model is no better then.
 
     Weights that learn are fp32. The teacher has `config.dtype`; in bf16, a model under adapters
-    stays as stored.
+    stays as stored. Both losses that decide are of fp32 weights: another rounding of the same ones
+    would be a gain or a loss.
     """
     stored, working = model.dtype, torch_dtype(config.dtype)
     cast(teacher, working)
@@ -102,11 +103,13 @@ def _train(
     blocks = start.blocks(config)
     watched, rest = blocks[: config.held_out], blocks[config.held_out :]
     held_out = Batch(watched.to(model.device), last_hidden(teacher, watched))
+    with widened(model, torch.float32):
+        before = distance(model, held_out, config)
     with memory_mode(model, config), learnable(model, config) as learned:
         found = distil(model, teacher, learned, rest, held_out, config, run.stage("recover"))
     cast(model, stored)
     with widened(model, torch.float32):
-        found = replace(found, after=distance(model, held_out, config))
+        found = replace(found, before=before, after=distance(model, held_out, config))
     if not found.after < found.before:
         raise GraspError(
             f"nothing is written: the loss on held-out blocks is {found.before:.4f} for "

@@ -112,7 +112,7 @@ def by_wanda_plus_plus(
 
     steps = step_sizes(weights, lr)
     groups = [{"params": w, "lr": step} for w, step in zip(weights, steps, strict=True)]
-    optimizer = torch.optim.RMSprop(groups)
+    optimizer = torch.optim.RMSprop(groups, eps=1e-15)  # the default outweighs small gradients
     for _ in range(rounds):
         prune()
         for sample in torch.randperm(samples, generator=generator)[:drawn].split(1):
@@ -129,8 +129,9 @@ def by_wanda_plus_plus(
 def step_sizes(weights: list[Tensor], lr: float) -> list[float]:
     """How far a step moves each weight of a matrix [out, in]: lr * RMS(W) / sqrt(in).
 
-    So the output of the matrix moves by at most about `lr` of its size, whatever the scale and the
-    width of the model. The published rate, 3e-7 for every weight of a 7B, is an `lr` of 1e-3.
+    So the output of the matrix moves by about `lr` of its size, whatever the scale and the width of
+    the model; the first steps, before RMSprop knows the size of the gradients, are up to ten times
+    as large. The published rate, 3e-7 for every weight of a 7B, is an `lr` of 1e-3.
     """
     return [lr * float(w.detach().square().mean().sqrt()) / w.shape[1] ** 0.5 for w in weights]
 

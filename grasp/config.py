@@ -289,7 +289,7 @@ class RecoverConfig:
         None, "Train LoRA adapters of this rank, then merge them (default: all weights).", LEARNING
     )
     lm_weight: float = option(
-        0.0,
+        0.5,
         "Weight of the next-token loss; the rest is the KL divergence from the teacher's "
         "predictions.",
         LEARNING,

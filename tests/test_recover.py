@@ -32,7 +32,7 @@ from grasp.run import recover as recovering
 
 PRUNING = dict(samples=4, seq_len=32, epochs=1, scale_epochs=0, eval_windows=2, device="cpu")
 SMALL = dict(samples=100, held_out=4, seq_len=32, accumulate=12, watch_every=3, lr=1e-3)
-SMALL |= dict(eval_windows=2, device="cpu")
+SMALL |= dict(eval_windows=2, device="cpu", lm_weight=0.0)
 BLOCKS = torch.randint(256, (84, 24), generator=torch.Generator().manual_seed(0))
 WATCHED, REST = BLOCKS[:4], BLOCKS[4:]
 
@@ -407,7 +407,8 @@ def test_the_command_line(call, tiny, pruned, other, tmp_path, monkeypatch):
     assert code == 0 and "Recovered by distillation on" in said and "dense" in said
 
 
-def test_defaults_of_the_rate():
+def test_defaults():
+    assert RecoverConfig("m", "t", "text").lm_weight == 0.5
     assert replace(config(), lr=None).rate == RATE
     assert replace(config(), lr=None, lora_rank=8).rate == LORA_RATE
     assert config().to_json()["lr"] == 1e-3 and "memory" not in config().to_json()

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from grasp import criteria
 from grasp.budget.budget import Budget
@@ -19,6 +19,8 @@ from grasp.options import (
     LEARNING,
     MACHINE,
     Option,
+    check_choices,
+    check_least,
     option,
     options_of,
 )
@@ -128,8 +130,8 @@ class PruneConfig:
     trust_remote_code: bool = option(False, REMOTE_CODE, MACHINE)
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _check_least(
+        check_choices(self)
+        check_least(
             self,
             samples=1,
             seq_len=2,
@@ -252,8 +254,8 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         Pattern.parse(self.pattern)
-        _check_choices(self)
-        _check_least(self, samples=1, seq_len=2, rounds=0, eval_seq_len=2, eval_windows=1)
+        check_choices(self)
+        check_least(self, samples=1, seq_len=2, rounds=0, eval_seq_len=2, eval_windows=1)
         _check_draw(self.seed, self.lr)
         check_device(self.device)
 
@@ -316,8 +318,8 @@ class RecoverConfig:
         return cls(os.fspath(model), **_plain(options))
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _check_least(
+        check_choices(self)
+        check_least(
             self,
             samples=2,
             held_out=1,
@@ -392,20 +394,6 @@ def _check_published(options: dict[str, Any]) -> None:
             raise GraspError(
                 f"`as_published` sets `{name}` to {value!r}, got {given!r}: leave out one of them"
             )
-
-
-def _check_choices(config: Any) -> None:
-    for name, hint in get_type_hints(type(config)).items():
-        choices, value = get_args(hint), getattr(config, name)
-        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-            raise GraspError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_least(config: Any, **least: int) -> None:
-    for name, smallest in least.items():
-        value = getattr(config, name)
-        if value is not None and value < smallest:
-            raise GraspError(f"`{name}` must be at least {smallest}, got {value}")
 
 
 def _check_part(config: Any, *names: str) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+from grasp.errors import GraspError
 
 # Panels of the help, below the main options.
 LEARNING, EVALUATION, MACHINE = "Learning", "Evaluation", "Machine"
@@ -40,3 +42,19 @@ def options_of(kind: Any) -> dict[str, Option]:
         for own in fields(kind)
         if "option" in own.metadata
     }
+
+
+def check_choices(config: Any) -> None:
+    """Raise GraspError where a field of a dataclass is none of the words that its type lists."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices, value = get_args(hint), getattr(config, name)
+        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+            raise GraspError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_least(config: Any, **least: int) -> None:
+    """Raise GraspError where a field is below the least that is given for it, unless it is None."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise GraspError(f"`{name}` must be at least {smallest}, got {value}")

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from grasp.errors import GraspError
 from grasp.model.units import FFN_COST, LayerUnits, UnitSpace
-from grasp.options import Option, option, options_of
+from grasp.options import Option, check_choices, check_least, option, options_of
 
 Kind = Literal["keep", "params", "kv_cache"]
 Layout = Literal["auto", "per-layer", "uniform"]
@@ -82,16 +82,8 @@ class Budget:
     )
 
     def __post_init__(self) -> None:
-        for name in ("protect_first", "protect_last"):
-            if getattr(self, name) < 0:
-                raise GraspError(f"`{name}` must be at least 0, got {getattr(self, name)}")
-        if self.layout not in get_args(Layout):
-            choices = ", ".join(get_args(Layout))
-            raise GraspError(f"`layout` must be one of {choices}, got {self.layout!r}")
-        if self.units not in get_args(Units):
-            raise GraspError(
-                f"`units` must be one of {', '.join(get_args(Units))}, got {self.units!r}"
-            )
+        check_least(self, protect_first=0, protect_last=0)
+        check_choices(self)
         if self.kind == "kv_cache" and self.units in ("ffn", "both"):
             raise GraspError(
                 f"`kv_cache` is a budget of KV groups alone, got `units={self.units!r}`: leave out "

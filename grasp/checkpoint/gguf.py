@@ -146,7 +146,7 @@ def _check_gemma(config: Any, space: UnitSpace, architecture: str) -> None:
         kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
         computed["layer_types"] = [kinds[i % period] for i in range(len(space.layers))]
         # llama.cpp knows the largest models by their layers and divides by the remaining heads
-        heads = space.layers[0].kv_groups * space.layers[0].group_size
+        heads = space.layers[0].heads
         largest = len(space.layers) == LARGEST[architecture]
         scalar = space.hidden_size // heads if largest else space.layers[0].head_dim
         computed["query_pre_attn_scalar"] = scalar
@@ -179,9 +179,7 @@ def _rope(model: PreTrainedModel) -> dict[str, Any]:
 def _add_config(writer: gguf.GGUFWriter, model: PreTrainedModel, space: UnitSpace) -> str | None:
     """Add sizes and constants; return a note if the file supports less than the model."""
     config: Any = model.config
-    rows = [
-        (layer.kv_groups * layer.group_size, layer.kv_groups, layer.ffn) for layer in space.layers
-    ]
+    rows = [(layer.heads, layer.kv_groups, layer.ffn) for layer in space.layers]
     heads, kv_heads, ffn = map(list, zip(*rows, strict=True))
     if writer.arch == "deci":
         writer.add_head_count(heads)

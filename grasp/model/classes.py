@@ -205,7 +205,7 @@ def _expert_counts(config: Mapping[str, Any], space: UnitSpace) -> dict[str, int
 
 def _widths(layer: LayerUnits) -> dict[str, int]:
     """The widths of a layer's units, by their names in a config; of what it has."""
-    heads = (layer.kv_groups * layer.group_size, layer.kv_groups)
+    heads = (layer.heads, layer.kv_groups)
     names = (SHARED_WIDTH if layer.experts else WIDTHS[0], *WIDTHS[1:])
     widths = dict(zip(names, (layer.ffn, *heads), strict=True))
     return {name: width for name, width in widths.items() if width}

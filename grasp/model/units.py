@@ -52,6 +52,21 @@ class LayerUnits:
         return self.ffn + self.kv_groups + self.experts
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.group_size * self.kv_groups
+
+    @property
+    def queries(self) -> int:
+        """Values of the queries of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Values of the keys of a token, and of its values."""
+        return self.kv_groups * self.head_dim
+
+    @property
     def kv_cost(self) -> int:
         return (2 * self.group_size + 2) * self.head_dim
 
@@ -132,11 +147,10 @@ class UnitSpace:
     @property
     def widest(self) -> int:
         """Channels of the widest FFN, or of the widest attention if no FFN has units."""
-        queries = [n.kv_groups * n.group_size * n.head_dim for n in self.layers]
-        return max(layer.ffn for layer in self.layers) or max(queries)
+        return max(n.ffn for n in self.layers) or max(n.queries for n in self.layers)
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        keys = self.fixed_keys + sum(layer.kv_groups * layer.head_dim for layer in self.layers)
+        keys = self.fixed_keys + sum(layer.keys for layer in self.layers)
         return 2 * keys * bytes_per_value
 
     def segments(self) -> Iterator[tuple[int, slice, slice]]:

@@ -56,8 +56,7 @@ def learning_memory(
     """Estimate for a batch of `tokens`, in sequences of `seq_len` and a dtype of `width` bytes."""
     space, facts, saved, learned = header.space, header.facts, [], header.space.size
     for layer in space.layers:
-        keys = layer.kv_groups * layer.head_dim
-        queries = layer.group_size * keys
+        queries, keys = layer.queries, layer.keys
         ends, norms = 0, facts.norms
         if scales == "channel":
             ends, norms = 2 * (queries + keys) + 4 * space.hidden_size, facts.norms - 2
@@ -68,7 +67,7 @@ def learning_memory(
         visited = 2 * layer.experts_per_token
         own += width * visited * (4 * layer.expert_width + 3 * space.hidden_size)
         if facts.softcap:  # keys and values repeated; scores after tanh and softmax
-            own += 4 * width * queries + 8 * layer.group_size * layer.kv_groups * seq_len
+            own += 4 * width * queries + 8 * layer.heads * seq_len
         else:  # values are a view of a fused output, all of which is kept
             own += width * (2 + facts.fused_qkv) * (queries + keys)
         saved.append(own + width * ends + 4 * (queries + keys) * facts.qk_norm)
@@ -151,8 +150,7 @@ def blocks_memory(header: Header, seq_len: int, width: int) -> int:
     """
     space, learning = header.space, 0
     for layer in space.layers:
-        keys = layer.kv_groups * layer.head_dim
-        saved = width * (5 * layer.ffn + (3 * layer.group_size + 2) * keys)
+        saved = width * (5 * layer.ffn + 3 * layer.queries + 2 * layer.keys)
         saved += space.hidden_size * (header.facts.norms * (8 + width) + 12)
         learning = max(learning, (20 - width) * space.hidden_size * layer.cost + seq_len * saved)
     return max(_fit_memory(header, width), width * space.total_params + learning)

@@ -249,7 +249,7 @@ def obtained(space: UnitSpace, budget: Budget) -> tuple[Range, Range]:
     # cost of a KV group per head_dim; the same in all layers, except in foreign per-layer models
     attentions = [layer for layer in space.layers if layer.kv_groups]
     ratios = [2 * layer.group_size + 2 for layer in attentions] or [1]
-    keys = sum(layer.kv_groups * layer.head_dim for layer in attentions)
+    keys = sum(layer.keys for layer in attentions)
     spent = Range(max(budget.floor(space), limit - budget.step(space) + 1), limit)
     if budget.kind == "kv_cache":
         others = space.cost - kv

@@ -9,7 +9,7 @@ from typing import Any
 from grasp.config import RECOMPUTE_EVERY, MemoryMode, RecoverConfig
 from grasp.model.header import Header
 from grasp.model.load import pick_dtype
-from grasp.model.units import LayerUnits, UnitSpace
+from grasp.model.units import UnitSpace
 from grasp.planning.memory import LOGITS_AT_ONCE
 
 MASTER = 4  # bytes of a value that learns
@@ -137,7 +137,7 @@ def learned_values(header: Header, rank: int | None) -> int:
         return space.total_params - tables * header.vocab_size * hidden
     fused, ends = header.facts.fused_qkv, 0
     for layer in space.layers:  # inputs and outputs of all linear layers
-        queries, keys = _heads(layer)
+        queries, keys = layer.queries, layer.keys
         if queries:
             ends += (2 if fused else 4) * hidden + 2 * queries + 2 * keys
         if layer.ffn:
@@ -157,12 +157,12 @@ def saved_activations(config: RecoverConfig, header: Header, mode: MemoryMode, w
     tokens, hidden = config.batch_size * config.seq_len, space.hidden_size
     saved = []
     for layer in space.layers:
-        queries, keys = _heads(layer)
+        queries, keys = layer.queries, layer.keys
         own = width * (4 * layer.ffn + 3 * queries + 2 * keys)
         own += width * layer.experts_per_token * (4 * layer.expert_width + 3 * hidden)
         own += facts.norms * hidden * (in_norm + width) + facts.qk_norm * in_norm * (queries + keys)
         if facts.softcap:  # scores after tanh and softmax
-            own += 8 * layer.group_size * layer.kv_groups * config.seq_len
+            own += 8 * layer.heads * config.seq_len
         saved.append(own)
     most = max(saved)
     if every := RECOMPUTE_EVERY.get(mode):
@@ -170,9 +170,3 @@ def saved_activations(config: RecoverConfig, header: Header, mode: MemoryMode, w
     logits = min(2 * tokens * header.vocab_size, max(LOGITS_AT_ONCE, 2 * header.vocab_size))
     recomputed = tokens * most if mode != "fast" else 0
     return tokens * sum(saved) + max(recomputed, 8 * logits)
-
-
-def _heads(layer: LayerUnits) -> tuple[int, int]:
-    """Values per token of the queries and of the keys."""
-    keys = layer.kv_groups * layer.head_dim
-    return layer.group_size * keys, keys

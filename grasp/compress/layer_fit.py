@@ -143,9 +143,11 @@ class LayerFit:
 
         Where the layer does not add these as they are, the last of them instead.
         """
-        # the FFNs of some mixtures see one long sequence of tokens
-        found = hidden + sum(added) if self.adds_up else added[-1]
-        return found.view_as(hidden)
+        if not self.adds_up:
+            return added[-1].view_as(hidden)
+        for own in added:  # one after the other, as the layer rounds them
+            hidden = hidden + own.view_as(hidden)  # some mixtures' FFNs see one sequence of tokens
+        return hidden
 
     def keep(self, linear: nn.Linear, kept: Tensor) -> None:
         """Fit the columns `kept` (int64) of o_proj or down_proj in place; the others become 0.

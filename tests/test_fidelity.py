@@ -15,7 +15,15 @@ from grasp.budget.budget import Budget
 from grasp.budget.projection import Projection
 from grasp.compress.fold import fold_mask
 from grasp.errors import GraspError
-from grasp.gates.fidelity import check_cut, check_gates, check_layers, gated_outputs, tolerance
+from grasp.gates.fidelity import (
+    PARTS,
+    check_cut,
+    check_gates,
+    check_layers,
+    gated_passes,
+    tolerance,
+)
+from grasp.gates.gating import gated
 from grasp.journal import read_log
 from grasp.model.load import widened
 from grasp.model.units import UnitSpace
@@ -49,10 +57,10 @@ def test_layers_one_by_one_change_no_bit(family):
 def test_rounding_is_told_from_another_function(family, dtype):
     """All checks pass in each dtype with twice the tolerance to spare, and 1.1 is too much."""
     model = tiny_model(family, dtype=dtype)
-    limit = tolerance(model, 2 * model.config.num_hidden_layers) / 2
+    limit = tolerance(model, PARTS) / 2
     assert check_gates(model, "channel", "output", IDS) <= limit
     cut, mask = copy.deepcopy(model), half(model)
-    wanted = gated_outputs(cut, mask, IDS)
+    wanted = gated_passes(cut, mask, IDS)
     fold_mask(cut, mask)
     assert check_cut(cut, wanted, IDS) <= limit
     own = model.model.layers[0].mlp.forward
@@ -60,6 +68,27 @@ def test_rounding_is_told_from_another_function(family, dtype):
     refusal = pytest.raises(GraspError, match=r"model\.layers\.0\.mlp \(\w+MLP\) computes more")
     with nullcontext() if "gemma" in family else refusal:  # with GeGLU it runs as it is, gated
         check_gates(model, "channel", "output", IDS)
+
+
+def test_a_rounding_that_a_layer_blows_up_is_not_refused():
+    """As where it decides whether a massive activation arises, which all later layers read."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+
+    def blow_up(_, args):
+        return (args[0] + 4 * torch.frac(37 * args[0]), *args[1:])
+
+    model.model.layers[1].register_forward_pre_hook(blow_up)
+    cut, mask = copy.deepcopy(model), half(model)
+    with gated(cut, mask.space) as gates:
+        gates.set(mask.keep.float())
+        want = cut(IDS[:, :64]).logits
+    wanted = gated_passes(cut, mask, IDS)
+    fold_mask(cut, mask)
+    layers = model.config.num_hidden_layers
+    lost = (cut(IDS[:, :64]).logits - want).norm() / want.norm()
+    assert lost > tolerance(model, 2 * layers)
+    assert check_cut(cut, wanted, IDS) < tolerance(model, PARTS) / 2
+    assert check_gates(model, "channel", "output", IDS) < tolerance(model, PARTS) / 2
 
 
 def test_an_ffn_that_computes_more_is_refused_by_name(tiny, text, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
-from grasp.gates.fidelity import check_cut, gated_outputs
+from grasp.gates.fidelity import check_cut, gated_passes
 from grasp.model.classes import as_saved
 from grasp.model.experts import RoutedExperts, say_experts
 from grasp.model.modeling_grasp import say_channels, say_heads
@@ -41,10 +41,10 @@ def fold(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
 def check_fold(model: PreTrainedModel, mask: Mask, ids: Tensor) -> float:
     """Check that folding `mask` computes what its gates do, on copies of the layers that it cuts.
 
-    ids: int64 [1, seq_len]. Returns the relative error of the logits. Raises GraspError with the
-    first module that differs, or what the model's own code says.
+    ids: int64 [1, seq_len]. Returns the largest relative error. Raises GraspError with the first
+    module that differs, or what the model's own code says.
     """
-    want = gated_outputs(model, mask, ids)
+    want = gated_passes(model, mask, ids)
     layers: Any = model.get_decoder().layers
     whole = list(layers)
     try:

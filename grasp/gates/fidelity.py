@@ -7,7 +7,9 @@ model is compared with the model whose dropped units are gated off. GraspError n
 module that differs.
 
 On a CPU in fp32, gates and layers change no bit of the supported families. Elsewhere, and after a
-cut, sums run in another order and kernels round in other places: see `tolerance`.
+cut, sums run in another order and kernels round in other places: see `tolerance`. So gates and cuts
+are compared layer by layer, each on the same inputs: a model may turn one rounding into another
+massive activation, and with that into other outputs of all later layers.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +32,30 @@ from grasp.model.layerwise import first_hidden, layer_options, output_of, runner
 from grasp.model.units import UnitSpace, decoder_layers
 
 TOKENS = 64  # at most: enough to detect another function, and cheap for a large model
+PARTS = 4  # of a layer, that round one after the other
 SAFETY = 4  # refusing a good model is worse than accepting a few roundings more
-LOGITS = "logits"
 CUT_DIFFERS = "reads more than its units: cut, not gated off, they make it differ"
 
-Outputs = dict[str, Tensor]  # by module name, in the order of the pass; logits last
+T = TypeVar("T")
+Outputs = dict[str, Tensor]  # by module name, in the order of the pass; fp32 on the CPU
+
+
+class Passed(NamedTuple):
+    """The hidden states that entered a module, and what it gave, fp32 on the CPU."""
+
+    hidden: Tensor
+    output: Tensor
+
+
+Passes = dict[str, Passed]  # by module name, in the order of the pass
 
 
 def tolerance(model: PreTrainedModel, depth: int) -> float:
-    """The error that rounding explains after `depth` modules, relative to the norm of an output.
+    """The error that rounding explains after `depth` steps, relative to the norm of an output.
 
-    Each module rounds its output to the model's dtype, and its sums to fp32; a sum has as many
-    terms as the widest layer has inputs. Independent errors add up in squares. The tolerance is
-    `SAFETY` times that. Logits of SmolLM2-135M, 60 modules deep, differ on a CPU by up to 0.06
-    in bf16, 0.008 in fp16 and 1e-5 in fp32; the tolerances are 0.24, 0.03 and 1.5e-4.
+    Each rounds its output to the model's dtype, and its sums to fp32; a sum has as many terms as
+    the widest layer has inputs. Independent errors add up in squares. The tolerance is `SAFETY`
+    times that.
     """
     layers = decoder_layers(model)
     terms = [linear.weight.shape[1] for m in layers for linear in m.linears]
@@ -55,47 +66,41 @@ def tolerance(model: PreTrainedModel, depth: int) -> float:
 
 @torch.no_grad()
 def check_gates(model: PreTrainedModel, kind: ScaleKind, site: GateSite, ids: Tensor) -> float:
-    """Check that gates and scales of 1 leave a model unchanged.
+    """Check that gates and scales of 1 leave a model unchanged, layer by layer.
 
-    ids: int64 [1, seq_len], of which the first `TOKENS` are used. Returns the relative error of the
-    logits. Raises GraspError with the first module that differs by more than its `tolerance`.
+    ids: int64 [1, seq_len], of which the first `TOKENS` are used. Returns the largest relative
+    error of an output. Raises GraspError with the first module that differs by more than its
+    `tolerance`.
     """
-    ids, modules = _short(model, ids), _gated_modules(model)
-    want = _outputs(model, modules, lambda: model(input_ids=ids, use_cache=False))
+    ids = _short(model, ids)
+    want = _passed(model, lambda: model(input_ids=ids, use_cache=False))
 
     def run() -> Any:
         with scaled(model, UnitSpace.of(model), kind, site):  # with the mask of training
             return model(input_ids=ids, attention_mask=unpadded(ids), use_cache=False)
 
-    got = _tried(model, lambda: _outputs(model, modules, run), "gated")
-    return _compare(
-        model, want, got, "computes more than grasp knows of: with every gate at 1 it differs"
-    )
+    what = "computes more than grasp knows of: with every gate at 1 it differs"
+    return _compare(model, want, run, "gated", what)
 
 
 @torch.no_grad()
-def gated_outputs(model: PreTrainedModel, mask: Mask, ids: Tensor) -> Outputs:
-    """Outputs of the model with its dropped units gated off, for `check_cut` to compare with."""
-    ids, modules = _short(model, ids), _gated_modules(model)
+def gated_passes(model: PreTrainedModel, mask: Mask, ids: Tensor) -> Passes:
+    """What passes through the model with its dropped units gated off, for `check_cut`."""
+    ids = _short(model, ids)
     with gated(model, mask.space) as gates:
         gates.set(mask.keep.to(model.device, torch.float32))
-        return _outputs(model, modules, lambda: model(input_ids=ids, use_cache=False))
+        return _passed(model, lambda: model(input_ids=ids, use_cache=False))
 
 
 @torch.no_grad()
-def check_cut(model: PreTrainedModel, want: Outputs, ids: Tensor) -> float:
+def check_cut(model: PreTrainedModel, want: Passes, ids: Tensor) -> float:
     """Check that a cut model computes the same as with its dropped units gated off.
 
-    `want`: the `gated_outputs` before the cut, for the same ids. Returns and raises as
+    `want`: the `gated_passes` before the cut, for the same ids. Returns and raises as
     `check_gates`.
     """
-    ids, modules = _short(model, ids), _gated_modules(model)
-
-    def run() -> Any:
-        return model(input_ids=ids, use_cache=False)
-
-    got = _tried(model, lambda: _outputs(model, modules, run), "cut")
-    return _compare(model, want, got, CUT_DIFFERS)
+    ids = _short(model, ids)
+    return _compare(model, want, lambda: model(input_ids=ids, use_cache=False), "cut", CUT_DIFFERS)
 
 
 @torch.no_grad()
@@ -105,7 +110,7 @@ def check_cut_layer(model: PreTrainedModel, index: int, want: Tensor, got: Tenso
     Raises as `check_gates`.
     """
     (name,) = _named(model, [model.get_decoder().layers[index]]).values()
-    _compare(model, {name: want.float().cpu()}, {name: got.float().cpu()}, CUT_DIFFERS)
+    _check(model, name, PARTS, want.float().cpu(), got.float().cpu(), CUT_DIFFERS)
 
 
 @torch.no_grad()
@@ -118,8 +123,7 @@ def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str, fix: str =
     """
     ids, layers = _short(model, ids), list(model.get_decoder().layers)
     modules = _named(model, layers)
-    want = _outputs(model, modules, lambda: model(input_ids=ids, use_cache=False))
-    del want[LOGITS]
+    want = _passed(model, lambda: model(input_ids=ids, use_cache=False))
 
     def one_by_one() -> Outputs:
         hidden, given = first_hidden(model, ids), {}
@@ -130,8 +134,13 @@ def check_layers(model: PreTrainedModel, ids: Tensor, needed_by: str, fix: str =
 
     how = f"layer by layer, as {needed_by} runs it"
     try:
-        got = _tried(model, one_by_one, how)
-        return _compare(model, want, got, f"needs more than what enters it: {how}, it differs")
+        got, what = _tried(model, one_by_one, how), "needs more than what enters it"
+        error = 0.0
+        for depth, (name, found) in enumerate(got.items(), 1):
+            error = _check(
+                model, name, depth, want[name].output, found, f"{what}: {how}, it differs"
+            )
+        return error
     except GraspError as error:
         raise GraspError(f"{error}{fix}") from error
 
@@ -141,11 +150,12 @@ def _short(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _gated_modules(model: PreTrainedModel) -> dict[nn.Module, str]:
-    """Attentions, FFNs and mixtures, in the order that they run."""
+    """Attentions, FFNs and mixtures, in the order that they run, and each layer after its own."""
     found: list[nn.Module] = []
-    for m in decoder_layers(model):
+    for layer, m in zip(model.get_decoder().layers, decoder_layers(model), strict=True):
         found += [part.module for part in reversed(m.parts)]
         found += [m.routed.block] if m.routed else []
+        found += [layer]
     return _named(model, found)
 
 
@@ -154,23 +164,36 @@ def _named(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Modu
     return {module: names[module] for module in modules}
 
 
-def _outputs(
-    model: PreTrainedModel, modules: dict[nn.Module, str], run: Callable[[], Any]
-) -> Outputs:
-    """The outputs of `modules` while `run` runs the model, and its logits: fp32 on the CPU."""
-    seen: Outputs = {}
+def _passed(model: PreTrainedModel, run: Callable[[], Any], like: Passes | None = None) -> Passes:
+    """What passes through attentions, FFNs, mixtures and layers while `run` runs the model.
 
-    def see(_: nn.Module, args: Any, output: Any, name: str) -> None:
-        seen[name] = output_of(output).float().cpu()
+    With `like`, the hidden states in it enter each layer, whatever the layers before it gave.
+    """
+    modules, layers = _gated_modules(model), set(model.get_decoder().layers)
+    entered: dict[str, Tensor] = {}
+    found: Passes = {}
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        name = modules[module]
+        own = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        entered[name] = hidden = like[name].hidden if like and module in layers else own
+        args = tuple(hidden if x is own else x for x in args)
+        return args, {key: hidden if x is own else x for key, x in kwargs.items()}
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        name = modules[module]
+        found[name] = Passed(entered[name], output_of(output).float().cpu())
 
     with ExitStack() as hooks:
-        for module, name in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(see, name=name)))
-        seen[LOGITS] = run().logits.float().cpu()
-    return seen
+        for module in modules:  # before the hooks of others, which may change what enters
+            own = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+            hooks.enter_context(own)
+            hooks.enter_context(module.register_forward_hook(leave))
+        run()
+    return {name: found[name] for name in modules.values() if name in found}
 
 
-def _tried(model: PreTrainedModel, run: Callable[[], Outputs], how: str) -> Outputs:
+def _tried(model: PreTrainedModel, run: Callable[[], T], how: str) -> T:
     """Call `run`, and raise GraspError if the model's own code fails."""
     try:
         return run()
@@ -182,22 +205,35 @@ def _tried(model: PreTrainedModel, run: Callable[[], Outputs], how: str) -> Outp
         ) from error
 
 
-def _compare(model: PreTrainedModel, want: Outputs, got: Outputs, what: str) -> float:
-    """The relative error of the last output. Raises GraspError with the first above tolerance."""
-    error = 0.0
-    for depth, name in enumerate(want, 1):
-        if not want[name].isfinite().all():
-            dtype = str(model.dtype).removeprefix("torch.")
-            fix = "the weights are damaged: download them again"
-            fix = fix if model.dtype == torch.float32 else "use `dtype='fp32'`"
-            raise GraspError(f"the model's own {name} values are not finite in {dtype}: {fix}")
-        error, limit = _error(want[name], got[name]), tolerance(model, depth)
-        if not error <= limit:
-            kind = "" if name == LOGITS else f" ({type(model.get_submodule(name)).__name__})"
-            raise GraspError(
-                f"{type(model).__name__} is not supported: {name}{kind} {what} by {error:.1e} "
-                f"(rounding explains {limit:.1e})"
-            )
+def _compare(
+    model: PreTrainedModel, want: Passes, run: Callable[[], Any], how: str, what: str
+) -> float:
+    """The largest error of a pass in which each layer gets what it got before. Raises GraspError.
+
+    `how` and `what` say, in the error, how `run` runs the model and what a module does.
+    """
+    got = _tried(model, lambda: _passed(model, run, want), how)
+    return max(
+        _check(model, name, PARTS, own.output, got[name].output, what) for name, own in want.items()
+    )
+
+
+def _check(
+    model: PreTrainedModel, name: str, depth: int, want: Tensor, got: Tensor, what: str
+) -> float:
+    """The relative error of an output. Raises GraspError if it is above `tolerance`."""
+    if not want.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        fix = "the weights are damaged: download them again"
+        fix = fix if model.dtype == torch.float32 else "use `dtype='fp32'`"
+        raise GraspError(f"the model's own {name} values are not finite in {dtype}: {fix}")
+    error, limit = _error(want, got), tolerance(model, depth)
+    if not error <= limit:
+        kind = type(model.get_submodule(name)).__name__
+        raise GraspError(
+            f"{type(model).__name__} is not supported: {name} ({kind}) {what} by {error:.1e} "
+            f"(rounding explains {limit:.1e})"
+        )
     return error
 
 

@@ -41,7 +41,7 @@ from grasp.gates.fidelity import (
     check_cut,
     check_gates,
     check_layers,
-    gated_outputs,
+    gated_passes,
 )
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
@@ -416,7 +416,7 @@ def apply_mask(
         reconstruct(model, mask, blocks, config.seed, run.stage("blocks"))
         edits.append(Cut(mask))
     else:
-        gated = gated_outputs(model, mask, blocks)
+        gated = gated_passes(model, mask, blocks)
         edit(Cut(mask))
         run.log(event="fidelity", cut=check_cut(model, gated, blocks))
     for found in compensation:

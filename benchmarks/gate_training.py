@@ -158,6 +158,8 @@ class Profiled(Journal):
         # without the ops, which count the time of their kernels once more
         kernels = [e for e in self.profile.key_averages() if e.device_type == DeviceType.CUDA]
         kernels.sort(key=lambda e: e.self_device_time_total, reverse=True)
+        if not kernels:
+            return f"{self.steps} steps, and the profiler has recorded no kernel\n"
         lines = [f"{self.steps} steps", "  ms in all   calls  kernel"]
         lines += [
             f"{e.self_device_time_total / 1e3:11.3f} {e.count:7d}  {e.key}" for e in kernels[:20]

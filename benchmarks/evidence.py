@@ -39,7 +39,7 @@ def tiles() -> dict[str, str]:
     """Whose launch configurations the kernels take on this GPU: its own, or its chip's."""
     if not torch.cuda.is_available():
         return {}
-    own = launch.CONFIGS / f"{launch.slug(torch.cuda.get_device_name())}.json"
+    own = launch.measured(torch.cuda.get_device_name())
     return {"tiles": "own" if own.exists() else "chip"}
 
 

@@ -525,7 +525,7 @@ def main() -> int:
     parser.add_argument("--install", type=Path, help="take what such a file holds for this GPU")
     options = parser.parse_args()
     if options.install:
-        own = launch.CONFIGS / f"{launch.slug(torch.cuda.get_device_name())}.json"
+        own = launch.measured(torch.cuda.get_device_name())
         launch.write(launch.read(options.install), own)
         return 0
     if options.small and options.out is None:
@@ -538,7 +538,7 @@ def main() -> int:
         major, minor = torch.cuda.get_device_capability()
         chip, device = 10 * major + minor, torch.cuda.get_device_name()
     if options.out is None:
-        options.out = launch.CONFIGS / f"{launch.slug(device)}.json"
+        options.out = launch.measured(device)
     return 1 if run(options, chip, device) else 0
 
 

@@ -3,6 +3,7 @@
 from textwrap import shorten
 
 REASON = 1000  # characters: some list every model that they know
+NEW_START = "other options need a new start: remove the .run folder"
 DISTRIBUTION = "graspprune"  # what pip calls this; `grasp` is somebody else's
 
 

@@ -16,7 +16,8 @@ from grasp.budget.projection import Projection
 from grasp.compress.fold import fold_mask
 from grasp.errors import GraspError
 from grasp.gates.fidelity import (
-    PARTS,
+    CUT,
+    GATED,
     check_cut,
     check_gates,
     check_layers,
@@ -57,12 +58,11 @@ def test_layers_one_by_one_change_no_bit(family):
 def test_rounding_is_told_from_another_function(family, dtype):
     """All checks pass in each dtype with twice the tolerance to spare, and 1.1 is too much."""
     model = tiny_model(family, dtype=dtype)
-    limit = tolerance(model, PARTS) / 2
-    assert check_gates(model, "channel", "output", IDS) <= limit
+    assert check_gates(model, "channel", "output", IDS) <= tolerance(model, GATED) / 2
     cut, mask = copy.deepcopy(model), half(model)
     wanted = gated_passes(cut, mask, IDS)
     fold_mask(cut, mask)
-    assert check_cut(cut, wanted, IDS) <= limit
+    assert check_cut(cut, wanted, IDS) <= tolerance(model, CUT) / 2
     own = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda x: 1.1 * own(x)
     refusal = pytest.raises(GraspError, match=r"model\.layers\.0\.mlp \(\w+MLP\) computes more")
@@ -87,8 +87,8 @@ def test_a_rounding_that_a_layer_blows_up_is_not_refused():
     layers = model.config.num_hidden_layers
     lost = (cut(IDS[:, :64]).logits - want).norm() / want.norm()
     assert lost > tolerance(model, 2 * layers)
-    assert check_cut(cut, wanted, IDS) < tolerance(model, PARTS) / 2
-    assert check_gates(model, "channel", "output", IDS) < tolerance(model, PARTS) / 2
+    assert check_cut(cut, wanted, IDS) < tolerance(model, CUT) / 2
+    assert check_gates(model, "channel", "output", IDS) < tolerance(model, GATED) / 2
 
 
 def test_an_ffn_that_computes_more_is_refused_by_name(tiny, text, tmp_path, monkeypatch):

@@ -183,14 +183,15 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (file, name, tensor) of all that the index names, or of all in the single file."""
     from safetensors import safe_open
 
-    named: dict[str, list[str]] = {}  # by file
+    named: dict[str, list[str]] = {SINGLE: []}  # by file; none are all
     if (folder / INDEX).is_file():
+        named = {}
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         for name, file in weight_map.items():
             named.setdefault(file, []).append(name)
-    for file in sorted(named) or [SINGLE]:
+    for file in sorted(named):
         with safe_open(folder / file, framework="pt") as tensors:
-            for name in named.get(file) or tensors.keys():
+            for name in named[file] or tensors.keys():
                 yield file, name, tensors.get_tensor(name)
 
 

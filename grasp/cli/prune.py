@@ -104,7 +104,7 @@ def compare_command(
     from grasp.run.ready import ready
 
     check_tasks(tasks, tasks_data, limit)
-    options |= {"seeds": seeds}
+    options["seeds"] = seeds
     shared = {name: value for name, value in options.items() if name in OPTIONS}
     ready(model, out, **{"keep": KEEP} | COMPARED_WIDTHS | shared)  # before torch is imported
     from grasp.report.comparison import explained, perplexity_table

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grasp.compress.lora import adapted
 from grasp.config import RecoverConfig
-from grasp.errors import GraspError
+from grasp.errors import NEW_START, GraspError
 from grasp.gates.objective import Batch, loss
 from grasp.gates.training import epoch_order
 from grasp.journal import Journal
@@ -100,8 +100,7 @@ def distil(
         course.step += 1
         if not math.isfinite(value):
             raise GraspError(
-                f"the loss is {value} at step {course.step}: try a smaller `lr`; other options "
-                "need a new start: remove the .run folder"
+                f"the loss is {value} at step {course.step}: try a smaller `lr`; {NEW_START}"
             )
         course.tokens += chosen.numel() * blocks.shape[1]
         if course.step % config.watch_every == 0 or course.step == steps:

@@ -32,7 +32,8 @@ from grasp.model.layerwise import first_hidden, layer_options, output_of, runner
 from grasp.model.units import UnitSpace, decoder_layers
 
 TOKENS = 64  # at most: enough to detect another function, and cheap for a large model
-PARTS = 4  # of a layer, that round one after the other
+GATED = 4  # roundings in a row: a norm that applies scales rounds elsewhere, as all after it do
+CUT = 1
 SAFETY = 4  # refusing a good model is worse than accepting a few roundings more
 CUT_DIFFERS = "reads more than its units: cut, not gated off, they make it differ"
 
@@ -80,7 +81,7 @@ def check_gates(model: PreTrainedModel, kind: ScaleKind, site: GateSite, ids: Te
             return model(input_ids=ids, attention_mask=unpadded(ids), use_cache=False)
 
     what = "computes more than grasp knows of: with every gate at 1 it differs"
-    return _compare(model, want, run, "gated", what)
+    return _compare(model, want, run, GATED, "gated", what)
 
 
 @torch.no_grad()
@@ -100,7 +101,11 @@ def check_cut(model: PreTrainedModel, want: Passes, ids: Tensor) -> float:
     `check_gates`.
     """
     ids = _short(model, ids)
-    return _compare(model, want, lambda: model(input_ids=ids, use_cache=False), "cut", CUT_DIFFERS)
+
+    def run() -> Any:
+        return model(input_ids=ids, use_cache=False)
+
+    return _compare(model, want, run, CUT, "cut", CUT_DIFFERS)
 
 
 @torch.no_grad()
@@ -110,7 +115,7 @@ def check_cut_layer(model: PreTrainedModel, index: int, want: Tensor, got: Tenso
     Raises as `check_gates`.
     """
     (name,) = _named(model, [model.get_decoder().layers[index]]).values()
-    _check(model, name, PARTS, want.float().cpu(), got.float().cpu(), CUT_DIFFERS)
+    _check(model, name, CUT, want.float().cpu(), got.float().cpu(), CUT_DIFFERS)
 
 
 @torch.no_grad()
@@ -206,15 +211,16 @@ def _tried(model: PreTrainedModel, run: Callable[[], T], how: str) -> T:
 
 
 def _compare(
-    model: PreTrainedModel, want: Passes, run: Callable[[], Any], how: str, what: str
+    model: PreTrainedModel, want: Passes, run: Callable[[], Any], depth: int, how: str, what: str
 ) -> float:
     """The largest error of a pass in which each layer gets what it got before. Raises GraspError.
 
-    `how` and `what` say, in the error, how `run` runs the model and what a module does.
+    `depth` is that of `tolerance`; `how` and `what` say, in the error, how `run` runs the model and
+    what a module does.
     """
     got = _tried(model, lambda: _passed(model, run, want), how)
     return max(
-        _check(model, name, PARTS, own.output, got[name].output, what) for name, own in want.items()
+        _check(model, name, depth, own.output, got[name].output, what) for name, own in want.items()
     )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grasp import distributed
 from grasp.config import PruneConfig, Schedule
-from grasp.errors import GraspError, reason
+from grasp.errors import NEW_START, GraspError, reason
 from grasp.gates.compiled import compiled
 from grasp.gates.objective import Batch, loss
 from grasp.journal import Journal
@@ -266,8 +266,7 @@ def finite_mean(losses: list[Tensor], step: int) -> float:
         if not math.isfinite(value):
             raise GraspError(
                 f"the loss is {value} at step {step - back}: try a smaller `lr` or `dtype='fp32'`, "
-                "and check that the dense model's own loss is finite; other options need a new "
-                "start: remove the .run folder"
+                f"and check that the dense model's own loss is finite; {NEW_START}"
             )
     return sum(values) / len(values)
 

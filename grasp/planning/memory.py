@@ -116,8 +116,9 @@ def refit_memory(header: Header, samples: int, seq_len: int, width: int, *, rank
 def choosing_memory(header: Header, config: PruneConfig, width: int) -> int | None:
     """Estimate of the peak bytes while a one-shot method chooses, where that takes more than gates.
 
-    Taylor's gradients are those of all prunable weights, in fp32. Wanda++ has hidden states twice
-    in fp32, a layer in fp32, and gradients of it. None for the other methods.
+    Fisher's backward pass is that of gates alone. Taylor's gradients are those of all prunable
+    weights, in fp32. Wanda++ has hidden states twice in fp32, a layer in fp32, and gradients of it.
+    None for the other methods.
     """
     space, hidden = header.space, header.space.hidden_size
     if config.method.startswith("greedy-"):

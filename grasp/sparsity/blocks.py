@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.pattern import Pattern
-from grasp.errors import GraspError
+from grasp.errors import NEW_START, GraspError
 from grasp.journal import Journal
 from grasp.model.layerwise import first_hidden, fp32_options, layer_options, runner
 from grasp.model.load import widened
@@ -144,8 +144,7 @@ def sparse_layers(
             if not math.isfinite(error):
                 raise GraspError(
                     f"activations are not finite in decoder block {index}: check that the dense "
-                    "model's own loss is finite, and use a smaller `lr`; other options need a new "
-                    "start: remove the .run folder"
+                    f"model's own loss is finite, and use a smaller `lr`; {NEW_START}"
                 )
             done = {"error": torch.tensor(error, dtype=torch.float64)}
             done |= {name: linear.weight for name, linear in linears.items()}

@@ -49,9 +49,8 @@ def table(device: torch.device) -> Table:
             f"{name} has compute capability {major}.{minor}, expected 8.0 or newer: "
             "move the tensors to the CPU for the reference path"
         )
-    measured = CONFIGS / f"{slug(name)}.json"
-    if measured.exists():
-        return {**of_chip(10 * major + minor), **read(measured)}
+    if measured(name).exists():
+        return {**of_chip(10 * major + minor), **read(measured(name))}
     logging.getLogger(__name__).debug(
         "nothing was measured on %s: kernels take the launch configurations of sm_%d, until "
         "`python -m benchmarks.tune` finds better ones",
@@ -71,6 +70,11 @@ def _nearest(chip: int) -> int:
 
 def chips() -> list[int]:
     return sorted(int(file.stem.removeprefix("sm_")) for file in CONFIGS.glob("sm_*.json"))
+
+
+def measured(device_name: str) -> Path:
+    """Return the file of a GPU's own configurations, which need not exist."""
+    return CONFIGS / f"{slug(device_name)}.json"
 
 
 def slug(device_name: str) -> str:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the same names for type checkers; test_house holds them tog
     from grasp.run.stages import calibrate as calibrate
     from grasp.run.stages import learn as learn
     from grasp.run.stages import perplexity as perplexity
+    from grasp.run.stages import reconstruct as reconstruct
     from grasp.run.stages import refit as refit
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _HOMES = {
     "perplexity": "grasp.run.stages",
     "project": "grasp.budget.projection",
     "Record": "grasp.checkpoint.record",
+    "reconstruct": "grasp.run.stages",
     "refit": "grasp.run.stages",
     "save": "grasp.checkpoint.save",
     "units": "grasp.model.units",

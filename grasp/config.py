@@ -39,6 +39,8 @@ SparseMethod = Literal["wanda++", "wanda", "sparsegpt", "magnitude"]
 
 RECOMPUTE_EVERY = {"low": 1, "balanced": 2}  # every n-th layer, the first included
 TOKENS_PER_CHANNEL = 16  # of the widest FFN, that refit sees; its matrices change little with more
+BLOCK_ROUNDS = 3  # of block reconstruction over its text, at most
+ENOUGH_TOKENS = 200_000  # in all its rounds
 PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults are others
     "method": "learned",
     "init_scores": "equal",
@@ -51,6 +53,7 @@ PUBLISHED = {  # the choices of the paper (arXiv 2604.19398) where our defaults 
     "scale_decay": 0.0,
 }
 PUBLISHED_WIDTHS = {"ffn_multiple": 1}
+HELD_OUT = 8  # every so many-th block is held out of fits, and chooses their ridge
 FITTING_SAMPLES = 3  # the least that criteria which fit weights can divide
 RATE, LORA_RATE = 1e-4, 1e-3  # of recovery
 KEEP = (0.8, 0.5, 0.4)  # what `compare` measures unless it is told
@@ -109,9 +112,9 @@ class PruneConfig:
     gate_site: GateSite = option("output", "Where attention gates sit.", ABLATION)
     compensate: Compensation = option(
         "auto",
-        "What makes up for the dropped units: refit (least squares on the kept ones), blocks "
-        "(each layer's weights learn to give the dense hidden states), bias (FLAP's), none, or "
-        "auto (refit, but none where the method updates weights).",
+        "What makes up for the dropped units: blocks (each layer's weights learn to give the dense "
+        "hidden states), refit (least squares on the kept ones), bias (FLAP's), none, or auto "
+        "(blocks, but none where the method updates weights).",
         metavar="HOW",
     )
     scales: ScaleKind = option(
@@ -197,8 +200,16 @@ class PruneConfig:
     def compensation(self) -> Literal["refit", "blocks", "bias", "none"]:
         """`compensate` with "auto" resolved."""
         if self.compensate == "auto":
-            return "none" if criteria.get(self.method).updates_weights else "refit"
+            return "none" if criteria.get(self.method).updates_weights else "blocks"
         return self.compensate
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that each layer learns from in block reconstruction, in all rounds; 0 without."""
+        if self.compensation != "blocks":
+            return 0
+        tokens = self.seq_len * (self.samples - self.samples // min(HELD_OUT, self.samples))
+        return tokens * block_rounds(tokens)
 
     def as_published(self) -> PruneConfig:
         """With the paper's choices where our defaults are others; ties and floors stay ours."""
@@ -360,6 +371,11 @@ class RecoverConfig:
 
 
 RunConfig = PruneConfig | SparsifyConfig | RecoverConfig
+
+
+def block_rounds(tokens: int) -> int:
+    """Rounds of block reconstruction over a text of so many tokens: the more the fewer."""
+    return min(BLOCK_ROUNDS, max(1, round(ENOUGH_TOKENS / tokens)))
 
 
 def window(config: RunConfig, longest: int | None) -> int:

@@ -102,7 +102,7 @@ def damaged(tiny, folder, value):
             ["--samples=2", "--method=greedy-output-approximation"],
             "--samples must be at least 3 with greedy-output-approximation",
         ),
-        (["--samples=1", "--compensate=blocks"], "--samples must be at least 2 with --compensate"),
+        (["--samples=1"], "--samples must be at least 2 with --compensate"),
         (
             ["--as-published", "--init-scores=fisher"],
             "--as-published sets --init-scores to 'equal', got 'fisher'",
@@ -323,7 +323,7 @@ def test_an_error_of_ours_is_not_hidden(call, tiny, text, tmp_path, monkeypatch)
     def broken(*_args, **_kwargs):
         raise RuntimeError("a shape does not fit")
 
-    monkeypatch.setattr(pipeline, "refit", broken)
+    monkeypatch.setattr(pipeline, "reconstruct", broken)
     options = [f"--out={tmp_path / 'out'}", f"--calibration={text}", *AT_ONCE]
     monkeypatch.setattr(sys, "argv", ["grasp", "prune", str(tiny), *options])
     with pytest.raises(RuntimeError, match="a shape does not fit"):
@@ -437,7 +437,7 @@ def test_prune(call, tiny, text, tmp_path):
     assert "Perplexity: words.txt, held-out blocks, 2 windows of 32 tokens" in said
     # where stderr is no terminal, a line for each stage
     stages = [line.partition(":")[0] for line in err.splitlines()]
-    own = ["evaluate dense", "fisher", "learn", "refit", "calibrate", "evaluate pruned"]
+    own = ["evaluate dense", "fisher", "learn", "blocks", "calibrate", "evaluate pruned"]
     assert stages == own
 
 

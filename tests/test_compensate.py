@@ -87,7 +87,7 @@ def test_a_layout_without_a_class_for_them_is_refused_at_once(refused, tiny, tex
 def test_what_auto_stands_for():
     """An explicit choice is never overridden; recipes name what was done."""
     updating, budget = "greedy-output-approximation", Budget.of()
-    assert PruneConfig("m", budget).to_json()["compensate"] == "refit"
+    assert PruneConfig("m", budget).to_json()["compensate"] == "blocks"
     assert PruneConfig("m", budget, compensate="bias").to_json()["compensate"] == "bias"
     for choice in ({}, {"compensate": "none"}):
         recipe = PruneConfig("m", budget, method=updating, **choice).to_json()

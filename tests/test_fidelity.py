@@ -150,7 +150,7 @@ def test_layers_that_need_more_than_their_input_are_refused(tiny, text, tmp_path
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", decoder)
     monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", Layer)
     out, found = tmp_path / "out", r"model\.layers\.1 \(Layer\) needs more than what enters it"
-    with pytest.raises(GraspError, match=f"{found}: .* `compensate='refit'`"):
+    with pytest.raises(GraspError, match=f"{found}: .* `compensate='blocks'`"):
         grasp.prune(tiny, out, calibration=text, **SMALL)
     scored = dict(method="wanda++", compensate="none", scale_epochs=0)
     with pytest.raises(GraspError, match=rf"{found}: .* `method='wanda\+\+'`"):
@@ -186,7 +186,8 @@ def test_non_finite_outputs_are_said():
 
 def test_what_was_checked_is_logged_and_tried_in_the_dtype_of_the_work(text, tmp_path):
     model = save_tiny(tmp_path / "model", dtype=torch.bfloat16)
-    out = grasp.prune(model, tmp_path / "out", calibration=text, ffn_multiple=8, **SMALL).folder
+    options = dict(SMALL, calibration=text, ffn_multiple=8, compensate="refit")
+    out = grasp.prune(model, tmp_path / "out", **options).folder
     before, cut = (r for r in read_log(out / "log.jsonl") if r.get("event") == "fidelity")
     assert before["gates"] == before["layers"] == 0  # fp32: bf16 would round
     assert cut["cut"] < 1e-5

@@ -32,9 +32,7 @@ def test_large_models_are_as_large_as_their_makers_say(model):
 
 def test_block_reconstruction_counts_where_a_model_must_fit():
     (way,) = over("llama-2-7b", 1, compensate="blocks").ways
-    assert way.refit > 1.2 * way.learning.weights and way.peak >= way.refit
-    with pytest.raises(GraspError, match="runs on one rank: plan it without `gpus`"):
-        plan(str(CONFIGS / "llama-2-7b.json"), compensate="blocks", gpus=8, gpu_memory=80)
+    assert way.compensation > 1.2 * way.learning.weights and way.peak >= way.compensation
 
 
 def test_parts_of_the_weights_add_up():

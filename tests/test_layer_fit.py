@@ -31,7 +31,7 @@ BLOCKS = random_blocks(16, 64)
 def fit_only(model, mask, monkeypatch):
     """Fit all layers, without rounds of learning."""
     with monkeypatch.context() as patch:
-        patch.setattr(reconstruct_module, "ROUNDS", 0)
+        patch.setattr(reconstruct_module, "block_rounds", lambda tokens: 0)
         reconstruct_module.reconstruct(model, mask, BLOCKS, 0, Journal())
 
 

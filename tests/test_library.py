@@ -77,6 +77,20 @@ def test_stages_one_by_one(text, tmp_path):
     assert grasp.perplexity(small, tokenizer, str(text), seq_len=32, windows=4).value < before
 
 
+def test_reconstruction_in_place_of_a_fold(text):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    blocks = grasp.blocks(tokenizer, str(text), samples=8, seq_len=32)
+    mask = grasp.learn(copy.deepcopy(model), blocks, keep=0.5, ffn_multiple=8, epochs=1)
+    cut = grasp.fold(model, mask)
+    small = grasp.reconstruct(model, mask, blocks)
+    assert grasp.units(small) == grasp.units(cut) and type(small) is type(cut)
+    with torch.no_grad():
+        dense, ours, plain = (
+            m(input_ids=blocks[:1]).logits for m in (tiny_model("llama"), small, cut)
+        )
+    assert (ours - dense).norm() < 0.9 * (plain - dense).norm()
+
+
 def test_gates_learn_in_the_memory_that_is_asked_for(text, monkeypatch):
     model, seen = tiny_model("llama"), []
     blocks = grasp.blocks(tiny_tokenizer(), str(text), samples=2, seq_len=32)

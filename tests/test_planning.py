@@ -184,13 +184,15 @@ def test_memory_is_told_of_what_runs(tiny):
 @pytest.mark.parametrize(
     "option", [{"compensate": "none"}, {"method": "greedy-output-approximation"}]
 )
-def test_refit_is_planned_where_it_runs(tmp_path, option):
+def test_compensation_is_planned_where_it_runs(tmp_path, option):
     spec = write_config(tmp_path, LLAMA_2_7B)
     weights = 2 * 6_738_415_616
-    assert 1.3 * weights < plan(spec).refit_memory < 1.5 * weights
-    assert "GB while refitting" in str(plan(spec))
-    assert plan(spec, **option).refit_memory is None
-    assert "refitting" not in str(plan(spec, **option))
+    for compensate in ("auto", "refit"):
+        planned = plan(spec, compensate=compensate)
+        assert 1.3 * weights < planned.compensation_memory < 1.5 * weights
+        assert "GB while compensating" in str(planned)
+    assert plan(spec, **option).compensation_memory is None
+    assert "compensating" not in str(plan(spec, **option))
 
 
 def test_a_greedy_method_is_planned_where_it_chooses(tmp_path):
@@ -381,7 +383,13 @@ def test_tokens_and_time(tmp_path):
     spec = write_config(tmp_path, LLAMA_2_7B)
     result = plan(spec, keep=0.5, samples=100, seq_len=50, epochs=3, tokens_per_second=200)
     assert result.learning_tokens == 20_000  # three epochs of gates, one of scales
-    assert result.learning_seconds == 100
+    assert result.block_tokens == 3 * 88 * 50  # without every eighth
+    assert result.learning_seconds == (20_000 + 1.6 * 13_200) / 200
+    assert "20,000 tokens forward and backward, 13,200 more for block reconstruction;" in str(
+        result
+    )
+    refitted = plan(spec, samples=100, seq_len=50, compensate="refit", tokens_per_second=200)
+    assert refitted.block_tokens == 0 and refitted.learning_seconds == 75
     scales = plan(spec, samples=100, seq_len=50, method="fisher", scale_epochs=2)
     assert scales.learning_tokens == 10_000
     assert plan(spec).learning_seconds is None

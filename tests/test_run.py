@@ -233,10 +233,10 @@ def test_killed_while_the_result_appears(tiny, text, tmp_path, dies):
 
 def test_the_log(learned):
     log = records(learned.folder)
-    events = ["started", "fidelity", "fidelity", "finished"]  # before the work, and of the cut
+    events = ["started", "fidelity", "finished"]
     assert [r["event"] for r in log if "event" in r] == events
     stages = list(dict.fromkeys(r["stage"] for r in log if "stage" in r))
-    assert stages == ["evaluate dense", "fisher", "learn", "refit", "calibrate", "evaluate pruned"]
+    assert stages == ["evaluate dense", "fisher", "learn", "blocks", "calibrate", "evaluate pruned"]
     for stage, steps in (("learn", 16), ("calibrate", 8)):
         told = [r for r in log if r.get("stage") == stage]
         assert [(r["step"], r["steps"]) for r in told] == [(n, steps) for n in range(1, steps + 1)]

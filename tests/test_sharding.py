@@ -33,12 +33,11 @@ def in_shards(count, model, out, *, local=None, shard="full", **options):
     return made(out)
 
 
-def agree(found, whole):
-    """To rounding after the mask: refit adds up Gram matrices rank by rank."""
+def agree(found, whole, rounding=0.0):
     assert found["mask_sha256"] == whole["mask_sha256"]
     assert found["results"]["dense"] == whole["results"]["dense"]
     pruned = (each["results"]["pruned"]["nll"] for each in (found, whole))
-    assert next(pruned) == pytest.approx(next(pruned), 1e-4)
+    assert next(pruned) == pytest.approx(next(pruned), rel=rounding, abs=0)
     assert found["results"]["weight_bytes"] == whole["results"]["weight_bytes"]
     for same in ("recipe", "budget", "params"):
         assert found[same] == whole[same]
@@ -50,6 +49,13 @@ def test_shards_give_the_mask_of_whole_weights(family, text, tmp_path):
     options = dict(SMALL, calibration=text)
     whole = grasp.prune(model, tmp_path / "whole", **options).summary
     agree(in_shards(2, model, tmp_path / "two", **options), whole)
+
+
+def test_shards_are_refitted_as_whole_weights_are(tiny, text, tmp_path):
+    """To rounding: refit adds up Gram matrices rank by rank."""
+    options = dict(SMALL, calibration=text, compensate="refit")
+    whole = grasp.prune(tiny, tmp_path / "whole", **options).summary
+    agree(in_shards(2, tiny, tmp_path / "two", **options), whole, rounding=1e-4)
 
 
 def test_shards_of_each_machine(text, tmp_path):
@@ -110,7 +116,7 @@ def test_evaluation_in_shards(tiny, text, tmp_path):
 
 def test_cells_of_a_comparison_in_shards(tiny, text, tmp_path):
     options = dict(SMALL, calibration=text, keep=0.5, epochs=1, scale_epochs=1)
-    methods = ["random", "learned+refit"]
+    methods = ["random", "learned+refit", "learned+blocks"]
     whole = grasp.compare(tiny, tmp_path / "whole", methods=methods, seeds=[0], **options).summary
     said, out = tmp_path / "said", tmp_path / "two"
     split = dict(options, methods=",".join(methods), seeds=0, shard="full")

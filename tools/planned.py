@@ -50,7 +50,7 @@ def _printed(command: str) -> str:
 
 def _memory(configs: str) -> str:
     lines = [
-        "| model | parameters, dense → at 0.5 | gates learn: fast | balanced | low | refit "
+        "| model | parameters, dense → at 0.5 | gates learn: fast | balanced | low | blocks "
         "| evaluation |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -58,7 +58,7 @@ def _memory(configs: str) -> str:
         modes = [_plan(config, "--memory", mode) for mode in ("fast", "balanced", "low")]
         first = modes[0]
         sizes = [own.memory.total for own in modes]
-        sizes += [first.refit_memory, first.evaluation_memory]
+        sizes += [first.compensation_memory, first.evaluation_memory]
         params = f"{first.params.before / 1e9:.2f} → {first.params.after.most / 1e9:.2f} B"
         row = [Path(config).stem, params, *(f"{size / 1e9:.1f} GB" for size in sizes)]
         lines.append(f"| {' | '.join(row)} |")

@@ -58,7 +58,7 @@ COMPARED = {
 @app.command("prune")
 @with_options(PRUNED)
 def prune_command(model: Model, out: Out, *, as_json: Json = False, **options: Any) -> None:
-    """Select, refit, calibrate, fold, save, evaluate: a smaller dense checkpoint in --out."""
+    """Select, cut, compensate, calibrate, save, evaluate: a smaller dense checkpoint in --out."""
     from grasp.run.ready import ready
 
     keep = options.pop("keep", None)
@@ -85,7 +85,7 @@ def compare_command(
     out: Out,
     methods: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="As learned,fisher,fisher+refit (default: all)."),
+        typer.Option(metavar="NAMES", help="As learned,fisher,fisher+blocks (default: all)."),
     ] = None,
     seeds: Annotated[
         str,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.compress.refit import ridge_solve
+from grasp.config import HELD_OUT
 from grasp.errors import GraspError
 from grasp.model.layerwise import first_hidden, fp32_options, inputs_of, runner
 from grasp.model.load import widened
@@ -32,7 +33,6 @@ from grasp.model.places import device_of, sent
 from grasp.model.units import LayerModules
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # relative to the power of each input
-HELD_OUT = 8  # every so many-th block chooses the ridge
 TINY = torch.finfo(torch.float32).tiny
 
 

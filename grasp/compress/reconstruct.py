@@ -14,24 +14,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.budget.projection import Mask
-from grasp.compress.fold import fold_layer, kept_in
+from grasp.compress.fold import fold_layer, fold_mask, kept_in
 from grasp.compress.layer_fit import LayerFit, Streams
 from grasp.compress.refit import columns_of
+from grasp.config import block_rounds
+from grasp.distributed import from_first, is_first, tensor_from_first
 from grasp.gates.experts import closed_experts
 from grasp.gates.fidelity import check_cut_layer
 from grasp.gates.training import epoch_order, finite_mean
 from grasp.journal import Journal
 from grasp.model.layerwise import layer_options
 from grasp.model.places import device_of
+from grasp.model.units import LayerModules, LayerUnits
 
-ROUNDS = 3  # over the fitted samples, at most
-ENOUGH_TOKENS = 200_000  # in all rounds of a layer
 RATE = 2.5e-3  # the largest step, relative to the root mean square of a tensor
 STEP_TOKENS = 1024
 WARM_UP = 10  # steps
@@ -42,34 +44,69 @@ def reconstruct(
 ) -> None:
     """Fit, cut and train the layers of the dense `model` in place, to the units that `mask` keeps.
 
-    blocks: int64 [samples, seq_len], of which every eighth is held out. A run that resumes from its
-    journal goes on after the last layer saved, and ends where an uninterrupted one does, on a CPU
-    bit for bit. Raises GraspError if activations are not finite, or if a layer that is cut computes
-    something else than with its dropped units at zero.
+    blocks: int64 [samples, seq_len], of which every eighth is held out. The first rank does the
+    work, and the others get its layers. A run that resumes from its journal goes on after the last
+    layer saved, and ends where an uninterrupted one does, on a CPU bit for bit. Raises GraspError
+    as `reconstruct_layer` does.
     """
+    decoder, saved = model.get_decoder().layers, journal.load() or {}
+    from_first(lambda: _reconstruct(model, mask, blocks, seed, journal, saved))
+    if not is_first():
+        fold_mask(model, mask)
+    for parameter in decoder.parameters():
+        tensor_from_first(parameter.data)
+
+
+def _reconstruct(
+    model: PreTrainedModel,
+    mask: Mask,
+    blocks: Tensor,
+    seed: int,
+    journal: Journal,
+    saved: dict[str, Tensor],
+) -> None:
     decoder, options = model.get_decoder().layers, layer_options(model, blocks[:1])
-    streams, saved = Streams.of(model, blocks), journal.load() or {}
+    streams = Streams.of(model, blocks)
     if saved:
         streams.dense, streams.pruned = saved.pop("dense"), saved.pop("pruned")
-    for index, (modules, units, kept, experts) in enumerate(kept_in(model, mask)):
+    for index, cut in enumerate(kept_in(model, mask)):
         if _is_in(saved, index):
-            fold_layer(modules, units, kept, experts)
+            fold_layer(*cut)
             _load(decoder[index], saved, index)
             continue
-        fit = streams.fit(decoder[index], options[index], modules)
-        with closed_experts(modules, experts):
-            for linear, columns in columns_of(modules, units, kept).items():
-                fit.keep(linear, columns)
-            whole = fit.output(0)
-        fold_layer(modules, units, kept, experts)
-        check_cut_layer(model, index, whole, fit.output(0))
-        before, after = _train(decoder[index], fit, seed)
-        fit.advance()
+        before, after = reconstruct_layer(model, index, cut, options[index], streams, seed)
         mean = finite_mean([torch.tensor(after)], index + 1)
         journal.progress(index + 1, len(decoder), mean, blocks.numel(), fitted=before)
         journal.save(
             partial(_state, decoder[: index + 1], streams), final=index + 1 == len(decoder)
         )
+
+
+def reconstruct_layer(
+    model: PreTrainedModel,
+    index: int,
+    cut: tuple[LayerModules, LayerUnits, tuple[Tensor, Tensor], Tensor],
+    options: dict[str, Any],
+    streams: Streams,
+    seed: int,
+) -> tuple[float, float]:
+    """Fit, cut and train one layer of `model` in place, and move `streams` behind it.
+
+    `cut` is what `fold_layer` takes, `options` are the layer's keyword arguments. Returns the
+    errors on held-out samples before and after training. Raises GraspError if activations are not
+    finite, or if the cut layer computes something else than with its dropped units at zero.
+    """
+    layer, (modules, units, kept, experts) = model.get_decoder().layers[index], cut
+    fit = streams.fit(layer, options, modules)
+    with closed_experts(modules, experts):
+        for linear, columns in columns_of(modules, units, kept).items():
+            fit.keep(linear, columns)
+        whole = fit.output(0)
+    fold_layer(*cut)
+    check_cut_layer(model, index, whole, fit.output(0))
+    errors = _train(layer, fit, seed)
+    fit.advance()
+    return errors
 
 
 def _train(layer: nn.Module, fit: LayerFit, seed: int) -> tuple[float, float]:
@@ -87,7 +124,7 @@ def _train(layer: nn.Module, fit: LayerFit, seed: int) -> tuple[float, float]:
         [{"params": [p]} for p in dtypes], betas=(0.9, 0.99), weight_decay=0.0
     )
     size = max(1, STEP_TOKENS // fit.pruned.shape[1])
-    rounds = min(ROUNDS, max(1, round(ENOUGH_TOKENS / (len(fit.fitted) * fit.pruned.shape[1]))))
+    rounds = block_rounds(len(fit.fitted) * fit.pruned.shape[1])
     step, steps = 0, rounds * math.ceil(len(fit.fitted) / size)
     best, before = _copy(dtypes), _error(layer, fit)
     least = before

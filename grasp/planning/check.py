@@ -76,10 +76,8 @@ def check_shard(config: PruneConfig, header: Header) -> None:
         raise GraspError(
             f"{shard} is for methods that read no weights ({', '.join(able)}), got {config.method}"
         )
-    if config.compensation in ("bias", "blocks"):
-        raise GraspError(
-            f"{shard} has no `compensate={config.compensation!r}`: use `compensate='refit'`"
-        )
+    if config.compensation == "bias":
+        raise GraspError(f"{shard} has no `compensate='bias'`: use `compensate='refit'`")
     _check_splits(config.model, config.shard, header)
 
 

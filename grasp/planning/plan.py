@@ -27,6 +27,7 @@ from grasp.planning.memory import (
 )
 from grasp.planning.ranks import Gpus, Spread, spread
 
+BLOCK_TOKEN = 1.6  # times as long as a token of gates takes; measured on a CPU
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -79,11 +80,12 @@ class Plan:
     kv_bytes_per_token: Size
     memory: Memory
     choosing_memory: int | None  # estimated peak bytes while a one-shot method chooses, if it does
-    refit_memory: int | None  # the same of refit or block reconstruction, if one runs
+    compensation_memory: int | None  # the same of block reconstruction or refit, if one runs
     teacher_bytes: int | None  # of the dense model's hidden states, in the host's memory
     evaluation_memory: int  # estimated peak bytes of the dense model's perplexity
     learning_tokens: int  # forward and backward, for gates and for the scales after the mask
-    learning_seconds: float | None
+    block_tokens: int  # the same in block reconstruction, for each layer
+    learning_seconds: float | None  # of both
     runtimes: tuple[Runtime, ...]
     gpus: Spread | None  # over several GPUs, if asked
 
@@ -100,13 +102,16 @@ class Plan:
         stages = {
             "choosing": self.choosing_memory,
             "gates learn": memory.total if self.learning_tokens else None,
-            "refitting": self.refit_memory,
+            "compensating": self.compensation_memory,
             "evaluating": self.evaluation_memory,
         }
         peaks = ", ".join(f"{n / 1e9:,.1f} GB while {stage}" for stage, n in stages.items() if n)
         teacher = ""
         if self.teacher_bytes is not None:
             teacher = f"; {self.teacher_bytes / 1e9:,.1f} GB of the host's for the teacher"
+        tokens = f"{self.learning_tokens:,} tokens forward and backward"
+        if self.block_tokens:
+            tokens += f", {self.block_tokens:,} more for block reconstruction"
         time = "give `tokens_per_second` for the time"
         if self.learning_seconds is not None:
             time = f"{self.learning_seconds / 60:,.1f} minutes"
@@ -128,7 +133,7 @@ class Plan:
             ("weights", f"{_change(self.weight_bytes)} bytes in {self.dtype}"),
             ("KV cache", f"{_change(self.kv_bytes_per_token)} bytes per token"),
             ("memory", f"about {peaks} (estimates){teacher}"),
-            ("learning", f"{self.learning_tokens:,} tokens forward and backward; {time}"),
+            ("learning", f"{tokens}; {time}"),
         ]
         for runtime in self.runtimes:
             answer = "yes" if runtime.loads else "no "
@@ -170,8 +175,6 @@ def plan(
         raise GraspError(f"`tokens_per_second` must be above 0, got {tokens_per_second}")
     over = _gpus(gpus, nodes, gpu_memory)
     config = PruneConfig.of(spec, **options)
-    if over and over.all > 1 and config.compensation == "blocks":
-        raise GraspError("`compensate='blocks'` runs on one rank: plan it without `gpus`")
     header = check(config)
     space, width = header.space, DTYPE_BYTES[dtype]
     budget = config.budget.for_space(space)
@@ -200,13 +203,18 @@ def plan(
         ),
         memory=learning_memory(header, at_once, config.seq_len, width, memory, config.scales),
         choosing_memory=choosing_memory(header, config, width),
-        refit_memory=compensation_memory(header, config, width),
+        compensation_memory=compensation_memory(header, config, width),
         teacher_bytes=(
             width * config.samples * config.seq_len * space.hidden_size if config.distils else None
         ),
         evaluation_memory=evaluation_memory(header, window(config, header.longest)),
         learning_tokens=tokens,
-        learning_seconds=tokens / tokens_per_second if tokens_per_second else None,
+        block_tokens=config.block_tokens,
+        learning_seconds=(
+            (tokens + BLOCK_TOKEN * config.block_tokens) / tokens_per_second
+            if tokens_per_second
+            else None
+        ),
         runtimes=tuple(_runtimes(header, budget)),
         gpus=spread(header, config, width, over) if over else None,
     )

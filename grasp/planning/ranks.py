@@ -69,7 +69,7 @@ class Way:
     learning: Memory
     gathered: int
     choosing: int | None
-    refit: int | None
+    compensation: int | None
     evaluation: int
     received: int
     network: int
@@ -78,7 +78,7 @@ class Way:
     @property
     def peak(self) -> int:
         learning = self.learning.total + self.gathered
-        return max(learning, self.choosing or 0, self.refit or 0, self.evaluation)
+        return max(learning, self.choosing or 0, self.compensation or 0, self.evaluation)
 
     def __str__(self) -> str:
         own = self.learning
@@ -86,7 +86,7 @@ class Way:
         parts |= {"activations": own.activations, "workspace": own.workspace, "gates": own.gates}
         said = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items() if size)
         stages = {"choosing": self.choosing, "learning": own.total + self.gathered}
-        stages |= {"refit": self.refit, "evaluation": self.evaluation}
+        stages |= {"compensation": self.compensation, "evaluation": self.evaluation}
         peaks = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in stages.items() if size)
         network = f", {self.network / 1e9:,.2f} over the network" if self.network else ""
         return (
@@ -223,16 +223,16 @@ def _in_mode(
     choosing = choosing_memory(header, config, width)
     if choosing is not None:
         choosing -= width * (apart - gathered)
-    refit = compensation_memory(header, config, width, ranks=gpus.all)
-    if refit is not None:
-        refit -= width * (apart - GATHERED * layer)
+    compensation = compensation_memory(header, config, width, ranks=gpus.all)
+    if compensation is not None:
+        compensation -= width * (apart - GATHERED * layer)
     way = Way(
         shard,
         mode,
         learning,
         width * gathered,
         choosing,
-        refit,
+        compensation,
         evaluation_memory(header, window(config, header.longest))
         - header.stored_bytes * (apart - gathered),
         received=moved + exchanged,

@@ -120,7 +120,7 @@ def explained(summary: Summary) -> str:
         f"{100 * below:.2g} % unspent. All methods use {config['samples']} blocks of "
         f"{config['seq_len']} tokens of {summary['calibration']['name']} and train scales for "
         f"{epochs} epoch{'s' * (epochs != 1)}.{fitted} Seconds and peak memory{beside} cover "
-        f"selection, refit and scales, on {config['device']}."
+        f"selection, compensation and scales, on {config['device']}."
     )
 
 

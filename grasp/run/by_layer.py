@@ -1,7 +1,8 @@
 """After the mask, for a model that no rank holds whole: one decoder layer at a time.
 
-A layer is gathered on all ranks, scaled, refitted and cut there, and written by the first. The cut
-model is then read again in shards, its scales learn, and a second pass multiplies them in.
+A layer is gathered on all ranks, scaled, refitted and cut there, or reconstructed on the first, and
+written by the first. The cut model is then read again in shards, its scales learn, and a second
+pass multiplies them in.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from grasp.checkpoint.save import seal, write_pretrained
 from grasp.checkpoint.shards import ShardWriter
 from grasp.compress.calibrate import learn_scales
 from grasp.compress.edit import Cut, Edit, Refit, Scale
+from grasp.compress.fold import kept_in
+from grasp.compress.layer_fit import Streams
+from grasp.compress.reconstruct import reconstruct_layer
 from grasp.compress.refit import Hidden, refit_layer, text_of_refit
 from grasp.config import ScaleKind
 from grasp.distributed import from_first, is_first
 from grasp.gates.memory import memory_mode
 from grasp.gates.scales import scale_count
-from grasp.gates.training import TrainSettings
+from grasp.gates.training import TrainSettings, finite_mean
 from grasp.machine import disk_errors
 from grasp.model.classes import without_weights
 from grasp.model.layerwise import layer_options, runner
@@ -85,6 +89,29 @@ def add_record(folder: Path, model: PreTrainedModel, tokenizer: Any, record: Rec
 
 
 def _cut_layers(model: PreTrainedModel, chosen: Chosen, run: Run) -> Iterator[nn.Module]:
+    """Each layer, cut, and changed as the rest of the recipe says."""
+    if chosen.config.compensation == "blocks":
+        return _reconstructed_layers(model, chosen, run)
+    return _refitted_layers(model, chosen, run)
+
+
+def _reconstructed_layers(model: PreTrainedModel, chosen: Chosen, run: Run) -> Iterator[nn.Module]:
+    """Each layer, reconstructed from its dense weights, which only the first rank does."""
+    blocks, journal = chosen.blocks, run.stage("blocks")
+    options, streams = layer_options(model, blocks[:1]), Streams.of(model, blocks)
+    for index in range(len(options)):
+        one = one_layer(model, index)
+        if is_first():
+            (cut,) = kept_in(one, _of_layer(chosen.mask, index, one))
+            before, after = reconstruct_layer(
+                one, 0, cut, options[index], streams, chosen.config.seed
+            )
+            mean = finite_mean([torch.tensor(after)], index + 1)
+            journal.progress(index + 1, len(options), mean, blocks.numel(), fitted=before)
+        yield one.get_decoder().layers[0]
+
+
+def _refitted_layers(model: PreTrainedModel, chosen: Chosen, run: Run) -> Iterator[nn.Module]:
     """Each layer, scaled, refitted and cut."""
     config, mask, blocks = chosen.config, chosen.mask, chosen.blocks
     if config.compensation == "refit":
@@ -93,20 +120,26 @@ def _cut_layers(model: PreTrainedModel, chosen: Chosen, run: Run) -> Iterator[nn
     for index, (one, own) in enumerate(_with_scales(model, config.scales, chosen.scales)):
         if own is not None:
             Scale(config.scales, own).apply(one)
-        space = UnitSpace.of(one)
-        _, ffn, kv = [*mask.space.segments()][index]
-        part = Mask(space, mask.keep[ffn.start : kv.stop])
+        part = _of_layer(mask, index, one)
         edits: list[Edit] = [Cut(part)]
         if config.compensation == "refit":
             (layer,) = one.get_decoder().layers
             (modules,) = decoder_layers(one)
             run_layer = runner(layer, options[index])
-            columns = refit_layer(run_layer, modules, space.layers[0], part.layers()[0], hidden)
+            columns = refit_layer(
+                run_layer, modules, part.space.layers[0], part.layers()[0], hidden
+            )
             edits.append(Refit(columns))
             run.log(stage="refit", step=index + 1, steps=len(options))
         for edit in edits:
             edit.apply(one)
         yield one.get_decoder().layers[0]
+
+
+def _of_layer(mask: Mask, index: int, one: PreTrainedModel) -> Mask:
+    """The mask of a layer that is a model of its own."""
+    _, ffn, kv = [*mask.space.segments()][index]
+    return Mask(UnitSpace.of(one), mask.keep[ffn.start : kv.stop])
 
 
 def _scaled_layers(model: PreTrainedModel, kind: ScaleKind, scales: Tensor) -> Iterator[nn.Module]:

@@ -1,7 +1,7 @@
 """`grasp compare`: every method at every budget with every seed, under equal conditions.
 
 A cell is a method (`fisher`, or `fisher+refit`) with a budget and a seed. A bare name means no
-compensation, so `learned+refit` is the default of `grasp prune`. All cells share the dense results
+compensation, so `learned+blocks` is the default of `grasp prune`. All cells share the dense results
 and the calibration text. Cells of the same seed share its blocks, and all budgets of a one-shot
 method share its scores. Each cell ends like `grasp prune`, with a checkpoint that is measured after
 it is read back from disk; only the figures are kept.
@@ -41,7 +41,6 @@ from grasp.run.folder import Run, Show
 from grasp.run.prune import (
     Start,
     begin,
-    check_alone,
     check_budget,
     check_fidelity,
     finish,
@@ -140,7 +139,6 @@ def compare(
         from_first(partial(check_tasks, tasks, data, limit))
     for cell in cells:
         check_fit(cell.config, header)
-        check_alone(cell.config)
     asked = {
         "config": _shared(base),
         "tasks": tasks and {"names": tasks, "data": tasks_data and str(tasks_data), "limit": limit},
@@ -204,10 +202,10 @@ def _score(
 
 
 def all_methods(*, mixture: bool, shard: ShardMode = "none") -> tuple[str, ...]:
-    """Our criteria that score what can go, where the weights lie so; the best two with refit."""
+    """Our criteria that score what can go, where the weights lie so; the best two with `blocks`."""
     able = [c for c in criteria.OURS if c.shardable or shard == "none"]
     ours = (c.name for c in able if criteria.suits(c.name, mixture=mixture))
-    return (*ours, "learned+refit", "fisher+refit")
+    return (*ours, "learned+blocks", "fisher+blocks")
 
 
 def _cells(

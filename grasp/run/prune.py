@@ -142,14 +142,7 @@ def on_device(config: PruneConfig) -> PruneConfig:
     if criteria.get(config.method).learns or config.scale_epochs:
         _check_step(config)
     check_launched(config.shard)
-    check_alone(config)
     return replace(config, device=device, dtype=pick_dtype(config.dtype, device))
-
-
-def check_alone(config: PruneConfig) -> None:
-    """Refuse block reconstruction on several ranks."""
-    if config.compensation == "blocks" and ranks() > 1:
-        raise GraspError("`compensate='blocks'` runs on one rank: use `compensate='refit'`")
 
 
 def _check_step(config: PruneConfig) -> None:

@@ -1,7 +1,7 @@
 """The stages of `grasp.prune` one by one, on a live model, for programs that add their own.
 
-`learn`, `refit` and `calibrate` freeze their model and change its weights. Copy the model first
-(`copy.deepcopy`) if you still need the original.
+`learn`, `refit`, `reconstruct` and `calibrate` freeze their model and change its weights. Copy the
+model first (`copy.deepcopy`) if you still need the original.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.budget.budget import Budget
 from grasp.budget.projection import Mask, Projection
 from grasp.compress.calibrate import learn_scales
+from grasp.compress.reconstruct import reconstruct as reconstruct_layers
 from grasp.compress.refit import refit as refit_columns
 from grasp.config import PruneConfig, ScaleKind
 from grasp.data.corpus import read_corpus
@@ -24,6 +25,7 @@ from grasp.gates.objective import last_hidden
 from grasp.gates.scales import fold_scales
 from grasp.gates.training import TrainSettings
 from grasp.journal import Journal
+from grasp.model.classes import as_saved
 from grasp.model.units import UnitSpace
 from grasp.select import select
 
@@ -90,6 +92,19 @@ def refit(model: PreTrainedModel, mask: Mask, blocks: Tensor) -> None:
     """
     _freeze(model)
     refit_columns(model, mask, blocks)
+
+
+def reconstruct(
+    model: PreTrainedModel, mask: Mask, blocks: Tensor, *, seed: int = 0
+) -> PreTrainedModel:
+    """Fit, cut and train the dense model to the units that `mask` keeps, in place of `fold`.
+
+    Each layer's weights learn to give the dense hidden states; blocks: int64 [samples, seq_len].
+    Returns the dense smaller model, whose weights are those left in `model`. Raises GraspError.
+    """
+    _freeze(model)
+    reconstruct_layers(model, mask, blocks, seed, Journal())
+    return as_saved(model, UnitSpace.of(model))[0]
 
 
 def calibrate(

@@ -206,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         samples=options.samples,
         seq_len=options.seq_len,
         epochs=options.epochs,
+        compensate="refit",
     )
     rows = {row.name: row for row in ablation_rows(ours)}
     names = options.rows.split(",") if options.rows else list(rows)

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = [int(seed) for seed in options.pop("seeds").split(",")]
     keep_settings(out, {"model": model, "keep": keep, **options})
     for seed in seeds:
-        measure(model, out, keep, seed, ffn_multiple=1, **options)
+        measure(model, out, keep, seed, ffn_multiple=1, compensate="refit", **options)
     found = table(out, keep, seeds)
     (out / "README.md").write_text(found, encoding="utf-8")
     print(found)

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         seq_len=options.seq_len,
                         epochs=max(1, options.epochs * max(counts) // samples),
                         ffn_multiple=1,
+                        compensate="refit",
                         device=options.device,
                         seed=seed,
                     )

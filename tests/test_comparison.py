@@ -95,7 +95,7 @@ def test_every_method_in_one_table(tiny, text, tmp_path):
         assert 0 <= limit - cell["kept"] * dense.cost < 3.001  # less than one channel unspent
         assert 1 < cell["perplexity"]["value"] < 1e6
     masks = {c["method"]: c["mask_sha256"] for c in cells if c["keep"] == 0.5}
-    for name in ("learned+refit", "fisher+refit", "flap+bias"):
+    for name in ("learned+blocks", "fisher+blocks", "flap+bias"):
         assert masks.pop(name) == masks[name.partition("+")[0]]
     assert len(set(masks.values())) == len(masks)
     page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -389,7 +389,7 @@ def test_tokens_and_time(tmp_path):
         result
     )
     refitted = plan(spec, samples=100, seq_len=50, compensate="refit", tokens_per_second=200)
-    assert refitted.block_tokens == 0 and refitted.learning_seconds == 75
+    assert refitted.block_tokens == 0 and refitted.learning_seconds == 5 * 5000 / 200
     scales = plan(spec, samples=100, seq_len=50, method="fisher", scale_epochs=2)
     assert scales.learning_tokens == 10_000
     assert plan(spec).learning_seconds is None

@@ -62,8 +62,9 @@ def _memory(configs: str) -> str:
         params = f"{first.params.before / 1e9:.2f} → {first.params.after.most / 1e9:.2f} B"
         row = [Path(config).stem, params, *(f"{size / 1e9:.1f} GB" for size in sizes)]
         lines.append(f"| {' | '.join(row)} |")
-    tokens = f"{first.learning_tokens:,}"
-    return "\n".join([*lines, "", f"Learning takes {tokens} tokens, forward and backward."])
+    learning = f"Learning takes {first.learning_tokens:,} tokens, forward and backward, and block"
+    learning += f" reconstruction {first.block_tokens:,}."
+    return "\n".join([*lines, "", learning])
 
 
 def _over_gpus(configs: str) -> str:

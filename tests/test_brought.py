@@ -32,7 +32,7 @@ from grasp.planning.plan import plan
 names = pytest.mark.parametrize("name", BROUGHT)
 layouts = pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 WIDTHS = ("--keep", 0.5, "--ffn-multiple", 8)
-SHORT = ("--samples", 1, "--seq-len", 16)
+SHORT = ("--samples", 2, "--seq-len", 16)
 QUICK = (*SHORT, "--epochs", 1, "--scale-epochs", 1, "--eval-windows", 1, "--device", "cpu")
 LATE = {"gemma4", "gemma4, shared keys"}  # refused by prune, as refit cannot run their layers
 

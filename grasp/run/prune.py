@@ -119,7 +119,7 @@ def prune(
 
     Several budgets as `keep` give a list of results, out/keep-0.8 and so on, in the order given,
     from one selection: units are scored once, learned gates under the smallest budget, and the
-    scores are projected to each, as are scales that learned along with gates; refit, the scales
+    scores are projected to each, as are scales that learned along with gates; compensation, scales
     after the mask and evaluation are each budget's own. A GPU holds one model at a time, the host's
     memory another. Raises GraspError.
     """

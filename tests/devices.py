@@ -51,6 +51,8 @@ class PretendedDevices(TorchFunctionMode):
         if func in GRADIENTS:
             return out
         place = asked or next(iter(places), HOST)
+        if func is torch.Tensor.copy_:
+            place = self.of(args[0])  # what it writes to stays where it is
         if func in MOVES and place != self.of(args[0]):
             out = out.clone()  # the CPU may have returned what it got
         for x in tree_leaves(out):

@@ -187,9 +187,9 @@ class PruneConfig:
         """From what a user says: the budget in parts (see `Budget.of`), paths as they come."""
         if as_published:
             _check_published(options)
+            options |= PUBLISHED | PUBLISHED_WIDTHS
         budget = {name: options.pop(name) for name in Budget.options() if name in options}
-        config = cls(os.fspath(model), Budget.of(**budget), **_plain(options))
-        return config.as_published() if as_published else config
+        return cls(os.fspath(model), Budget.of(**budget), **_plain(options))
 
     @property
     def distils(self) -> bool:

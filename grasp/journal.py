@@ -17,7 +17,11 @@ class Journal:
     """Receives a stage's progress and resumable state. This base class keeps nothing."""
 
     def load(self) -> dict[str, Tensor] | None:
-        """The last saved state of this stage, if any."""
+        """The last saved state of this stage, if any: on all ranks."""
+        return self.load_own()
+
+    def load_own(self) -> dict[str, Tensor] | None:
+        """The same for the caller alone, which must be the first rank."""
         return None
 
     def save(self, state: Callable[[], dict[str, Tensor]], *, final: bool = False) -> None:

@@ -29,6 +29,19 @@ def found(tiny, text, tmp_path_factory):
     return grasp.compare(tiny, out, calibration=text, **GRID, **SMALL)
 
 
+def test_measured_cells_leave_no_state(tiny, text, tmp_path):
+    def stop(record):
+        if (record.get("event"), record.get("name")) == ("cell", "random+blocks, keep 0.4, seed 0"):
+            raise KeyboardInterrupt
+
+    out, grid = tmp_path / "out", dict(keep=(0.7, 0.4), seeds=(0,), methods=("random+blocks",))
+    with pytest.raises(KeyboardInterrupt):
+        grasp.compare(tiny, out, calibration=text, show=stop, **grid, **SMALL)
+    (run,) = tmp_path.glob("out.run*")
+    assert (run / "facts" / "random+blocks, keep 0.7, seed 0, result.json").exists()
+    assert not [*(run / "state").glob("random+blocks*")]
+
+
 def test_a_cell_is_what_prune_gives(found, tiny, text, tmp_path):
     cells = {(c["method"], c["keep"], c["seed"]): c for c in found.summary["cells"]}
     assert len(cells) == len(found.summary["cells"]) == 12

@@ -96,6 +96,7 @@ def test_what_auto_stands_for():
         PruneConfig("m", budget, method=updating, compensate="refit")
     paper = PruneConfig.of("m", as_published=True, compensate="none", init_scores="equal")
     assert paper == PruneConfig.of("m").as_published()
+    assert PruneConfig.of("m", as_published=True, samples=1).samples == 1
     learning = (paper.init_scores, paper.anneal, paper.gate_site, paper.lm_weight)
     assert learning == ("equal", 0.0, "kv", 1.0)
     assert (paper.scales, paper.schedule, paper.scale_decay) == ("unit", "constant", 0.0)

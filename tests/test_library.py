@@ -82,6 +82,8 @@ def test_reconstruction_in_place_of_a_fold(text):
     blocks = grasp.blocks(tokenizer, str(text), samples=8, seq_len=32)
     mask = grasp.learn(copy.deepcopy(model), blocks, keep=0.5, ffn_multiple=8, epochs=1)
     cut = grasp.fold(model, mask)
+    with pytest.raises(GraspError, match="`blocks` must be at least 2"):
+        grasp.reconstruct(model, mask, blocks[:1])
     small = grasp.reconstruct(model, mask, blocks)
     assert grasp.units(small) == grasp.units(cut) and type(small) is type(cut)
     with torch.no_grad():

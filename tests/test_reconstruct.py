@@ -28,7 +28,7 @@ class Kept(Journal):
     def __init__(self, stop_after=None):
         self.state, self.reports, self.stop_after = None, [], stop_after
 
-    def load(self):
+    def load_own(self):
         return self.state
 
     def save(self, state, *, final=False):

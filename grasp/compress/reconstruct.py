@@ -49,24 +49,18 @@ def reconstruct(
     layer saved, and ends where an uninterrupted one does, on a CPU bit for bit. Raises GraspError
     as `reconstruct_layer` does.
     """
-    decoder, saved = model.get_decoder().layers, journal.load() or {}
-    from_first(lambda: _reconstruct(model, mask, blocks, seed, journal, saved))
+    from_first(lambda: _reconstruct(model, mask, blocks, seed, journal))
     if not is_first():
         fold_mask(model, mask)
-    for parameter in decoder.parameters():
+    for parameter in model.get_decoder().layers.parameters():
         tensor_from_first(parameter.data)
 
 
 def _reconstruct(
-    model: PreTrainedModel,
-    mask: Mask,
-    blocks: Tensor,
-    seed: int,
-    journal: Journal,
-    saved: dict[str, Tensor],
+    model: PreTrainedModel, mask: Mask, blocks: Tensor, seed: int, journal: Journal
 ) -> None:
     decoder, options = model.get_decoder().layers, layer_options(model, blocks[:1])
-    streams = Streams.of(model, blocks)
+    streams, saved = Streams.of(model, blocks), journal.load_own() or {}
     if saved:
         streams.dense, streams.pruned = saved.pop("dense"), saved.pop("pruned")
     for index, cut in enumerate(kept_in(model, mask)):

@@ -29,7 +29,7 @@ from grasp.compress.layer_fit import Streams
 from grasp.compress.reconstruct import reconstruct_layer
 from grasp.compress.refit import Hidden, refit_layer, text_of_refit
 from grasp.config import ScaleKind
-from grasp.distributed import from_first, is_first
+from grasp.distributed import after_first, from_first, is_first
 from grasp.gates.memory import memory_mode
 from grasp.gates.scales import scale_count
 from grasp.gates.training import TrainSettings, finite_mean
@@ -100,6 +100,7 @@ def _reconstructed_layers(model: PreTrainedModel, chosen: Chosen, run: Run) -> I
     blocks, journal = chosen.blocks, run.stage("blocks")
     options, streams = layer_options(model, blocks[:1]), Streams.of(model, blocks)
     for index in range(len(options)):
+        after_first()  # waits longer than the gathering of a layer may
         one = one_layer(model, index)
         if is_first():
             (cut,) = kept_in(one, _of_layer(chosen.mask, index, one))

@@ -261,7 +261,10 @@ class _Grid:
         self._taught: tuple[Any, Tensor] | None = None  # a seed and dtype, and what they gave
 
     def measure(self, cell: Cell) -> dict[str, Any]:
-        return self._run.part(cell.name).remember("result", partial(self._measure, cell))
+        part = self._run.part(cell.name)
+        result: dict[str, Any] = part.remember("result", partial(self._measure, cell))
+        part.forget_states()
+        return result
 
     def _choose(
         self,

@@ -80,6 +80,15 @@ class Run:
                 _write(path, known.encode())
         return json.loads(known)
 
+    def forget_states(self) -> None:
+        """Remove what the stages of a part resume from, once its result is kept."""
+        from_first(self._forget_states)
+
+    def _forget_states(self) -> None:
+        for path in (self.folder / "state").glob("*.safetensors"):
+            if path.name.startswith(f"{self._part}, "):
+                path.unlink()
+
     def same_inputs(self, inputs: dict[str, Any]) -> None:
         """Refuse to resume from a state that other texts, weights or software have made.
 
@@ -230,9 +239,9 @@ class StageJournal(Journal):
         self._wait = SAVE_EVERY
 
     def load(self) -> dict[str, Tensor] | None:
-        return from_first(self._load)
+        return from_first(self.load_own)
 
-    def _load(self) -> dict[str, Tensor] | None:
+    def load_own(self) -> dict[str, Tensor] | None:
         if not self._path.exists():
             return None
         try:

@@ -209,6 +209,7 @@ def _prune(config: PruneConfig, budgets: dict[str, Budget], run: Run) -> list[Pr
             part.log(event="finished", folder=str(run.out / name), **record.results)
             if name:
                 run.finish(name)
+                part.forget_states()
         results.append(PruneResult(run.out / name, Record.read(folder), mask))
     run.publish()
     return results

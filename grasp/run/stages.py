@@ -19,6 +19,7 @@ from grasp.compress.refit import refit as refit_columns
 from grasp.config import PruneConfig, ScaleKind
 from grasp.data.corpus import read_corpus
 from grasp.data.mixture import read_mixture
+from grasp.errors import GraspError
 from grasp.evaluate import perplexity as measure
 from grasp.gates.memory import memory_mode
 from grasp.gates.objective import last_hidden
@@ -102,6 +103,8 @@ def reconstruct(
     Each layer's weights learn to give the dense hidden states; blocks: int64 [samples, seq_len].
     Returns the dense smaller model, whose weights are those left in `model`. Raises GraspError.
     """
+    if len(blocks) < 2:
+        raise GraspError(f"`blocks` must be at least 2, one of them held out, got {len(blocks)}")
     _freeze(model)
     reconstruct_layers(model, mask, blocks, seed, Journal())
     return as_saved(model, UnitSpace.of(model))[0]

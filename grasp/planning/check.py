@@ -51,7 +51,7 @@ def check_fit(config: RunConfig, header: Header) -> None:
     if biased and not header.facts.carries_biases:
         raise GraspError(
             f"`compensate='bias'` needs a class with biases in o_proj and down_proj, and "
-            f"{header.family} has none (llama has): use `compensate='refit'`"
+            f"{header.family} has none (llama has): use `compensate='blocks'`"
         )
     config.budget.check_multiples(header.space)
     config.budget.check_protected(header.space)
@@ -77,7 +77,7 @@ def check_shard(config: PruneConfig, header: Header) -> None:
             f"{shard} is for methods that read no weights ({', '.join(able)}), got {config.method}"
         )
     if config.compensation == "bias":
-        raise GraspError(f"{shard} has no `compensate='bias'`: use `compensate='refit'`")
+        raise GraspError(f"{shard} has no `compensate='bias'`: use `compensate='blocks'`")
     _check_splits(config.model, config.shard, header)
 
 

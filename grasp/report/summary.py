@@ -199,7 +199,7 @@ def how_made(record: Record) -> str:
     kinds = [kind for kind in KINDS if kind in kept_units(record)]
     what = " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
     what = what[0].upper() + what[1:]
-    tuned = "The model was not fine-tuned"
+    tuned = "The model was not fine-tuned as a whole"
     if record.recovery:
         tuned = f"The model was then recovered by distillation on {record.recovery_tokens:,} tokens"
     return (

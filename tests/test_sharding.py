@@ -165,7 +165,7 @@ def test_what_cannot_be_sharded_is_refused(tiny, text, tmp_path):
         "--shard full is for methods that read no weights (learned, free, fisher, random), got flap"
     )
     assert (
-        said(compensate="bias") == "--shard full has no --compensate bias: use --compensate refit"
+        said(compensate="bias") == "--shard full has no --compensate bias: use --compensate blocks"
     )
     assert said(dtype="bf16").endswith("give the stored one, or --shard none")
     experts = save_brought(tmp_path / "experts", "qwen3-moe")
